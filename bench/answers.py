@@ -1,0 +1,164 @@
+"""Are the answers right: on a subset of rows, against the reference formulas in float64.
+
+flatcore (native, reference) is held to its contract: float32 logs within 4e-6 + 4 units in the last place, linear values
+within the same as a relative error, plus the rounding of the dot product that gives the logits.
+The rivals are held to what their formula can give in float32: the absolute rounding of 1 - sum p^2 and of the Gram form,
+summed worst case over the lengths of their sums. A wrong formula fails; a confident row that comes out 0 does not, it is
+counted in the column *rows right to 1 %*.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from works import Candidate, Inputs, Work
+
+from flatcore import HeadMetrics, reference
+
+U = 2.0**-24  # unit roundoff of float32
+ULP = 2.0**-23
+BASE = 4e-6
+
+_RIVAL_FIELDS = ("prediction", "confidence", "margin", "one_minus_confidence", "feature_norm", "hessian_trace",
+                 "layerwise", "neuronwise", "loss", "feature_gradient_norm")  # fmt: skip
+_MAIN = {"all fields": "hessian_trace", "trace": "hessian_trace", "trace, chunked": "hessian_trace",
+         "neuronwise": "neuronwise", "neuronwise, chunked": "neuronwise"}  # fmt: skip
+_TRACE = ("margin", "loss", "log_feature_norm", "log_hessian_trace")
+_NEEDED = {"all fields": reference.FIELDS[:-2], "mean layerwise": (*_TRACE, "log_layerwise"),
+           "trace": _TRACE, "trace, chunked": _TRACE,
+           "neuronwise": (*_TRACE, "log_neuronwise"), "neuronwise, chunked": (*_TRACE, "log_neuronwise")}  # fmt: skip
+_SUBSET = {"W1": 512, "W2": 512, "W3": 256, "W4": 32, "W5": 64}
+
+
+class Truth:
+    """The work's answers in float64 on evenly spaced rows, logs kept as logs, with the bounds that go with them."""
+
+    def __init__(self, work: Work, x: Inputs):
+        self.work = work
+        count = min(_SUBSET.get(work.number, work.N), work.N)
+        self.index = torch.linspace(0, work.N - 1, count).round().long()
+        self.x = x.rows(self.index)
+        if work.question == "row norms":
+            self.norms = reference.row_norms(self.x.features.double(), (1.0, 2.0, math.inf))
+            return
+        names = [name for name in reference.FIELDS if name in _NEEDED[work.question]]
+        bits = sum(1 << reference.FIELDS.index(name) for name in names)
+        values, self.prediction = reference.head_metrics(
+            *(v.double() for v in self.x[:3]), None, self.x.target, 1.0, -100, False, 2, bits, True
+        )
+        self.fields = dict(zip(names, values.unbind(0), strict=True))
+        phi, w, b = (v.double().abs() for v in self.x[:3])
+        terms = (torch.addmm(b, phi, w.T)).amax(1)  # max_j(sum_d |phi_d w_jd| + |b_j|)
+        self.dot = 2 * (2 * math.sqrt(work.D) + 4) * U * terms
+        self.largest_logit = torch.addmm(self.x.linear_bias, self.x.features, self.x.linear_weight.T).abs().amax(1).double()
+
+    def check(self, candidate: Candidate, answer: Any) -> float | None:
+        """Raise if a candidate's answer is outside its bounds; return the share of rows right to 1 % in the main field.
+
+        Raises:
+            AssertionError: with the work, the candidate, the field and the worst row.
+        """
+        question = self.work.question
+        if candidate.role == "neighbour":
+            slack = self.dot + 4 * (self.work.C + 8 + self.largest_logit) * U
+            self._within(candidate, "loss", answer[self.index], self.fields["loss"], slack + BASE * self.fields["loss"])
+            return None
+        if question == "row norms":
+            # a rival's sum of K float32 terms, worst case; flatcore sums in float64
+            relative = BASE if candidate.is_exact else (self.work.D + 4) * U
+            got = answer[:, self.index]
+            self._within(candidate, "norms", got, self.norms, relative * self.norms)
+            return _share_right(got, self.norms)
+        if question == "mean layerwise":
+            truth = self.fields["log_layerwise"].exp()
+            slack = truth * self._exact("log_layerwise").expm1() if candidate.is_exact else self._naive("layerwise")
+            # the float32 mean over N rows adds at most N roundings
+            slack = (slack + truth * self.work.N * U).mean()
+            self._within(candidate, question, answer.reshape(1), truth.mean().reshape(1), slack.reshape(1))
+            return None
+        fields = self._named(answer)
+        for name, value in fields.items():
+            self._check_field(candidate, name, value[self.index])
+        main = _MAIN[question]
+        if f"log_{main}" in fields:
+            got = fields[f"log_{main}"][self.index].double() - self.fields[f"log_{main}"]
+            return ((got.abs() < 0.01).double().mean()).item()
+        return _share_right(fields[main][self.index], self.fields[f"log_{main}"].exp())
+
+    def _named(self, answer: Any) -> dict[str, Tensor]:
+        if isinstance(answer, HeadMetrics):
+            return answer._asdict()
+        if isinstance(answer, tuple):
+            return dict(zip(_RIVAL_FIELDS, answer, strict=True))
+        return {_MAIN[self.work.question]: answer}
+
+    def _check_field(self, candidate: Candidate, name: str, got: Tensor) -> None:
+        if name == "prediction":
+            # where the two best logits are nearer than their rounding, either may be named
+            clear = self.fields["margin"] > self.dot
+            wrong = (got != self.prediction) & clear
+            assert not wrong.any(), f"{self.work.key}, {candidate.name}: {int(wrong.sum())} predictions differ"
+            return
+        if name.startswith("log_"):
+            self._within(candidate, name, got, self.fields[name], self._exact(name))
+            return
+        if name in ("confidence", "margin", "loss"):
+            truth = self.fields[name]
+        else:
+            truth = self.fields[f"log_{name}"].exp()
+        if not candidate.is_exact:
+            slack = self._naive(name)
+            if name == "feature_gradient_norm":  # the Gram form gives its square
+                got, truth = got.double() ** 2, truth**2
+        elif name in ("confidence", "margin"):
+            slack = self.dot + (BASE + 4 * ULP) * truth
+        elif name == "loss":
+            slack = (BASE + 4 * ULP + self.dot) * truth + torch.where(self.prediction == self.x.target, 0.0, self.dot)
+        else:
+            slack = truth * self._exact(f"log_{name}").expm1()
+        self._within(candidate, name, got, truth, slack)
+
+    def _exact(self, name: str) -> Tensor:
+        truth = self.fields[name]
+        dot = 0 if name == "log_feature_norm" else self.dot
+        return BASE + 4 * ULP * truth.abs() + dot
+
+    def _naive(self, name: str) -> Tensor:
+        c, d, x = self.work.C, self.work.D, self.x
+        n = (2 * self.fields["log_feature_norm"]).exp()
+        largest_row = x.linear_weight.double().square().sum(1).amax()
+        p = self.dot + (c + 8 + 2 * self.largest_logit) * U  # relative error of a probability
+        if name in ("confidence", "one_minus_confidence", "loss", "margin"):
+            truth = self.fields["loss" if name == "loss" else "margin"]
+            return p + 4 * U * truth
+        if name == "feature_norm":
+            return n.sqrt() * (d + 4) * U
+        one_minus = 2 * p + (c + 8) * U
+        relative = (d + 8) * U  # of the squared feature norm
+        if name == "hessian_trace":
+            return n * one_minus + relative * self.fields["log_hessian_trace"].exp()
+        if name == "layerwise":
+            squared = x.linear_weight.double().square().sum()
+            return squared * n * one_minus + (relative + (c + d) * U) * self.fields["log_layerwise"].exp()
+        gram = largest_row * (3 * p + (2 * c + d + 16) * U)
+        if name == "neuronwise":
+            return n * gram + relative * self.fields["log_neuronwise"].exp()
+        return 4 * gram  # the squared gradient norm
+
+    def _within(self, candidate: Candidate, name: str, got: Tensor, truth: Tensor, slack: Tensor) -> None:
+        got = got.double()
+        where = f"{self.work.key}, {candidate.name}, {name}"
+        assert torch.isfinite(got).all(), f"{where}: not finite"
+        excess = (got - truth).abs() - slack
+        worst = excess.argmax()
+        assert (excess <= 0).all(), (
+            f"{where}: {got.flatten()[worst].item():.9g} where {truth.flatten()[worst].item():.9g} "
+            f"within {slack.flatten()[worst].item():.3g} was due"
+        )
+
+
+def _share_right(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth).abs() < 0.01 * truth.abs()).double().mean().item()

@@ -1,0 +1,178 @@
+"""The works that are timed: sizes, inputs, the questions asked of them and who answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import rivals
+import torch
+from torch import Tensor
+
+import flatcore
+
+SEED = 20240607
+HIGHEST_GAP = 60.0
+
+
+class Inputs(NamedTuple):
+    """What a work is computed from; the row-norm work has only ``features``, its matrix (N, K)."""
+
+    features: Tensor  # (N, D)
+    linear_weight: Tensor | None = None  # (C, D)
+    linear_bias: Tensor | None = None  # (C,)
+    target: Tensor | None = None  # (N,)
+
+    def rows(self, index: Tensor) -> Inputs:
+        """The chosen rows."""
+        target = None if self.target is None else self.target[index]
+        return self._replace(features=self.features[index], target=target)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the performance goals: a question and the sizes at which it is asked."""
+
+    key: str
+    question: str  # a key of rivals.EAGER
+    N: int
+    D: int  # K for row norms
+    C: int
+    rounds: int
+    calls: int = 1  # calls per timed sample: 1 unless a call is too short for the clock
+    information: bool = False  # no goal hangs on it yet
+
+    @property
+    def number(self) -> str:
+        return self.key.partition("-")[0]
+
+    @property
+    def input_bytes(self) -> int:
+        return 4 * (self.N * self.D + self.C * self.D + self.C)
+
+    def __str__(self) -> str:
+        sizes = f"N={self.N:,}, K={self.D:,}" if self.C == 0 else f"N={self.N:,}, D={self.D:,}, C={self.C:,}"
+        return f"{self.key}: {self.question}, {sizes}, float32"
+
+    def quick(self) -> Work:
+        """A smoke test of the same code: a 16th of the rows, 3 rounds. Its times mean nothing."""
+        rows = self.N if self.calls > 1 else max(self.N // 16, 32)
+        return replace(self, N=rows, rounds=3, calls=min(self.calls, 20))
+
+
+WORKS = (
+    Work("W1", "all fields", 100_000, 512, 10, rounds=21),
+    Work("W2", "all fields", 50_000, 640, 100, rounds=15),
+    Work("W3-trace", "trace", 8_192, 2_048, 1_000, rounds=9),
+    Work("W3-neuronwise", "neuronwise", 8_192, 2_048, 1_000, rounds=9),
+    Work("W4-trace", "trace, chunked", 1_024, 2_048, 32_000, rounds=4),
+    Work("W4-neuronwise", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=4),
+    Work("W5", "row norms", 512, 150_528, 0, rounds=21),
+    Work("W6-forward", "mean layerwise", 128, 512, 10, rounds=31, calls=200, information=True),
+)
+
+
+def select(names: str | None) -> list[Work]:
+    """Works by key ("W3-trace") or number ("W3"), separated by commas; all without a name.
+
+    Raises:
+        SystemExit: an unknown name.
+    """
+    if not names:
+        return list(WORKS)
+    wanted = [name.strip() for name in names.split(",")]
+    known = {work.key for work in WORKS} | {work.number for work in WORKS}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown work {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return [work for work in WORKS if work.key in wanted or work.number in wanted]
+
+
+def inputs(work: Work) -> Inputs:
+    """Seeded inputs, drawn once and shared by the works of equal sizes."""
+    return _inputs(work.N, work.D, work.C)
+
+
+@lru_cache(maxsize=1)  # a work's inputs take up to 308 MB
+def _inputs(n: int, d: int, c: int) -> Inputs:
+    """Features phi = noise + a w_y with ||w_y|| near 1, so that a is the gap of the logits, log-uniform in 0.1 to 60.
+
+    A trained network's rows: uncertain to very confident; a fifth have a gap above 17, where float32 closed forms fail.
+    One label in ten is wrong.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    features = torch.randn(n, d, generator=generator)
+    if c == 0:
+        return Inputs(features)
+    weight = torch.randn(c, d, generator=generator) / math.sqrt(d)
+    bias = 0.1 * torch.randn(c, generator=generator)
+    label = torch.randint(c, (n,), generator=generator)
+    lowest = 0.1
+    gap = lowest * (HIGHEST_GAP / lowest) ** torch.rand(n, 1, generator=generator)
+    for start in range(0, n, 4096):
+        stop = start + 4096
+        features[start:stop].addcmul_(gap[start:stop], weight[label[start:stop]])
+    wrong = torch.rand(n, generator=generator) < 0.1
+    return Inputs(features, weight, bias, torch.where(wrong, (label + 1) % c, label))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Someone who answers a work's question."""
+
+    name: str
+    role: str  # native, eager, compile, neighbour or reference
+    run: Callable[[Inputs], Any]
+
+    @property
+    def is_exact(self) -> bool:
+        """Held to flatcore's contract; the others to what their formula can give in float32."""
+        return self.role in ("native", "reference")
+
+
+def _flatcore(question: str, backend: str, x: Inputs) -> Any:
+    with flatcore.backend(backend):
+        if question == "row norms":
+            return flatcore.row_norms(x.features)
+        if question == "all fields":
+            return flatcore.head_metrics(x.features, x.linear_weight, x.target, linear_bias=x.linear_bias)
+        if question.startswith("trace"):
+            return flatcore.hessian_trace(x.features, x.linear_weight, linear_bias=x.linear_bias, reduction="none")
+        reduction, measure = ("mean", "layerwise") if question == "mean layerwise" else ("none", "neuronwise")
+        return flatcore.relative_flatness(
+            x.features, x.linear_weight, linear_bias=x.linear_bias, measure=measure, reduction=reduction
+        )
+
+
+def _rival(question: str, form: rivals.Rival, x: Inputs) -> Any:
+    if question == "row norms":
+        return form(x.features)
+    if question == "all fields":
+        return form(x.features, x.linear_weight, x.linear_bias, x.target)
+    return form(x.features, x.linear_weight, x.linear_bias)
+
+
+def _linear_cross_entropy(x: Inputs) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(
+        x.features, x.linear_weight, x.target, linear_bias=x.linear_bias, reduction="none"
+    )
+
+
+def candidates(work: Work, *, native: bool = True, compile: bool = True) -> list[Candidate]:
+    """Everyone who answers, in the order of the table."""
+    question = work.question
+    found = [Candidate("native", "native", partial(_flatcore, question, "native"))] if native else []
+    found += [
+        Candidate(f"eager, {name}", "eager", partial(_rival, question, form))
+        for name, form in rivals.EAGER[question].items()
+    ]
+    if compile:
+        name, form = rivals.compiled(question)
+        found.append(Candidate(f"torch.compile, {name}", "compile", partial(_rival, question, form)))
+    if work.number == "W3" and hasattr(torch.nn.functional, "linear_cross_entropy"):
+        found.append(Candidate("F.linear_cross_entropy (loss only)", "neighbour", _linear_cross_entropy))
+    found.append(Candidate("reference", "reference", partial(_flatcore, question, "reference")))
+    return found

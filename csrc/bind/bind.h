@@ -1,0 +1,50 @@
+// What the bindings share: they only translate. Arguments were validated in Python with their names; here only what
+// could read out of bounds is checked again.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/targets.h"
+
+namespace flatcore::bind {
+
+namespace py = pybind11;
+
+void register_head_metrics(py::module_& module);
+void register_row_norms(py::module_& module);
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr): addresses come from Python
+}
+
+// (address, row stride, column stride, dtype) with strides in elements, or None.
+inline cpu::Matrix matrix(const py::object& value) {
+  cpu::Matrix out;
+  if (value.is_none()) return out;
+  const auto parts = value.cast<py::tuple>();
+  if (parts.size() != 4) throw std::invalid_argument("a matrix is (address, row stride, column stride, dtype)");
+  const int dtype = parts[3].cast<int>();
+  if (dtype < 0 || dtype > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
+  out.data = pointer<const void>(parts[0].cast<uintptr_t>());
+  out.row_stride = parts[1].cast<int64_t>();
+  out.column_stride = parts[2].cast<int64_t>();
+  out.dtype = static_cast<cpu::Dtype>(dtype);
+  return out;
+}
+
+inline const cpu::Target& target(const std::string& name) {
+  const cpu::Target* found = cpu::find_target(name);
+  if (found == nullptr) throw std::invalid_argument("CPU target '" + name + "' is not usable here");
+  return *found;
+}
+
+inline void check_size(const char* name, int64_t value, int64_t least) {
+  if (value < least) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value));
+}
+
+}  // namespace flatcore::bind

@@ -1,0 +1,166 @@
+#include <utility>
+
+#include "bind/bind.h"
+
+namespace flatcore::bind {
+namespace {
+
+// One call's inputs and outputs, built once in Python and shared by the kernels of this stem.
+struct Problem : cpu::HeadProblem {};
+
+Problem make_problem(const py::object& features, const py::object& weight, const py::object& logits, uintptr_t bias,
+                     uintptr_t target_labels, int64_t N, int64_t D, int64_t C, double temperature, int64_t ignore_index,
+                     bool include_bias, int norm_power, uint32_t fields, bool double_compute, int threads,
+                     uintptr_t values, bool double_values, uintptr_t prediction) {
+  check_size("N", N, 0);
+  check_size("D", D, 0);
+  check_size("C", C, 1);
+  check_size("threads", threads, 1);
+  if (include_bias && bias == 0) throw std::invalid_argument("include_bias needs a bias");
+  if (fields >> cpu::kFieldCount != 0) throw std::invalid_argument("unknown field");
+  Problem problem;
+  problem.features = matrix(features);
+  problem.weight = matrix(weight);
+  problem.logits = matrix(logits);
+  problem.bias = pointer<const double>(bias);
+  problem.target = pointer<const int64_t>(target_labels);
+  problem.N = N;
+  problem.D = D;
+  problem.C = C;
+  problem.temperature = temperature;
+  problem.ignore_index = ignore_index;
+  problem.include_bias = include_bias;
+  problem.norm_power = norm_power;
+  problem.fields = fields;
+  problem.double_compute = double_compute;
+  problem.threads = threads;
+  problem.values = pointer<void>(values);
+  problem.double_values = double_values;
+  problem.values_stride = N;
+  problem.prediction = pointer<int64_t>(prediction);
+  return problem;
+}
+
+// The first row whose label is no class, or -1.
+int64_t bad_row(const Outcome& outcome) { return outcome.status == Status::kBadLabel ? outcome.row : -1; }
+
+cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, uintptr_t z, int64_t z_stride,
+                          uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
+                          uintptr_t centered_squares, uintptr_t row_state) {
+  check_size("first", first, 0);
+  check_size("rows", rows, 0);
+  if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
+  cpu::HeadChunk chunk;
+  static_cast<cpu::HeadProblem&>(chunk) = problem;
+  chunk.first = first;
+  chunk.rows = rows;
+  chunk.z = pointer<const void>(z);
+  chunk.z_stride = z_stride;
+  chunk.q = pointer<void>(q);
+  chunk.q_stride = q_stride;
+  chunk.summary = pointer<const double>(summary);
+  chunk.center = pointer<const double>(center);
+  chunk.centered_squares = pointer<const double>(centered_squares);
+  chunk.row_state = pointer<cpu::HeadRow>(row_state);
+  return chunk;
+}
+
+}  // namespace
+
+void register_head_metrics(py::module_& module) {
+  py::class_<Problem>(module, "HeadProblem")
+      .def(py::init(&make_problem), py::arg("features"), py::arg("weight"), py::arg("logits"), py::arg("bias"),
+           py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("temperature"),
+           py::arg("ignore_index"), py::arg("include_bias"), py::arg("norm_power"), py::arg("fields"),
+           py::arg("double_compute"), py::arg("threads"), py::arg("values"), py::arg("double_values"),
+           py::arg("prediction"))
+      .def("workspace", [](const Problem& problem) { return cpu::head_metrics_workspace(problem); });
+  module.attr("HEAD_ROW_BYTES") = sizeof(cpu::HeadRow);
+  module.def("head_chunk_scratch", &cpu::head_chunk_scratch, py::arg("C"), py::arg("D"));
+  module.def(
+      "head_metrics",
+      [](const std::string& target_name, const Problem& problem, uintptr_t workspace) {
+        cpu::HeadMetrics call;
+        static_cast<cpu::HeadProblem&>(call) = problem;
+        call.workspace = pointer<void>((workspace + 63) & ~uintptr_t{63});
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        return bad_row(kernels.head_metrics(call));
+      },
+      py::arg("target"), py::arg("problem"), py::arg("workspace"));
+  module.def(
+      "head_summary",
+      [](const std::string& target_name, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,
+         uintptr_t center, uintptr_t centered_squares) {
+        cpu::HeadSummary call;
+        call.weight = problem.weight;
+        call.C = problem.C;
+        call.D = problem.D;
+        call.bias = problem.include_bias ? problem.bias : nullptr;
+        call.threads = problem.threads;
+        call.double_compute = problem.double_compute;
+        call.row_squares = pointer<double>(row_workspace);
+        call.row_largest = call.row_squares + problem.C;
+        call.summary = pointer<double>(summary);
+        call.center = pointer<double>(center);
+        call.centered_squares = pointer<double>(centered_squares);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        kernels.head_summary(call);
+      },
+      py::arg("target"), py::arg("problem"), py::arg("row_workspace"), py::arg("summary"), py::arg("center"),
+      py::arg("centered_squares"));
+  module.def(
+      "head_distances",
+      [](const std::string& target_name, const Problem& problem, const py::object& weight, int exponent,
+         uintptr_t distances) {
+        cpu::HeadDistances call;
+        call.weight = matrix(weight);
+        if (call.weight.column_stride != 1) throw std::invalid_argument("distances need adjacent elements");
+        call.C = problem.C;
+        call.D = problem.D;
+        call.bias = problem.include_bias ? problem.bias : nullptr;
+        call.exponent = exponent;
+        call.threads = problem.threads;
+        call.distances = pointer<void>(distances);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        kernels.head_distances(call);
+      },
+      py::arg("target"), py::arg("problem"), py::arg("weight"), py::arg("exponent"), py::arg("distances"));
+  module.def(
+      "head_chunk_statistics",
+      [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
+         int64_t z_stride, uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
+         uintptr_t centered_squares, uintptr_t row_state) {
+        const cpu::HeadChunk call = make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center,
+                                               centered_squares, row_state);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        return bad_row(kernels.head_chunk_statistics(call));
+      },
+      py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("z"), py::arg("z_stride"),
+      py::arg("q"), py::arg("q_stride"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
+      py::arg("row_state"));
+  module.def(
+      "head_chunk_weights",
+      [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,
+         int64_t q_stride, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean,
+         int64_t mean_stride, uintptr_t distance, int64_t distance_stride, uintptr_t scratch) {
+        cpu::HeadChunk call = make_chunk(problem, first, rows, 0, 0, q, q_stride, summary, center, 0, row_state);
+        call.mean = pointer<const void>(mean);
+        call.mean_stride = mean_stride;
+        call.distance = pointer<const void>(distance);
+        call.distance_stride = distance_stride;
+        call.scratch = pointer<double>(scratch);
+        if (mean == 0 && distance == 0) throw std::invalid_argument("one of mean and distance is needed");
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        kernels.head_chunk_weights(call);
+      },
+      py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q"), py::arg("q_stride"),
+      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("mean_stride"),
+      py::arg("distance"), py::arg("distance_stride"), py::arg("scratch"));
+}
+
+}  // namespace flatcore::bind

@@ -1,0 +1,21 @@
+// The contents of flatcore._core: one register function per stem.
+#include "bind/bind.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Compiled kernels of flatcore; private.";
+  module.attr("ABI") = 1;
+  module.attr("VERSION") = FLATCORE_VERSION;
+  module.attr("COMPILER") = FLATCORE_COMPILER;
+  module.attr("CUDA") = static_cast<bool>(FLATCORE_WITH_CUDA);
+  module.def("cpu_targets", [] {
+    py::list names;
+    for (const auto* target : flatcore::cpu::usable_targets()) names.append(target->name);
+    return py::tuple(names);
+  });
+  module.def(
+      "cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
+  flatcore::bind::register_head_metrics(module);
+  flatcore::bind::register_row_norms(module);
+}

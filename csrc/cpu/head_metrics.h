@@ -1,0 +1,134 @@
+// Per-sample statistics of a softmax head: the plain interfaces of the kernels.
+//
+// N samples, D features, C classes. Inputs are never written; outputs are overwritten; the caller allocates outputs and
+// workspace, which must not overlap inputs. Nothing here knows Python or torch.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/element.h"
+#include "status.h"
+
+namespace flatcore::cpu {
+
+// The rows of the result block, by bit of `fields`; the names are in flatcore/reference/head_metrics.py.
+enum Field : int {
+  kConfidence,
+  kMargin,
+  kLogOneMinusConfidence,
+  kLogFeatureNorm,
+  kLogHessianTrace,
+  kLogLayerwise,
+  kLogNeuronwise,
+  kLoss,
+  kLogGradientNorm,
+  kLogGradientNorm1,
+  kLogGradientNormInf,
+  kFieldCount
+};
+constexpr uint32_t kGradientFields = 1U << kLogGradientNorm | 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
+constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
+
+// What every kernel of this stem is asked for.
+struct HeadProblem {
+  Matrix features;               // (N, D)
+  Matrix weight;                 // (C, D)
+  Matrix logits;                 // (N, C); data null: W phi + b is computed
+  const double* bias = nullptr;  // (C,) or null; added to computed logits only
+  const int64_t* target = nullptr;  // (N,) or null
+  int64_t N = 0;
+  int64_t D = 0;
+  int64_t C = 0;
+  double temperature = 1.0;
+  int64_t ignore_index = -100;
+  bool include_bias = false;
+  int norm_power = 2;
+  uint32_t fields = 0;
+  bool double_compute = false;  // logits in float64 (some input is float64), otherwise float32
+  int threads = 1;
+  // outputs
+  void* values = nullptr;  // (K, N), one row per bit of fields, in the order of the bits
+  bool double_values = false;
+  int64_t values_stride = 0;       // elements between rows of values
+  int64_t* prediction = nullptr;  // (N,)
+};
+
+// Small heads: one fused read of the features.
+struct HeadMetrics : HeadProblem {
+  void* workspace = nullptr;  // head_metrics_workspace bytes, aligned to 64
+};
+int64_t head_metrics_workspace(const HeadProblem& problem);
+
+// Large heads, between the library's products. First: properties of W alone.
+struct HeadSummary {
+  Matrix weight;  // (C, D)
+  int64_t C = 0;
+  int64_t D = 0;
+  const double* bias = nullptr;  // (C,), null unless it counts as a column of W
+  int threads = 1;
+  // outputs
+  bool double_compute = false;         // center is rounded to float64, otherwise to float32
+  double* row_squares = nullptr;       // (C,): workspace
+  double* row_largest = nullptr;       // (C,): workspace
+  double* summary = nullptr;           // (2,): log ||W||_F^2, and e with 2^e max|w| in [1, 2), 0 where W needs no scaling
+  double* center = nullptr;            // (D + 1,): a row near the mean of the rows, last entry for the bias; or null
+  double* centered_squares = nullptr;  // (C,): ||w_j - center||^2; null if center is
+};
+
+// Squared distances between the rows of W, from differences: D_jk = ||w_j - w_k||^2 times 2^(2 e).
+struct HeadDistances {
+  Matrix weight;  // (C, D), float32 or float64, column stride 1
+  int64_t C = 0;
+  int64_t D = 0;
+  const double* bias = nullptr;  // (C,), null unless it counts as a column of W
+  int exponent = 0;              // e
+  int threads = 1;
+  void* distances = nullptr;     // (C, C), of the type of weight
+};
+
+// Per-row numbers kept between the two kernels around the second product.
+struct HeadRow {
+  double t, r, log1p_tau, eps, log_eps, confidence, log_n;
+  double square_mean;  // sum_j q_j ||w_j - center||^2, if centered_squares is given
+  double bias_mean;    // sum_j q_j (b_j - center_b), 0 unless include_bias
+  int64_t m;           // top class, -1 for a poisoned row
+};
+
+// Second: logits of a chunk of rows -> everything that needs no further product, and q for the product that follows.
+struct HeadChunk : HeadProblem {
+  int64_t first = 0;  // row of the problem that is row 0 of the chunk
+  int64_t rows = 0;
+  const void* z = nullptr;  // (rows, C): the product W phi, or the given logits, in the compute type
+  int64_t z_stride = 0;
+  void* q = nullptr;  // (rows, C): softmax over the classes other than the top one, 0 there; may be z itself; or null
+  int64_t q_stride = 0;
+  const double* summary = nullptr;           // (2,)
+  const double* center = nullptr;            // (D + 1,)
+  const double* centered_squares = nullptr;  // (C,)
+  HeadRow* row_state = nullptr;              // (rows,)
+  // for the second kernel: either the mean features of q ...
+  const void* mean = nullptr;  // (rows, D): q (W - center), in the compute type
+  int64_t mean_stride = 0;
+  // ... or the mean distances
+  const void* distance = nullptr;  // (rows, C): q times the table of squared distances
+  int64_t distance_stride = 0;
+  double* scratch = nullptr;  // threads * head_chunk_scratch doubles
+};
+
+// Doubles of scratch a thread needs for rows that are summed explicitly.
+inline int64_t head_chunk_scratch(int64_t C, int64_t D) { return 2 * C + D + 8; }
+
+#define FLATCORE_DECLARE(target)                       \
+  namespace target {                                   \
+  Outcome head_metrics(const HeadMetrics& call);       \
+  void head_summary(const HeadSummary& call);          \
+  void head_distances(const HeadDistances& call);      \
+  Outcome head_chunk_statistics(const HeadChunk& call); \
+  void head_chunk_weights(const HeadChunk& call);      \
+  }
+FLATCORE_DECLARE(baseline)
+FLATCORE_DECLARE(avx2)
+FLATCORE_DECLARE(avx512)
+#undef FLATCORE_DECLARE
+
+}  // namespace flatcore::cpu

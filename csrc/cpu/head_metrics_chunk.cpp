@@ -1,0 +1,542 @@
+// head_metrics, large heads: what lies between the library's two matrix products, for a chunk of rows at a time.
+//
+// Order of calls: head_summary and perhaps head_distances once; then for each chunk the library forms z = W phi,
+// head_chunk_statistics turns it into row statistics and q, the library forms q (W - center) or q * distances, and
+// head_chunk_weights finishes the fields that need it. flatcore/_chunked.py is the loop.
+//
+// Who allocates: the caller; outputs are overwritten; q may be z itself.
+//
+// Numerics: logits as the product left them, everything else in float64. Classes are read in blocks of 1024 that stay in
+// the first-level cache and are merged by the monoid (math/softmax_tail.h). Where the sum over q (W - center) leaves less
+// than 1/20 of what it was taken from (nearly equal top rows), the row is done again from float64 logits and explicit
+// differences, so large heads are as right as small ones.
+//
+// Cost: z is read once for the statistics and once more for q; about 50 operations in float64 per logit.
+#include "cpu/head_distances.h"
+#include "cpu/head_metrics.h"
+#include "cpu/head_rows.h"
+#include "cpu/parallel.h"
+
+namespace flatcore::cpu::FLATCORE_TARGET {
+namespace {
+
+constexpr int64_t kClassesPerBlock = 1024;
+
+// A row of logits in the compute type, with the bias where it is still to be added.
+template <class C>
+struct LogitRow {
+  const C* z;
+  const double* bias;
+  bool given;
+
+  double at(int64_t j) const { return static_cast<double>(z[j]) + (bias ? bias[j] : 0.0); }
+  DoubleV vector_at(int64_t j) const {
+    const DoubleV v = Load<double>::from(z + j);
+    return bias ? v + load_unaligned<DoubleV>(bias + j) : v;
+  }
+};
+
+// Statistics of classes first..last; `poison` becomes NaN if the row is not to be trusted.
+template <class C>
+math::SoftmaxTail block_tail(const LogitRow<C>& row, int64_t first, int64_t last, double inverse_temperature,
+                             double& poison) {
+  DoubleV t = DoubleV{} - math::kInfinity, r = t, m = DoubleV{} - 1.0, bad = {};
+  DoubleV index = {};
+  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(first + lane);
+  int64_t j = first;
+  for (; j + kDoubles <= last; j += kDoubles) {
+    const DoubleV z = row.vector_at(j);
+    if (!row.given) bad += Load<double>::from(row.z + j) * 0.0;
+    bad = z < math::kInfinity ? bad : DoubleV{} + kNan;
+    const auto higher = z > t;
+    const DoubleV second = z > r ? z : r;
+    r = higher ? t : second;
+    m = higher ? index : m;
+    t = higher ? z : t;
+    index += static_cast<double>(kDoubles);
+  }
+  math::SoftmaxTail tail = math::empty_tail();
+  double below = -math::kInfinity;  // best of what is not a lane's top
+  for (int lane = 0; lane < kDoubles; ++lane) {
+    poison += bad[lane];
+    if (m[lane] < 0) continue;
+    if (r[lane] > below) below = r[lane];
+    tail = math::combine_tops(tail, math::leaf_tail(static_cast<int64_t>(m[lane]), t[lane]));
+  }
+  const int64_t vectors_end = j;
+  for (; j < last; ++j) {
+    const double z = row.at(j);
+    if (!row.given) poison += static_cast<double>(row.z[j]) * 0.0;
+    if (!(z < math::kInfinity)) poison = kNan;
+    if (z > -math::kInfinity) tail = math::combine_tops(tail, math::leaf_tail(j, z));
+  }
+  if (below > tail.r) tail.r = below;
+  // second pass over the block: the sums, relative to its own r
+  tail.u1 = tail.u2 = 0.0;
+  if (tail.r == -math::kInfinity) return tail;
+  DoubleV u1 = {}, u2 = {};
+  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(first + lane);
+  const double top = static_cast<double>(tail.m);
+  for (j = first; j < vectors_end; j += kDoubles) {
+    const DoubleV e = math::exp_nonpositive((row.vector_at(j) - tail.r) * inverse_temperature);
+    const DoubleV u = index == top ? DoubleV{} : e;
+    u1 += u;
+    u2 += u * u;
+    index += static_cast<double>(kDoubles);
+  }
+  tail.u1 = sum_lanes(u1);
+  tail.u2 = sum_lanes(u2);
+  for (; j < last; ++j) {
+    if (j == tail.m) continue;
+    const double u = math::tail_scale(row.at(j), tail.r, inverse_temperature);
+    tail.u1 += u;
+    tail.u2 += u * u;
+  }
+  return tail;
+}
+
+// q_j for all classes, and sum_j q_j a_j for two attributes (null: 0).
+template <class C>
+void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
+             const double* squares, const double* bias, double bias_center, C* q, HeadRow& state) {
+  const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
+  const double anchor = tail.r == -math::kInfinity ? 0.0 : tail.r;
+  DoubleV square_sum = {}, bias_sum = {};
+  int64_t j = 0;
+  for (; j + kDoubles <= classes; j += kDoubles) {
+    DoubleV value = math::exp_nonpositive((row.vector_at(j) - anchor) * inverse_temperature) * inverse;
+    if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;
+    if (squares) square_sum += value * load_unaligned<DoubleV>(squares + j);
+    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) - bias_center);
+    if constexpr (sizeof(C) == 8) {
+      store_unaligned(q + j, value);
+    } else {
+      store_unaligned(q + j, __builtin_convertvector(value, HalfFloatV));
+    }
+  }
+  state.square_mean = sum_lanes(square_sum);
+  state.bias_mean = sum_lanes(bias_sum);
+  for (; j < classes; ++j) {
+    const double z = row.at(j);
+    const double value = j == tail.m || z == -math::kInfinity
+                             ? 0.0
+                             : math::exp_nonpositive((z - anchor) * inverse_temperature) * inverse;
+    if (squares) state.square_mean += value * squares[j];
+    if (bias) state.bias_mean += value * (bias[j] - bias_center);
+    q[j] = static_cast<C>(value);
+  }
+}
+
+double log_head_norm(double log_n, bool include_bias) {
+  if (!include_bias) return log_n;
+  return log_n > 0 ? log_n + std::log1p(std::exp(-log_n)) : std::log1p(std::exp(log_n));
+}
+
+template <class C>
+void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, FirstBadRow& bad_label) {
+  const int64_t n = call.first + i;
+  const bool given = call.logits.data != nullptr;
+  const double inverse_temperature = 1.0 / call.temperature;
+  const LogitRow<C> row{static_cast<const C*>(call.z) + i * call.z_stride, given ? nullptr : call.bias, given};
+  HeadRow& state = call.row_state[i];
+
+  double log_n = 0.0;
+  with_element(call.features.dtype, [&](auto* type) {
+    using T = ElementOf<decltype(type)>;
+    const T* x = static_cast<const T*>(call.features.data) + n * call.features.row_stride;
+    // float32 and narrower squares sum safely in float64; float64 may need scaling
+    double sum = 0.0;
+    if (sizeof(T) < 8 && call.features.column_stride == 1) {
+      DoubleV sums[4] = {};
+      int64_t d = 0;
+      for (; d + 4 * kDoubles <= call.D; d += 4 * kDoubles) {
+        for (int k = 0; k < 4; ++k) {
+          const DoubleV v = Load<double>::from(x + d + k * kDoubles);
+          sums[k] += v * v;
+        }
+      }
+      sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      for (; d < call.D; ++d) sum += static_cast<double>(widen(x[d])) * static_cast<double>(widen(x[d]));
+      log_n = sum < math::kInfinity ? std::log(sum) : kNan;
+    } else {
+      log_n = log_sum_squares(x, call.features.column_stride, call.D);
+    }
+  });
+
+  double poison = log_n * 0.0;
+  if (log_n == -math::kInfinity) poison = 0.0;
+  math::SoftmaxTail tail = math::empty_tail();
+  for (int64_t first = 0; first < call.C; first += kClassesPerBlock) {
+    const int64_t last = call.C - first < kClassesPerBlock ? call.C : first + kClassesPerBlock;
+    tail = math::combine(tail, block_tail(row, first, last, inverse_temperature, poison), inverse_temperature);
+  }
+  const bool bad = poison != poison || tail.m < 0;
+  const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
+  state = {tail.t, tail.r, split.log1p_tau, split.eps, split.log_eps, split.confidence, log_n, 0.0, 0.0,
+           bad ? -1 : tail.m};
+
+  const Label label = label_of(call, n);
+  if (label == Label::kBad) bad_label.report(n);
+  const double loss_of_target =
+      label == Label::kValid ? (tail.t - row.at(call.target[n])) * inverse_temperature + split.log1p_tau : kNan;
+  const double log_trace =
+      log_head_norm(log_n, call.include_bias) + split.log_one_minus_sum_p2 - 2.0 * std::log(call.temperature);
+  const auto put = [&](Field field, double value) { values.put(field, n, bad ? kNan : value); };
+  put(kConfidence, split.confidence);
+  put(kMargin, split.margin);
+  put(kLogOneMinusConfidence, split.log_eps);
+  put(kLogFeatureNorm, 0.5 * log_n);
+  put(kLogHessianTrace, log_trace);
+  put(kLogLayerwise, log_trace + 0.5 * call.norm_power * call.summary[0]);
+  put(kLoss, loss_of_target);
+  if (label == Label::kIgnored) values.put(kLoss, n, 0.0);
+  call.prediction[n] = bad ? -1 : tail.m;
+
+  if (call.q != nullptr) {
+    C* q = static_cast<C*>(call.q) + i * call.q_stride;
+    if (bad) {
+      // its values are NaN already; zeros keep the product's other rows free of it on every library
+      for (int64_t j = 0; j < call.C; ++j) q[j] = C{};
+      return;
+    }
+    const double* bias = call.include_bias ? call.bias : nullptr;
+    write_q(row, call.C, tail, inverse_temperature, call.centered_squares, bias,
+            bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0, q, state);
+  }
+}
+
+// Logits of one row in float64, for the explicit sums.
+void explicit_logits(const HeadChunk& call, int64_t n, double* z) {
+  if (call.logits.data != nullptr) {
+    for (int64_t j = 0; j < call.C; ++j) z[j] = element(call.logits, n, j);
+    return;
+  }
+  with_element(call.features.dtype, [&](auto* x_type) {
+    using X = ElementOf<decltype(x_type)>;
+    with_element(call.weight.dtype, [&](auto* w_type) {
+      using W = ElementOf<decltype(w_type)>;
+      const X* x = static_cast<const X*>(call.features.data) + n * call.features.row_stride;
+      for (int64_t j = 0; j < call.C; ++j) {
+        const W* w = static_cast<const W*>(call.weight.data) + j * call.weight.row_stride;
+        double sum = 0.0;
+        for (int64_t d = 0; d < call.D; ++d) {
+          sum += static_cast<double>(widen(x[d * call.features.column_stride])) *
+                 static_cast<double>(widen(w[d * call.weight.column_stride]));
+        }
+        z[j] = call.bias != nullptr ? sum + call.bias[j] : sum;
+      }
+    });
+  });
+}
+
+// What is needed of q (W - center) and of two rows of W about the same center.
+struct MeanSums {
+  double mean2;                  // ||x||^2, x = q (W - center)
+  double top2, label2;           // ||w_m - center||^2, ||w_y - center||^2
+  double top_mean2;              // ||w_m - center - x||^2
+  double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
+};
+template <class C, class W>
+MeanSums mean_sums(const HeadChunk& call, const C* x, int64_t top, int64_t label, double alpha, double beta) {
+  const W* w = static_cast<const W*>(call.weight.data);
+  const int64_t step = call.weight.column_stride;
+  const W* w_top = w + top * call.weight.row_stride;
+  const W* w_label = w + label * call.weight.row_stride;
+  MeanSums sums{};
+  int64_t d = 0;
+  if (step == 1) {
+    DoubleV mean2 = {}, top2 = {}, label2 = {}, top_mean2 = {}, norm1 = {}, norm22 = {}, largest = {};
+    for (; d + kDoubles <= call.D; d += kDoubles) {
+      const DoubleV center = load_unaligned<DoubleV>(call.center + d);
+      const DoubleV mean = Load<double>::from(x + d);
+      const DoubleV a = Load<double>::from(w_top + d) - center;
+      const DoubleV b = Load<double>::from(w_label + d) - center;
+      const DoubleV gradient = absolute(alpha * a + beta * mean - b);
+      mean2 += mean * mean;
+      top2 += a * a;
+      label2 += b * b;
+      top_mean2 += (a - mean) * (a - mean);
+      norm1 += gradient;
+      norm22 += gradient * gradient;
+      largest = gradient > largest ? gradient : largest;
+    }
+    sums = {sum_lanes(mean2), sum_lanes(top2), sum_lanes(label2), sum_lanes(top_mean2), sum_lanes(norm1),
+            sum_lanes(norm22), 0.0};
+    for (int lane = 0; lane < kDoubles; ++lane) {
+      if (largest[lane] > sums.norm_inf) sums.norm_inf = largest[lane];
+    }
+  }
+  for (; d < call.D; ++d) {
+    const double mean = static_cast<double>(x[d]);
+    const double a = static_cast<double>(widen(w_top[d * step])) - call.center[d];
+    const double b = static_cast<double>(widen(w_label[d * step])) - call.center[d];
+    const double gradient = std::fabs(alpha * a + beta * mean - b);
+    sums.mean2 += mean * mean;
+    sums.top2 += a * a;
+    sums.label2 += b * b;
+    sums.top_mean2 += (a - mean) * (a - mean);
+    sums.norm1 += gradient;
+    sums.norm22 += gradient * gradient;
+    if (gradient > sums.norm_inf) sums.norm_inf = gradient;
+  }
+  return sums;
+}
+
+template <class C>
+void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int thread) {
+  const int64_t n = call.first + i;
+  const HeadRow& state = call.row_state[i];
+  const Label label = label_of(call, n);
+  const bool gradients = (call.fields & kGradientFields) != 0;
+  if (state.m < 0) {
+    values.put(kLogNeuronwise, n, kNan);
+    put_gradient_norms(values, n, label == Label::kIgnored ? -math::kInfinity : kNan);
+    return;
+  }
+  const int exponent = static_cast<int>(call.summary[1]);
+  const double log_t = std::log(call.temperature);
+  const double log_n = log_head_norm(state.log_n, call.include_bias);
+  double* z = call.scratch + thread * head_chunk_scratch(call.C, call.D);
+  bool z_known = false;
+  const auto explicit_row = [&](int64_t about, bool with_bias) {
+    if (!z_known) explicit_logits(call, n, z);
+    z_known = true;
+    return explicit_sum(call, with_bias, about, exponent, z, z[state.m], state.log1p_tau, z + 2 * call.C, z + call.C);
+  };
+  const auto put_neuronwise = [&](double log_variance_of_p) {
+    const bool zero = log_n == -math::kInfinity;
+    values.put(kLogNeuronwise, n, zero ? log_n : log_n + log_variance_of_p - 2.0 * log_t);
+  };
+
+  if (call.distance != nullptr) {
+    // sum_j q_j D_mj and the pairs, all terms >= 0
+    const C* s = static_cast<const C*>(call.distance) + i * call.distance_stride;
+    const C* q = static_cast<const C*>(call.q) + i * call.q_stride;
+    DoubleV sums = {};
+    int64_t j = 0;
+    for (; j + kDoubles <= call.C; j += kDoubles) sums += Load<double>::from(s + j) * Load<double>::from(q + j);
+    double pairs = sum_lanes(sums);
+    for (; j < call.C; ++j) pairs += static_cast<double>(s[j]) * static_cast<double>(q[j]);
+    const double inner = state.confidence * static_cast<double>(s[state.m]) + 0.5 * state.eps * pairs;
+    // below this, terms may have underflowed in the compute type
+    const bool safe = inner > (sizeof(C) == 4 ? 1e-20 : 1e-250) || inner != inner;
+    if (state.log_eps == -math::kInfinity) {
+      put_neuronwise(-math::kInfinity);
+    } else if (safe) {
+      put_neuronwise(state.log_eps + std::log(inner) - 2.0 * exponent * kLn2);
+    } else {
+      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias), exponent));
+    }
+    return;
+  }
+
+  const bool valid = label == Label::kValid;
+  const int64_t y = valid ? call.target[n] : state.m;
+  const bool top_label = y == state.m;
+  // right label: q (W) - w_m, times eps; wrong label: p_m w_m + eps q (W) - w_y
+  const double alpha = top_label ? 0.0 : state.confidence;
+  const double beta = top_label ? 1.0 : state.eps;
+  const C* x = static_cast<const C*>(call.mean) + i * call.mean_stride;
+  MeanSums sums{};
+  with_element(call.weight.dtype, [&](auto* type) {
+    using W = ElementOf<decltype(type)>;
+    sums = mean_sums<C, W>(call, x, state.m, y, alpha, beta);
+  });
+
+  if (values.wants(kLogNeuronwise)) {
+    double top_mean2 = sums.top_mean2, mean2 = sums.mean2, top2 = sums.top2;
+    if (call.include_bias) {
+      const double top_bias = call.bias[state.m] - call.center[call.D];
+      top_mean2 += (top_bias - state.bias_mean) * (top_bias - state.bias_mean);
+      mean2 += state.bias_mean * state.bias_mean;
+      top2 += top_bias * top_bias;
+    }
+    const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
+    const double inner = state.confidence * top_mean2 + rest;
+    const double magnitude = state.square_mean + top2;
+    if (state.log_eps == -math::kInfinity || magnitude == 0.0) {
+      put_neuronwise(-math::kInfinity);
+    } else if (inner > 0.05 * magnitude || inner != inner) {
+      put_neuronwise(state.log_eps + std::log(inner));
+    } else {
+      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias), exponent));
+    }
+  }
+  if (!gradients) return;
+  if (label == Label::kIgnored) {
+    put_gradient_norms(values, n, -math::kInfinity);
+  } else if (!valid) {
+    put_gradient_norms(values, n, kNan);
+  } else if (top_label && state.log_eps == -math::kInfinity) {
+    put_gradient_norms(values, n, -math::kInfinity);
+  } else if (sums.norm22 > 0.01 * (sums.label2 + sums.mean2)) {
+    const double shift = (top_label ? state.log_eps : 0.0) - log_t;
+    values.put(kLogGradientNorm, n, shift + 0.5 * std::log(sums.norm22));
+    values.put(kLogGradientNorm1, n, shift + std::log(sums.norm1));
+    values.put(kLogGradientNormInf, n, shift + std::log(sums.norm_inf));
+  } else {
+    put_gradient_norms(call, values, n, explicit_row(y, false), exponent);
+  }
+}
+
+// Sum of squares of scale * (x - center) over a row (center null: of scale * x), and the largest |x|.
+template <class T>
+double row_squares(const T* x, int64_t step, int64_t D, const double* center, double scale, double* largest) {
+  double sum = 0.0, top = 0.0;
+  int64_t d = 0;
+  if (step == 1) {
+    DoubleV sums[2] = {}, tops[2] = {};
+    for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
+      for (int k = 0; k < 2; ++k) {
+        DoubleV v = Load<double>::from(x + d + k * kDoubles);
+        const DoubleV a = absolute(v);
+        tops[k] = a > tops[k] ? a : tops[k];
+        if (center != nullptr) v -= load_unaligned<DoubleV>(center + d + k * kDoubles);
+        v *= scale;
+        sums[k] += v * v;
+      }
+    }
+    sum = sum_lanes(sums[0] + sums[1]);
+    for (int lane = 0; lane < kDoubles; ++lane) {
+      for (int k = 0; k < 2; ++k) top = tops[k][lane] > top ? tops[k][lane] : top;
+    }
+  }
+  for (; d < D; ++d) {
+    const double v = static_cast<double>(widen(x[d * step]));
+    const double a = std::fabs(v);
+    top = a > top ? a : top;
+    const double scaled = (center != nullptr ? v - center[d] : v) * scale;
+    sum += scaled * scaled;
+  }
+  if (largest != nullptr) *largest = top;
+  return sum;
+}
+
+template <class T>
+void summarise(const HeadSummary& call) {
+  const T* w = static_cast<const T*>(call.weight.data);
+  const int64_t rows = call.weight.row_stride, step = call.weight.column_stride;
+  const int64_t C = call.C, D = call.D;
+  const int threads = C * D < (1 << 16) ? 1 : call.threads;
+  const auto total_with = [&](double scale) {
+    double total = 0.0;
+    for (int64_t j = 0; j < C; ++j) total += call.row_squares[j];
+    if (call.bias != nullptr) {
+      for (int64_t j = 0; j < C; ++j) total += call.bias[j] * scale * (call.bias[j] * scale);
+    }
+    return total;
+  };
+
+  parallel_for(threads, C, [&](int64_t j, int) {
+    call.row_squares[j] = row_squares(w + j * rows, step, D, nullptr, 1.0, call.row_largest + j);
+  });
+  double largest = 0.0;
+  for (int64_t j = 0; j < C; ++j) {
+    largest = call.row_largest[j] > largest ? call.row_largest[j] : largest;
+    const double b = call.bias != nullptr ? std::fabs(call.bias[j]) : 0.0;
+    if (b > largest && b < math::kInfinity) largest = b;
+  }
+  const int exponent = scaling_exponent(largest);
+  const double scale = std::scalbn(1.0, exponent);
+  if (exponent != 0) {
+    parallel_for(threads, C, [&](int64_t j, int) {
+      call.row_squares[j] = row_squares(w + j * rows, step, D, nullptr, scale, static_cast<double*>(nullptr));
+    });
+  }
+  call.summary[0] = std::log(total_with(scale)) - 2.0 * exponent * kLn2;
+  call.summary[1] = exponent;
+  if (call.center == nullptr) return;
+
+  // The mean as the first row plus the mean difference to it: equal rows give exactly that row.
+  constexpr int64_t width = 512;
+  parallel_for(threads, (D + width - 1) / width, [&](int64_t task, int) {
+    const int64_t first = task * width, count = D - first < width ? D - first : width;
+    alignas(64) double sums[width] = {}, base[width] = {};
+    for (int64_t d = 0; d < count; ++d) base[d] = static_cast<double>(widen(w[(first + d) * step]));
+    for (int64_t j = 1; j < C; ++j) {
+      const T* x = w + j * rows + first * step;
+      int64_t d = 0;
+      if (step == 1) {
+        for (; d + kDoubles <= count; d += kDoubles) {
+          const DoubleV difference = Load<double>::from(x + d) - load_unaligned<DoubleV>(base + d);
+          store_unaligned(sums + d, load_unaligned<DoubleV>(sums + d) + difference);
+        }
+      }
+      for (; d < count; ++d) sums[d] += static_cast<double>(widen(x[d * step])) - base[d];
+    }
+    for (int64_t d = 0; d < count; ++d) {
+      const double mean = base[d] + sums[d] / static_cast<double>(C);
+      call.center[first + d] = call.double_compute ? mean : static_cast<double>(static_cast<float>(mean));
+    }
+  });
+  call.center[D] = 0.0;
+  if (call.bias != nullptr) {
+    double sum = 0.0;
+    for (int64_t j = 1; j < C; ++j) sum += call.bias[j] - call.bias[0];
+    call.center[D] = call.bias[0] + sum / static_cast<double>(C);
+  }
+  parallel_for(threads, C, [&](int64_t j, int) {
+    const double b = call.bias != nullptr ? call.bias[j] - call.center[D] : 0.0;
+    call.centered_squares[j] =
+        row_squares(w + j * rows, step, D, call.center, 1.0, static_cast<double*>(nullptr)) + b * b;
+  });
+}
+
+template <class T>
+void distances(const HeadDistances& call) {
+  constexpr int64_t rows = 16;
+  const double scale = std::scalbn(1.0, call.exponent);
+  T* table = static_cast<T*>(call.distances);
+  parallel_for(call.threads, (call.C + rows - 1) / rows, [&](int64_t task, int) {
+    const int64_t first = task * rows, last = call.C - first < rows ? call.C : first + rows;
+    distance_rows<T, T>(static_cast<const T*>(call.weight.data), call.weight.row_stride, call.C, call.D, scale, first,
+                        last, table);
+  });
+  if (call.bias == nullptr) return;
+  for (int64_t j = 0; j < call.C; ++j) {
+    for (int64_t k = 0; k < call.C; ++k) {
+      const double difference = (call.bias[j] - call.bias[k]) * scale;
+      table[j * call.C + k] += static_cast<T>(difference * difference);
+    }
+  }
+}
+
+}  // namespace
+
+void head_summary(const HeadSummary& call) {
+  with_element(call.weight.dtype, [&](auto* type) { summarise<ElementOf<decltype(type)>>(call); });
+}
+
+void head_distances(const HeadDistances& call) {
+  if (call.weight.dtype == Dtype::kFloat64) {
+    distances<double>(call);
+  } else {
+    distances<float>(call);
+  }
+}
+
+Outcome head_chunk_statistics(const HeadChunk& call) {
+  const Values values(call);
+  FirstBadRow bad_label;
+  parallel_for(call.rows * call.C < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int) {
+    if (call.double_compute) {
+      statistics_of_row<double>(call, values, i, bad_label);
+    } else {
+      statistics_of_row<float>(call, values, i, bad_label);
+    }
+  });
+  return bad_label.outcome();
+}
+
+void head_chunk_weights(const HeadChunk& call) {
+  const Values values(call);
+  parallel_for(call.rows * (call.C + call.D) < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int thread) {
+    if (call.double_compute) {
+      weights_of_row<double>(call, values, i, thread);
+    } else {
+      weights_of_row<float>(call, values, i, thread);
+    }
+  });
+}
+
+}  // namespace flatcore::cpu::FLATCORE_TARGET

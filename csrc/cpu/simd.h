@@ -1,0 +1,152 @@
+// SIMD vectors of the CPU target this file is compiled for, as compiler vector types; included by target sources only.
+//
+// Everything lives in the target's namespace or is forced inline: see math/portable.h for why.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/element.h"
+#include "math/exp_log.h"
+
+#if defined(FLATCORE_TARGET_avx512) || defined(FLATCORE_TARGET_avx2)
+#include <immintrin.h>
+#endif
+
+namespace flatcore::cpu::FLATCORE_TARGET {
+
+#if defined(FLATCORE_TARGET_avx512)
+constexpr int kVectorBytes = 64;
+#elif defined(FLATCORE_TARGET_avx2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float FloatV __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64V __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32V __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16V __attribute__((vector_size(kVectorBytes / 2)));
+typedef float HalfFloatV __attribute__((vector_size(kVectorBytes / 2)));  // as many floats as a DoubleV has doubles
+
+constexpr int kFloats = kVectorBytes / 4;
+constexpr int kDoubles = kVectorBytes / 8;
+
+template <class C>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using Type = FloatV;
+  using Index = Int32V;
+  static constexpr int kLanes = kFloats;
+};
+template <>
+struct VectorOf<double> {
+  typedef int64_t Int64V __attribute__((vector_size(kVectorBytes)));
+  using Type = DoubleV;
+  using Index = Int64V;
+  static constexpr int kLanes = kDoubles;
+};
+
+template <class V, class T>
+FLATCORE_INLINE V load_unaligned(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <class V, class T>
+FLATCORE_INLINE void store_unaligned(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+// Scalar conversions, exact.
+FLATCORE_INLINE float widen(BHalf x) { return math::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+FLATCORE_INLINE float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000U) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 31U;
+  const uint32_t mantissa = x.bits & 1023U;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float
+    const float magnitude = static_cast<float>(static_cast<int>(mantissa)) * 0x1p-24F;
+    return sign ? -magnitude : magnitude;
+  }
+  const uint32_t bits = exponent == 31 ? 0x7f800000U | (mantissa << 13) : ((exponent + 112U) << 23) | (mantissa << 13);
+  return math::bit_cast<float>(sign | bits);
+}
+FLATCORE_INLINE float widen(float x) { return x; }
+FLATCORE_INLINE double widen(double x) { return x; }
+
+// kLanes consecutive elements of any type as a vector of the compute type C.
+template <class C>
+struct Load;
+template <>
+struct Load<float> {
+  FLATCORE_INLINE FloatV from(const float* p) { return load_unaligned<FloatV>(p); }
+  FLATCORE_INLINE FloatV from(const BHalf* p) {
+    const UInt16V bits = load_unaligned<UInt16V>(p);
+    return math::bit_cast<FloatV>(__builtin_convertvector(bits, UInt32V) << 16U);
+  }
+  FLATCORE_INLINE FloatV from(const Half* p) {
+#if defined(FLATCORE_TARGET_avx512)
+    // the masked form: GCC 12 warns of an uninitialised value inside the plain one
+    return math::bit_cast<FloatV>(_mm512_maskz_cvtph_ps(0xffff, load_unaligned<__m256i>(p)));
+#elif defined(FLATCORE_TARGET_avx2)
+    return math::bit_cast<FloatV>(_mm256_cvtph_ps(load_unaligned<__m128i>(p)));
+#else
+    FloatV v = {};
+    for (int lane = 0; lane < kFloats; ++lane) v[lane] = widen(p[lane]);
+    return v;
+#endif
+  }
+};
+template <>
+struct Load<double> {
+  FLATCORE_INLINE DoubleV from(const double* p) { return load_unaligned<DoubleV>(p); }
+  FLATCORE_INLINE DoubleV from(const float* p) {
+    return __builtin_convertvector(load_unaligned<HalfFloatV>(p), DoubleV);
+  }
+  template <class H>
+  FLATCORE_INLINE DoubleV from(const H* p) {
+    DoubleV v = {};
+    for (int lane = 0; lane < kDoubles; ++lane) v[lane] = widen(p[lane]);
+    return v;
+  }
+};
+
+template <class V>
+FLATCORE_INLINE V absolute(V x) {
+  return x < 0 ? -x : x;  // NaN stays NaN; -0 becomes... -0, which adds and compares as 0
+}
+
+// Sum of the lanes in a fixed order.
+template <class V>
+FLATCORE_INLINE double sum_lanes(V v) {
+  double sum = 0.0;
+  for (size_t lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += static_cast<double>(v[lane]);
+  return sum;
+}
+
+// Calls f with a typed null pointer of the element type: the one switch over dtypes.
+template <class F>
+FLATCORE_INLINE void with_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return f(static_cast<const Half*>(nullptr));
+    case Dtype::kBFloat16:
+      return f(static_cast<const BHalf*>(nullptr));
+    case Dtype::kFloat32:
+      return f(static_cast<const float*>(nullptr));
+    case Dtype::kFloat64:
+      return f(static_cast<const double*>(nullptr));
+  }
+}
+
+}  // namespace flatcore::cpu::FLATCORE_TARGET
+
+namespace flatcore::math {
+template <>
+struct Shape<flatcore::cpu::FLATCORE_TARGET::DoubleV> {
+  using Bits = flatcore::cpu::FLATCORE_TARGET::UInt64V;
+};
+}  // namespace flatcore::math

@@ -1,0 +1,29 @@
+// The CPU targets: which were compiled, which this processor has, and the table of their kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/head_metrics.h"
+#include "cpu/row_norms.h"
+
+namespace flatcore::cpu {
+
+struct Target {
+  const char* name;
+  bool (*supported)();
+  Outcome (*head_metrics)(const HeadMetrics&);
+  void (*head_summary)(const HeadSummary&);
+  void (*head_distances)(const HeadDistances&);
+  Outcome (*head_chunk_statistics)(const HeadChunk&);
+  void (*head_chunk_weights)(const HeadChunk&);
+  void (*row_norms)(const RowNorms&);
+};
+
+// Compiled and supported here, the narrowest first.
+const std::vector<const Target*>& usable_targets();
+
+// The target of that name, or for an empty name the widest usable one; null if there is no such usable target.
+const Target* find_target(const std::string& name);
+
+}  // namespace flatcore::cpu

@@ -1,0 +1,47 @@
+"""What was built, what is usable and what would run."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import _backend, _native, cuda
+
+__version__ = metadata.version("flatcore")
+
+
+def show_config() -> dict[str, Any]:
+    """Build and run-time configuration, as a dictionary.
+
+    Returns:
+        ``version``; ``backend`` (the setting) and ``cpu_backend`` (what it means for CPU tensors: ``"native"`` or
+        ``"reference"``); ``cpu_targets`` (compiled and supported here), ``cpu_target`` (the one that runs);
+        ``cuda_built``, ``cuda_available``; ``path`` (``"auto"``, or the forced one) and ``last_path`` (how the last native
+        call ran: ``"fused"``, ``"chunked"`` or None); ``fused_limits`` and ``workspace_bytes`` (what decides between
+        them, and the bound of a chunk's buffers); ``threads``, ``torch``, ``compiler`` and ``extension`` (its file).
+
+    Example:
+        >>> import flatcore
+        >>> flatcore.show_config()["workspace_bytes"]
+        67108864
+    """
+    core = _backend._core
+    return {
+        "version": __version__,
+        "backend": _backend.selected,
+        "cpu_backend": "native" if core is not None and _backend.selected != "reference" else "reference",
+        "cpu_targets": tuple(core.cpu_targets()) if core is not None else (),
+        "cpu_target": None if core is None else core.cpu_target(_backend.cpu_target),
+        "cuda_built": cuda.is_built(),
+        "cuda_available": cuda.is_available(),
+        "path": _native.forced_path or "auto",
+        "last_path": _native.last_path,
+        "fused_limits": {"classes": _native.FUSED_CLASSES, "weight_bytes": _native.FUSED_WEIGHT_BYTES},
+        "workspace_bytes": _native.WORKSPACE_BYTES,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "compiler": None if core is None else core.COMPILER,
+        "extension": None if core is None else core.__file__,
+    }

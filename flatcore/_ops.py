@@ -1,0 +1,122 @@
+"""The torch.library operators, and the one place that decides between a direct call, an operator and the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _backend, _native, reference
+
+_HEAD_METRICS = (
+    "head_metrics(Tensor features, Tensor linear_weight, Tensor? linear_bias, Tensor? logits, Tensor? target, "
+    "float temperature, int ignore_index, bool include_bias, int norm_power, int fields, bool wide_result) "
+    "-> (Tensor, Tensor)"
+)
+_ROW_NORMS = "row_norms(Tensor x, float[] ord) -> Tensor"
+
+
+def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    implementation = _native if _backend.uses_native(features.device.type) else reference
+    return implementation.head_metrics(features, linear_weight, *rest)
+
+
+def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
+    implementation = _native if _backend.uses_native(x.device.type) else reference
+    return implementation.row_norms(x, tuple(ord))
+
+
+def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias,
+                       norm_power, fields, wide_result):  # fmt: skip
+    wide = wide_result or any(
+        x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits)
+    )
+    n = features.shape[0]
+    values = features.new_empty((int(fields).bit_count(), n), dtype=torch.float64 if wide else torch.float32)
+    return values, features.new_empty((n,), dtype=torch.int64)
+
+
+def _fake_row_norms(x, ord):
+    return x.new_empty((len(ord), x.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _register() -> torch.library.Library | None:
+    """Define the operators once per process: a second import of the package finds them and keeps them."""
+    library = torch.library.Library("flatcore", "FRAGMENT")
+    try:
+        library.define(_HEAD_METRICS)
+    except RuntimeError as error:
+        if "same name" not in str(error) and "multiple times" not in str(error):
+            raise
+        return None
+    library.define(_ROW_NORMS)
+    for name, run, fake in (
+        ("head_metrics", _run_head_metrics, _fake_head_metrics),
+        ("row_norms", _run_row_norms, _fake_row_norms),
+    ):
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flatcore::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()  # the operators live as long as this object
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether a call may read the tensors' addresses without going through the dispatcher.
+
+    Anything that changes what a tensor means (a subclass, a mode, a transform, tracing, a tangent, a lazy negation, a
+    freed storage) makes its raw address wrong or dangerous, so then the operator is called.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.version.hip is not None
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if (
+            (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+            or x.layout is not torch.strided
+            or x.device.type not in ("cpu", "cuda")
+            or (grad and x.requires_grad)
+            or x.is_neg()
+            or x.is_conj()
+        ):
+            return False
+    return True
+
+
+def head_metrics(
+    features: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logits: Tensor | None,
+    target: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    include_bias: bool,
+    norm_power: int,
+    fields: int,
+    wide_result: bool,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample statistics of 2-D inputs: the chosen fields (K, N), and the prediction (N,)."""
+    arguments = (features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias,
+                 norm_power, fields, wide_result)  # fmt: skip
+    if is_direct(features, linear_weight, linear_bias, logits, target):
+        return _run_head_metrics(*arguments)
+    return torch.ops.flatcore.head_metrics(*arguments)
+
+
+def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
+    """Norms of every row of a 2-D tensor, (len(ord), N)."""
+    if is_direct(x):
+        return _run_row_norms(x, ord)
+    return torch.ops.flatcore.row_norms(x, ord)

@@ -1,0 +1,108 @@
+"""Checks of arguments: each error names the argument, what was required and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return type(tensor).__name__ in ("DTensor", "ShardedTensor")
+
+
+def check_tensor(tensor: Tensor, name: str) -> None:
+    """Refuse by name the kinds of tensor whose numbers could not be read rightly."""
+    if _is_dtensor(tensor):
+        raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested tensor; pass its rows with {name}.values()")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} must not be quantized, got {tensor.dtype}; pass {name}.dequantize()")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must have a strided layout, got {tensor.layout}; pass {name}.to_dense()")
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(f"{name} carries a forward-mode tangent, which flatcore does not propagate; "
+                         "pass torch.autograd.forward_ad.unpack_dual(...).primal")
+    if type(tensor) in (Tensor, torch.nn.Parameter) and not _storage_covers(tensor):
+        raise ValueError(f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
+                         f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)")
+
+
+def _storage_covers(tensor: Tensor) -> bool:
+    """Whether the storage holds every element of the view (FSDP frees a storage and keeps its views)."""
+    if tensor.numel() == 0 or tensor.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Only float16, bfloat16, float32 and float64."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_no_grad(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor that requires gradient while grad mode is on: nothing is detached silently."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires gradient, which flatcore does not propagate yet: "
+                         f"pass {name}.detach(), or call under torch.no_grad()")
+
+
+def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Require all tensors on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {tensor.device}")
+
+
+def check_number(value: Any, name: str) -> float:
+    """Return a Python number that is no bool, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    return float(value)
+
+
+def check_temperature(value: Any) -> float:
+    """Return a finite number above 0."""
+    number = check_number(value, "temperature")
+    if not (0 < number < math.inf):
+        raise ValueError(f"temperature must be finite and above 0, got {value!r}")
+    return number
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """Return a bool, and refuse what only looks like one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
+    return value
+
+
+def check_integer(value: Any, name: str) -> int:
+    """Return a Python integer that is no bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+    return value
+
+
+def check_option(value: Any, name: str, options: tuple[Any, ...]) -> Any:
+    """Return one of a fixed set."""
+    try:
+        known = not isinstance(value, bool) and value in options
+    except (TypeError, RuntimeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value

@@ -1,0 +1,84 @@
+"""The implementations under test: each by force, each proved to have run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import flatcore
+from flatcore import _backend, _native
+
+TARGETS = ("baseline", "avx2", "avx512")
+PATHS = ("reference", *(f"{kind}-{target}" for kind in ("fused", "chunked") for target in TARGETS))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options that turn an absence into a failure."""
+    group = parser.getgroup("flatcore")
+    group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
+    group.addoption(
+        "--require-target",
+        action="append",
+        default=[],
+        choices=TARGETS,
+        metavar="NAME",
+        help=f"fail, instead of skip, where this CPU target cannot run ({', '.join(TARGETS)}); may be repeated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse at once, so that a run that expects the kernels never passes without them."""
+    if config.getoption("--require-native") and not _backend.is_native_built():
+        raise pytest.UsageError("--require-native: flatcore was installed without its compiled extension")
+
+
+def pytest_report_header() -> str:
+    """Say which kernels this run can reach."""
+    config = flatcore.show_config()
+    return f"flatcore: extension {config['extension']}, CPU targets {', '.join(config['cpu_targets']) or 'none'}"
+
+
+def _require(target: str, config: pytest.Config) -> None:
+    """Skip where the processor lacks the target; fail where it was required, or where nothing was compiled."""
+    if not _backend.is_native_built():
+        pytest.fail("the compiled extension is absent, so this path could not be tested", pytrace=False)
+    if target not in flatcore.show_config()["cpu_targets"]:
+        message = f"CPU target {target} is not compiled or not supported by this processor"
+        if target in config.getoption("--require-target"):
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the path that head_metrics is forced on; after the test the library must say that it ran."""
+    name: str = request.param
+    if name == "reference":
+        with flatcore.backend("reference"):
+            _native.last_path = None
+            yield name
+            assert flatcore.show_config()["last_path"] is None, "a native kernel ran under backend('reference')"
+        return
+    kind, target = name.split("-")
+    _require(target, request.config)
+    with flatcore.backend("native"), _native.forced(path=kind, cpu=target):
+        _native.last_path = None
+        yield name
+        config = flatcore.show_config()
+        assert (config["last_path"], config["cpu_target"]) == (kind, target), "another path ran than the forced one"
+
+
+@pytest.fixture(params=("reference", *TARGETS))
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CPU target that row_norms, which has one path, is forced on."""
+    name: str = request.param
+    if name == "reference":
+        with flatcore.backend("reference"):
+            yield name
+        return
+    _require(name, request.config)
+    with flatcore.backend("native"), _native.forced(cpu=name):
+        yield name
+        config = flatcore.show_config()
+        assert (config["cpu_backend"], config["cpu_target"]) == ("native", name), "another target ran than the forced one"
