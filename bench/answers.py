@@ -1,15 +1,16 @@
 """Are the answers right: on a subset of rows, against the reference formulas in float64.
 
-flatcore (native, reference) is held to its contract: float32 logs within 4e-6 + 4 units in the last place, linear values
-within the same as a relative error, plus the rounding of the dot product that gives the logits.
-The rivals are held to what their formula can give in float32: the absolute rounding of 1 - sum p^2 and of the Gram form,
-summed worst case over the lengths of their sums. A wrong formula fails; a confident row that comes out 0 does not, it is
-counted in the column *rows right to 1 %*.
+flatcore (native, reference) is held to its contract by the tests' own function, ``tests/tolerance.py``.
+The rivals are held to what their formula can give in float32: the absolute rounding of 1 - sum p^2 and of the Gram
+form, summed worst case over the lengths of their sums. A wrong formula fails; a confident row that comes out 0 does
+not, it is counted in the column *rows right to 1 %*.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from works import Candidate, Inputs, Work
 
 from flatcore import HeadMetrics, reference
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from tolerance import tolerance
+
 U = 2.0**-24  # unit roundoff of float32
-ULP = 2.0**-23
-BASE = 4e-6
 
 _RIVAL_FIELDS = ("prediction", "confidence", "margin", "one_minus_confidence", "feature_norm", "hessian_trace",
                  "layerwise", "neuronwise", "loss", "feature_gradient_norm")  # fmt: skip
@@ -53,7 +55,15 @@ class Truth:
         phi, w, b = (v.double().abs() for v in self.x[:3])
         terms = (torch.addmm(b, phi, w.T)).amax(1)  # max_j(sum_d |phi_d w_jd| + |b_j|)
         self.dot = 2 * (2 * math.sqrt(work.D) + 4) * U * terms
-        self.largest_logit = torch.addmm(self.x.linear_bias, self.x.features, self.x.linear_weight.T).abs().amax(1).double()
+        z = torch.addmm(*(v.double() for v in (self.x.linear_bias, self.x.features, self.x.linear_weight.T)))
+        self.largest_logit = z.abs().amax(1)
+        self.condition = torch.ones_like(self.dot)
+        if work.question == "all fields":
+            # how much a relative error of the p_j is magnified in the gradient's norm; distances from differences, as a
+            # rounded ||w_y - w_y|| would outweigh all others in a confident row
+            rows = self.x.linear_weight.double()
+            terms = z.softmax(1) * torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")[self.x.target]
+            self.condition = terms.sum(1) / self.fields["log_feature_gradient_norm"].exp()
 
     def check(self, candidate: Candidate, answer: Any) -> float | None:
         """Raise if a candidate's answer is outside its bounds; return the share of rows right to 1 % in the main field.
@@ -63,18 +73,18 @@ class Truth:
         """
         question = self.work.question
         if candidate.role == "neighbour":
-            slack = self.dot + 4 * (self.work.C + 8 + self.largest_logit) * U
-            self._within(candidate, "loss", answer[self.index], self.fields["loss"], slack + BASE * self.fields["loss"])
+            self._within(candidate, "loss", answer[self.index], self.fields["loss"], self._naive("loss"))
             return None
         if question == "row norms":
-            # a rival's sum of K float32 terms, worst case; flatcore sums in float64
-            relative = BASE if candidate.is_exact else (self.work.D + 4) * U
-            got = answer[:, self.index]
+            got, k = answer[:, self.index], self.work.D
+            exact = tolerance("row_norm", None, None, torch.float32, terms=k).relative if candidate.is_exact else None
+            # a rival sums K float32 terms: worst case
+            relative = (k + 4) * U if exact is None else exact
             self._within(candidate, "norms", got, self.norms, relative * self.norms)
             return _share_right(got, self.norms)
         if question == "mean layerwise":
             truth = self.fields["log_layerwise"].exp()
-            slack = truth * self._exact("log_layerwise").expm1() if candidate.is_exact else self._naive("layerwise")
+            slack = self._exact("layerwise") if candidate.is_exact else self._naive("layerwise")
             # the float32 mean over N rows adds at most N roundings
             slack = (slack + truth * self.work.N * U).mean()
             self._within(candidate, question, answer.reshape(1), truth.mean().reshape(1), slack.reshape(1))
@@ -102,29 +112,25 @@ class Truth:
             wrong = (got != self.prediction) & clear
             assert not wrong.any(), f"{self.work.key}, {candidate.name}: {int(wrong.sum())} predictions differ"
             return
-        if name.startswith("log_"):
-            self._within(candidate, name, got, self.fields[name], self._exact(name))
-            return
-        if name in ("confidence", "margin", "loss"):
-            truth = self.fields[name]
+        truth = self._truth(name)
+        if candidate.is_exact:
+            slack = self._exact(name)
         else:
-            truth = self.fields[f"log_{name}"].exp()
-        if not candidate.is_exact:
             slack = self._naive(name)
             if name == "feature_gradient_norm":  # the Gram form gives its square
                 got, truth = got.double() ** 2, truth**2
-        elif name in ("confidence", "margin"):
-            slack = self.dot + (BASE + 4 * ULP) * truth
-        elif name == "loss":
-            slack = (BASE + 4 * ULP + self.dot) * truth + torch.where(self.prediction == self.x.target, 0.0, self.dot)
-        else:
-            slack = truth * self._exact(f"log_{name}").expm1()
         self._within(candidate, name, got, truth, slack)
 
+    def _truth(self, name: str) -> Tensor:
+        return self.fields[name] if name in self.fields else self.fields[f"log_{name}"].exp()
+
     def _exact(self, name: str) -> Tensor:
-        truth = self.fields[name]
-        dot = 0 if name == "log_feature_norm" else self.dot
-        return BASE + 4 * ULP * truth.abs() + dot
+        truth, plain = self._truth(name), name.removeprefix("log_")
+        log = self.fields[f"log_{plain}"] if f"log_{plain}" in self.fields else truth.log()
+        linear = self.fields[plain] if plain in self.fields else log.exp()
+        bound = tolerance(name, linear.numpy(), log.numpy(), torch.float32, logit_error=self.dot.numpy(),
+                          condition=self.condition.numpy() if "gradient" in name else 1.0)  # fmt: skip
+        return torch.as_tensor(bound.absolute + bound.relative * truth.abs().numpy())
 
     def _naive(self, name: str) -> Tensor:
         c, d, x = self.work.C, self.work.D, self.x

@@ -1,8 +1,8 @@
 """What the machine can do at best, and the limit of each work in seconds that follows from it.
 
-A work's limit is made of probes, run in the same rounds as the candidates: reads of the work's own matrix, products of a
-size at which the library is fastest, the work's own products, or an empty operator. Of several probes of one kind the
-fastest counts. The limit knows nothing about how flatcore works.
+A work's limit is made of probes, run in the same rounds as the candidates: reads of the work's own matrix, products of
+a size at which the library is fastest, the work's own products, or an empty operator. Of several probes of one kind
+the fastest counts. The limit knows nothing about how flatcore works.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Limit:
 
 
 def read_probes(x: Tensor) -> list[Probe]:
-    """Reads of a whole matrix (N, K); a copy counts the bytes read and the bytes written."""
+    """Return reads of a whole matrix (N, K); a copy counts the bytes read and the bytes written."""
     nbytes = x.numel() * x.element_size()
     flat, copy = x.view(-1), torch.empty_like(x)
     return [
@@ -76,7 +76,7 @@ _LIBRARIES: list[torch.library.Library] = []  # operators live as long as their 
 
 
 def work_probes(work: Work, x: Inputs) -> list[Probe]:
-    """The probes that this work's limit is made of."""
+    """Return the probes that this work's limit is made of."""
     if work.question == "row norms":
         return read_probes(x.features)
     if work.question == "all fields":
@@ -93,8 +93,15 @@ def work_probes(work: Work, x: Inputs) -> list[Probe]:
     return probes
 
 
-def limit(work: Work, probes: list[Probe], seconds: list[float]) -> Limit:
-    """Put a work's limit together from its probes and the median of each."""
+def limit(work: Work, probes: list[Probe], seconds: list[float], machine: list[tuple[str, float, str]]) -> Limit:
+    """Put a work's limit together from its probes and the median of each.
+
+    Args:
+        work: whose limit.
+        probes: of :func:`work_probes`.
+        seconds: the median of each.
+        machine: kind, rate and name of the probes that were run before all works: the fastest counts, whenever it ran.
+    """
     if work.question == "mean layerwise":
         return Limit(seconds[0], "an operator that does nothing, through torch.library")
     own = [(p, s) for p, s in zip(probes, seconds, strict=True) if p.kind == "own product"]
@@ -104,7 +111,7 @@ def limit(work: Work, probes: list[Probe], seconds: list[float]) -> Limit:
     best = {}
     for kind in ("read", "product"):
         rated = [(p.rate(s), p.name) for p, s in zip(probes, seconds, strict=True) if p.kind == kind]
-        best[kind] = max(rated, default=(float("nan"), ""))
+        best[kind] = max(rated + [(rate, name) for k, rate, name in machine if k == kind])
     nbytes = 4.0 * work.N * work.D
     read = nbytes / best["read"][0] / 1e9
     text = f"read {nbytes / 1e6:.0f} MB at {best['read'][0]:.1f} GB/s ({best['read'][1]}): {read * 1e3:.2f} ms"

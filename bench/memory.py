@@ -1,7 +1,7 @@
 """Peak memory of one call above its inputs and outputs: run as a fresh process per candidate.
 
-Inputs are made, a call on a few rows warms the libraries up, freed memory goes back to the system, the kernel's high-water
-mark of resident memory is reset; then: peak = VmHWM after the call - VmRSS before it - bytes of the outputs.
+Inputs are made, a call on a few rows warms the libraries up, freed memory goes back to the system, the kernel's
+high-water mark of resident memory is reset; then: peak = VmHWM after the call - VmRSS before it - bytes of the outputs.
 Whatever a library keeps from its first large call counts. A torch.compile candidate is warmed up on the full inputs
 instead, else its compilation would be measured. Transient buffers smaller than a page run are seen to about 1 MB.
 
@@ -39,7 +39,7 @@ def peak_megabytes(key: str, name: str, *, threads: int, quick: bool) -> float |
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
+    """Read a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

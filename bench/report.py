@@ -41,7 +41,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
-    console = Console(width=150)
+    console = Console(width=160)
     origin = provenance()
     _show_origin(console, origin)
     if origin["extension_stale"] and arguments.native:
@@ -54,7 +54,8 @@ def main() -> None:
     for probe in report["probes"]:
         console.print(f"{probe['name']:<28} {probe['median_s'] * 1e3:9.2f} ms {probe['rate']:8.1f} {probe['unit']}")
     for work in selected:
-        entry = _measure(work.quick() if arguments.quick else work, arguments)
+        machine = [(p["kind"], p["rate"], p["name"]) for p in report["probes"]]
+        entry = _measure(work.quick() if arguments.quick else work, arguments, machine)
         report["works"].append(entry)
         console.print(_table(entry))
         console.print(f"limit: {entry['limit']['text']}\n")
@@ -69,16 +70,16 @@ def main() -> None:
 
 
 CACHE_NOTE = (
-    "caches are as the candidate before left them: W1 to W5 are cold by nature (their inputs of 77 to 308 MB exceed the "
-    "last-level cache), W6 is warm (its inputs of 0.3 MB stay in the second level)"
+    "caches are as the candidate before left them: W1 to W5 are cold by nature (their inputs of 77 to 308 MB exceed "
+    "the last-level cache), W6 is warm (its inputs of 0.3 MB stay in the second level)"
 )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--works", help="comma-separated: W1, W3-trace, ... (default: all)")
-    parser.add_argument("--quick", action="store_true",
-                        help="smoke test in seconds: few rows, 3 rounds, no compile, no memory; never quote its figures")  # fmt: skip
+    quick = "smoke test in seconds: few rows, 3 rounds, no compile, no memory; never quote its figures"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", help="JSON file to write; a Markdown table is written beside it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-native", dest="native", action="store_false", help="only the rivals and the limits")
@@ -91,12 +92,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _probe_machine(quick: bool) -> list[dict[str, Any]]:
-    """The machine's own figures: reads and copies of a buffer beyond the caches, square products."""
+    """Time the machine's own figures: reads and copies of a buffer beyond the caches, square products."""
     x = torch.randn(64 if quick else 512, 150_528, generator=torch.Generator().manual_seed(works.SEED))
     probes = limits.read_probes(x) + limits.product_probes((1024,) if quick else (1024, 2048, 3072))
     times = _rounds([probe.run for probe in probes], [1] * len(probes), [3 if quick else 9] * len(probes))
     return [
-        {"name": p.name, "median_s": statistics.median(t), "rate": p.rate(statistics.median(t)),
+        {"name": p.name, "kind": p.kind, "median_s": statistics.median(t), "rate": p.rate(statistics.median(t)),
          "unit": "GB/s" if p.kind == "read" else "GFLOP/s"}
         for p, t in zip(probes, times, strict=True)
     ]  # fmt: skip
@@ -130,7 +131,8 @@ class _Kept:
         self.answer = self.run(self.x)
 
 
-def _measure(work: works.Work, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(work: works.Work, arguments: argparse.Namespace, machine: list[tuple[str, float, str]]) -> dict[str, Any]:
+
     x = works.inputs(work)
     truth = answers.Truth(work, x)
     candidates = works.candidates(work, native=arguments.native, compile=arguments.compile)
@@ -145,11 +147,12 @@ def _measure(work: works.Work, arguments: argparse.Namespace) -> dict[str, Any]:
     slow = [candidate.role == "reference" for candidate in candidates]
     times = _rounds(
         [probe.run for probe in probes] + ran,
-        [work.calls if probe.kind == "null operator" else 1 for probe in probes] + [1 if s else work.calls for s in slow],
+        [work.calls if probe.kind == "null operator" else 1 for probe in probes]
+        + [1 if s else work.calls for s in slow],
         [work.rounds] * len(probes) + [few if s else work.rounds for s in slow],
     )
     right = [truth.check(candidate, kept.answer) for candidate, kept in zip(candidates, ran, strict=True)]
-    limit = limits.limit(work, probes, [statistics.median(t) for t in times[: len(probes)]])
+    limit = limits.limit(work, probes, [statistics.median(t) for t in times[: len(probes)]], machine)
     times = times[len(probes) :]
     eager = min(statistics.median(t) for c, t in zip(candidates, times, strict=True) if c.role == "eager")
     rows = []
@@ -190,18 +193,34 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-HEADINGS = ("", "median", "10 % - 90 %", "times limit", "best eager / this", "peak MB", "rows right to 1 %", "ran")
+def _interval(low: float, high: float) -> str:
+    if high < 1e-3:
+        return f"{low * 1e6:.1f} - {high * 1e6:.1f} µs"
+    return f"{low * 1e3:.2f} - {high * 1e3:.2f} ms"
+
+
+HEADINGS = (
+    "",
+    "median",
+    "10 % - 90 %",
+    "times limit",
+    "best eager / this",
+    "peak MB",
+    "rows right to 1 %",
+    "rounds",
+    "ran",
+)
 
 
 def _lines(entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    lines = [("limit", _time(entry["limit"]["seconds"]), "", "1.00", "", "", "", "")]
+    lines = [("limit", _time(entry["limit"]["seconds"]), "", "1.00", "", "", "", "", "")]
     for row in entry["rows"]:
         lines.append((
-            row["name"], _time(row["median_s"]), f"{_time(row['p10_s'])} - {_time(row['p90_s'])}",
+            row["name"], _time(row["median_s"]), _interval(row["p10_s"], row["p90_s"]),
             f"{row['times_limit']:.2f}", f"{row['best_eager_over_this']:.2f}",
             "" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}",
             "" if row["share_right_1pct"] is None else f"{100 * row['share_right_1pct']:.0f} %",
-            f"{row['path'] or ''} ({row['rounds']} rounds)".strip(),
+            str(row["rounds"]), row["path"] or "",
         ))  # fmt: skip
     return lines
 
@@ -209,7 +228,7 @@ def _lines(entry: dict[str, Any]) -> list[tuple[str, ...]]:
 def _table(entry: dict[str, Any]) -> Table:
     table = Table(title=entry["title"] + (" (information, no goal yet)" if entry["information"] else ""))
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("", "ran") else "right")
+        table.add_column(heading, justify="left" if heading in ("", "ran") else "right", no_wrap=True)
     for line in _lines(entry):
         table.add_row(*line)
     return table

@@ -5,10 +5,11 @@ plain forms were timed, and only the fastest are kept. The rule: whoever finds a
 
 What was tried, in milliseconds, on 2 cores of an AMD EPYC with AVX-512 (torch 2.13):
 
-- all fields, N=100,000, D=512, C=10: row-major logits 42; class-major logits (W features^T) 56; row chunks of 1024 to 8192
-  48-68; blocks of 1000 rows through one batched product, class-major within the block, 25-29 (MKL is slow on a
-  product with ten columns: 32 of the 42; ten rows in each of a hundred products takes less). Compiled: row-major 33,
-  class-major 51, blocks 21-23. ``topk(2)`` for the margin costs more than ``max``, ``scatter`` and ``amax``.
+- all fields, N=100,000, D=512, C=10: row-major logits 42; class-major logits (W features^T) 56; row chunks of 1024 to
+  8192 48-68; blocks of 1000 rows through one batched product, class-major within the block, 25-29 (the product alone
+  takes 32 of the 42: the library splits one with ten columns badly). Compiled: row-major 33, class-major 51, blocks
+  21-23. N=50,000, D=640, C=100: rows 88-105, blocks 77-93; compiled 88-94 and 67. ``topk(2)`` for the margin costs
+  more than ``max``, ``scatter`` and ``amax``.
 - squared norms: ``vector_norm`` 6, ``einsum`` 31, ``linalg.vecdot`` 62.
 - trace, N=8192, D=2048, C=1000: softmax and ``vector_norm`` of p 170; ``log_softmax().exp()`` and sum of squares 185;
   row chunks 170. Neuronwise: Gram matrix 280; ``p @ W`` 368.
@@ -37,9 +38,10 @@ ROWS_IN_CACHE = 16  # of the row-norm matrix: 10 MB, a third of the machine's L3
 
 
 def all_fields_rows(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Ten values per row, logits row-major: prediction, confidence, margin, 1 - confidence, ||phi||, trace, layerwise,
-    neuronwise, loss, gradient norm.
-    """  # fmt: skip
+    """Return ten values per row, from row-major logits.
+
+    Prediction, confidence, margin, 1 - confidence, ||phi||, trace, layerwise, neuronwise, loss, gradient norm.
+    """
     z = linear(features, weight, bias)  # (N, C)
     log_p = z.log_softmax(1)
     p = log_p.exp()
@@ -60,7 +62,7 @@ def all_fields_rows(features: Tensor, weight: Tensor, bias: Tensor, target: Tens
 
 
 def all_fields_blocks(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The same ten values from blocks of 1000 rows in one batched product, class-major within the block."""
+    """Return the same ten values from blocks of 1000 rows in one batched product, class-major within the block."""
     count, classes = features.shape[0], weight.shape[0]
     blocks = count // ROWS_PER_BLOCK if count % ROWS_PER_BLOCK == 0 else 1
     phi = features.view(blocks, -1, features.shape[1])
@@ -104,7 +106,11 @@ def neuronwise_gram(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def neuronwise_mean(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """||phi||^2 Var_p(w) of each row, (N,), through the mean row p W: fewer operations where C > D."""
     p = linear(features, weight, bias).softmax(1)
-    norm, norm_mean, norm_rows = vector_norm(features, dim=1), vector_norm(p @ weight, dim=1), vector_norm(weight, dim=1)
+    norm, norm_mean, norm_rows = (
+        vector_norm(features, dim=1),
+        vector_norm(p @ weight, dim=1),
+        vector_norm(weight, dim=1),
+    )
     return norm * norm * (p @ (norm_rows * norm_rows) - norm_mean * norm_mean)
 
 
@@ -130,7 +136,7 @@ def row_norms_three_calls(x: Tensor) -> Tensor:
 
 
 def row_norms_in_cache(x: Tensor) -> Tensor:
-    """The same, a few rows at a time through one buffer: the second, third and fourth pass stay in the cache."""
+    """Return the same, a few rows at a time through one buffer: all passes but the first stay in the cache."""
     out, buffer = x.new_empty(3, x.shape[0]), torch.empty_like(x[:ROWS_IN_CACHE])
     for start in range(0, x.shape[0], ROWS_IN_CACHE):
         rows = x[start : start + ROWS_IN_CACHE]
@@ -143,7 +149,7 @@ def row_norms_in_cache(x: Tensor) -> Tensor:
 
 
 def row_norms_sums(x: Tensor) -> Tensor:
-    """The three sums as torch.compile fuses them into one read."""
+    """Return the three sums as torch.compile fuses them into one read."""
     a = x.abs()
     return torch.stack([a.sum(1), (x * x).sum(1).sqrt(), a.amax(1)])
 
@@ -161,7 +167,7 @@ EAGER: dict[str, dict[str, Rival]] = {
 
 
 def compiled(question: str) -> tuple[str, Rival]:
-    """The form that torch.compile makes fastest, compiled for fixed shapes, and its name."""
+    """Return the form that torch.compile makes fastest, compiled for fixed shapes, and its name."""
     if question == "all fields":
         return "blocks", torch.compile(all_fields_blocks, dynamic=False)
     if question == "row norms":

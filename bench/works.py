@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
     target: Tensor | None = None  # (N,)
 
     def rows(self, index: Tensor) -> Inputs:
-        """The chosen rows."""
+        """Return the chosen rows."""
         target = None if self.target is None else self.target[index]
         return self._replace(features=self.features[index], target=target)
 
@@ -49,16 +49,12 @@ class Work:
     def number(self) -> str:
         return self.key.partition("-")[0]
 
-    @property
-    def input_bytes(self) -> int:
-        return 4 * (self.N * self.D + self.C * self.D + self.C)
-
     def __str__(self) -> str:
         sizes = f"N={self.N:,}, K={self.D:,}" if self.C == 0 else f"N={self.N:,}, D={self.D:,}, C={self.C:,}"
         return f"{self.key}: {self.question}, {sizes}, float32"
 
     def quick(self) -> Work:
-        """A smoke test of the same code: a 16th of the rows, 3 rounds. Its times mean nothing."""
+        """Return a smoke test of the same code: a 16th of the rows, 3 rounds. Its times mean nothing."""
         rows = self.N if self.calls > 1 else max(self.N // 16, 32)
         return replace(self, N=rows, rounds=3, calls=min(self.calls, 20))
 
@@ -173,6 +169,6 @@ def candidates(work: Work, *, native: bool = True, compile: bool = True) -> list
         name, form = rivals.compiled(question)
         found.append(Candidate(f"torch.compile, {name}", "compile", partial(_rival, question, form)))
     if work.number == "W3" and hasattr(torch.nn.functional, "linear_cross_entropy"):
-        found.append(Candidate("F.linear_cross_entropy (loss only)", "neighbour", _linear_cross_entropy))
+        found.append(Candidate("F.linear_cross_entropy", "neighbour", _linear_cross_entropy))
     found.append(Candidate("reference", "reference", partial(_flatcore, question, "reference")))
     return found

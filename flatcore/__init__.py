@@ -5,17 +5,17 @@ from pkgutil import extend_path
 # In a source tree the compiled extension lies in the installed package: let both be one package.
 __path__ = extend_path(__path__, __name__)
 
-from . import cuda  # noqa: E402
-from ._backend import backend  # noqa: E402
-from ._config import __version__, show_config  # noqa: E402
-from ._head_metrics import (  # noqa: E402
+from . import cuda
+from ._backend import backend
+from ._config import __version__, show_config
+from ._head_metrics import (
     HeadMetrics,
     feature_gradient_norms,
     head_metrics,
     hessian_trace,
     relative_flatness,
 )
-from ._row_norms import row_norms  # noqa: E402
+from ._row_norms import row_norms
 
 __all__ = [
     "HeadMetrics",

@@ -31,10 +31,14 @@ class _Writable:
 
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array; got a numpy masked array, whose mask would be dropped (fill it first)")
+        raise TypeError(
+            f"{name} must be a plain array; got a numpy masked array, whose mask would be dropped (fill it first)"
+        )
     if array.dtype.type not in _NUMPY_FLOATS and array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must have a floating dtype (float16, float32, float64) or, for labels, an integer one; "
-                        f"got numpy dtype {array.dtype}")
+        raise TypeError(
+            f"{name} must have a floating dtype (float16, float32, float64) or, for labels, an integer one; "
+            f"got numpy dtype {array.dtype}"
+        )
     array = np.asarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -53,7 +57,9 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
 def _from_dlpack(array: Any, name: str) -> Tensor:
     strides = getattr(array, "strides", None)
     if isinstance(strides, tuple) and any(isinstance(s, int) and s < 0 for s in strides):
-        raise ValueError(f"{name} must have non-negative strides to be exchanged through DLPack, got {strides}; copy it first")
+        raise ValueError(
+            f"{name} must have non-negative strides to be exchanged through DLPack, got {strides}; copy it first"
+        )
     try:
         return torch.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
@@ -91,6 +97,8 @@ def returner(like: Any) -> Callable[[Tensor], Any]:
         namespace = importlib.import_module(type(like).__module__.partition(".")[0])
     from_dlpack = getattr(namespace, "from_dlpack", None)
     if from_dlpack is None:
-        raise TypeError(f"features of type {_kind(like)} can be read through DLPack but not given back: "
-                        "its library has no from_dlpack; pass torch tensors or NumPy arrays")
+        raise TypeError(
+            f"features of type {_kind(like)} can be read through DLPack but not given back: "
+            "its library has no from_dlpack; pass torch tensors or NumPy arrays"
+        )
     return from_dlpack

@@ -47,13 +47,20 @@ def _check_cpu(name: str | None) -> str | None:
         raise ValueError(f"FLATCORE_CPU must be one of {', '.join(CPU_TARGETS)}, got {name!r}")
     usable = _core.cpu_targets() if _core is not None else ()
     if name not in usable:
-        raise RuntimeError(f"FLATCORE_CPU={name} is not usable here; compiled and supported: {', '.join(usable) or 'none'}")
+        raise RuntimeError(
+            f"FLATCORE_CPU={name} is not usable here; compiled and supported: {', '.join(usable) or 'none'}"
+        )
     return name
 
 
 selected: str = _check(os.environ.get("FLATCORE_BACKEND", "auto") or "auto")
 cpu_target: str | None = _check_cpu(os.environ.get("FLATCORE_CPU") or None)
 validate_on_device: bool = os.environ.get("FLATCORE_VALIDATE", "0") not in ("", "0")
+
+
+def describe_cpu_target() -> str | None:
+    """Name the CPU target that runs, or None without the extension."""
+    return None if _core is None else _core.cpu_target(cpu_target or "")
 
 
 def uses_native(device_type: str) -> bool:

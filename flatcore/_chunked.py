@@ -85,7 +85,9 @@ def head_metrics(
     squares = torch.empty(C, dtype=torch.float64) if center is not None else None
     if weights or fields & _LAYERWISE:
         row_workspace = torch.empty(2 * C, dtype=torch.float64)
-        _core.head_summary(target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), _address(center), _address(squares))
+        _core.head_summary(
+            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), _address(center), _address(squares)
+        )
         del row_workspace
     exponent = int(summary[1])
 
@@ -95,7 +97,9 @@ def head_metrics(
         rows = linear_weight if direct and linear_weight.stride(1) == 1 else linear_weight.to(dtype).contiguous()
         distances = torch.empty(C, C, dtype=dtype)
         code = 3 if double else 2
-        _core.head_distances(target_name, problem, (rows.data_ptr(), rows.stride(0), 1, code), exponent, distances.data_ptr())
+        _core.head_distances(
+            target_name, problem, (rows.data_ptr(), rows.stride(0), 1, code), exponent, distances.data_ptr()
+        )
         fixed += C * C * itemsize
         del rows
 

@@ -33,7 +33,7 @@ def show_config() -> dict[str, Any]:
         "backend": _backend.selected,
         "cpu_backend": "native" if core is not None and _backend.selected != "reference" else "reference",
         "cpu_targets": tuple(core.cpu_targets()) if core is not None else (),
-        "cpu_target": None if core is None else core.cpu_target(_backend.cpu_target),
+        "cpu_target": _backend.describe_cpu_target(),
         "cuda_built": cuda.is_built(),
         "cuda_available": cuda.is_available(),
         "path": _native.forced_path or "auto",

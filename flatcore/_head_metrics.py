@@ -140,7 +140,9 @@ def _inputs(
     if classes == 0:
         raise ValueError("linear_weight must have at least one row (C >= 1), got C = 0")
     if phi.dim() == 0 or phi.shape[-1] != width:
-        raise ValueError(f"features must have shape (..., D) with D = {width} as in linear_weight, got {tuple(phi.shape)}")
+        raise ValueError(
+            f"features must have shape (..., D) with D = {width} as in linear_weight, got {tuple(phi.shape)}"
+        )
     check_device(w, "linear_weight", phi, "features")
     leading = phi.shape[:-1]
     n = math.prod(leading)
@@ -218,10 +220,16 @@ def _class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
     return tensor
 
 
-def _check_include_bias(include_bias: Any, linear_bias: Any) -> bool:
-    if check_flag(include_bias, "include_bias") and linear_bias is None:
+def _check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
+    if not check_flag(include_bias, "include_bias"):
+        return False
+    if inputs.linear_bias is None:
         raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
-    return include_bias
+    if _may_read(inputs.linear_bias) and bool((inputs.linear_bias == -math.inf).any()):
+        raise ValueError(
+            "include_bias=True needs a finite linear_bias, got an entry of -inf: the norms would be infinite"
+        )
+    return True
 
 
 def _reduced(inputs: _Inputs, logs: Tensor, weight: Tensor | None, reduction: str, log: bool, like: Any) -> Any:
@@ -297,7 +305,7 @@ def hessian_trace(
     """
     inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
     weight = _class_weight(weight, inputs, target)
-    include_bias = _check_include_bias(include_bias, linear_bias)
+    include_bias = _check_include_bias(include_bias, inputs)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
     logs, _ = inputs.run(("log_hessian_trace",), include_bias=include_bias, wide_result=True)
@@ -359,7 +367,7 @@ def relative_flatness(
     """
     inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
     weight = _class_weight(weight, inputs, target)
-    include_bias = _check_include_bias(include_bias, linear_bias)
+    include_bias = _check_include_bias(include_bias, inputs)
     check_option(measure, "measure", ("layerwise", "neuronwise"))
     check_option(norm_power, "norm_power", (1, 2))
     if measure == "neuronwise" and norm_power != 2:
@@ -460,4 +468,6 @@ def head_metrics(
     values, prediction = inputs.run(names, wide_result=False)
     give = returner(features)
     columns = dict(zip(names, (give(row.reshape(inputs.leading)) for row in values.unbind(0)), strict=True))
-    return HeadMetrics(give(prediction.reshape(inputs.leading)), *(columns.get(name) for name in HeadMetrics._fields[1:]))
+    return HeadMetrics(
+        give(prediction.reshape(inputs.leading)), *(columns.get(name) for name in HeadMetrics._fields[1:])
+    )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import _backend, _chunked
 from ._backend import _core
-from .reference import FIELDS
 
 FUSED_CLASSES = 256
 FUSED_WEIGHT_BYTES = 1 << 20
@@ -103,7 +102,9 @@ def head_metrics(
         )
     if bad_row >= 0:
         label = int(target[bad_row])  # type: ignore[index]
-        raise ValueError(f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {bad_row}")
+        raise ValueError(
+            f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {bad_row}"
+        )
     last_path = path
     if _log.isEnabledFor(logging.DEBUG):
         _log.debug("head_metrics N=%d D=%d C=%d: %s, %s", N, D, C, path, _core.cpu_target(target_name))
@@ -128,5 +129,3 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
 def _readable(x: Tensor) -> Tensor:
     """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
     return x.detach().resolve_neg()
-
-

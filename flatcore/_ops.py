@@ -28,9 +28,7 @@ def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
 
 def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias,
                        norm_power, fields, wide_result):  # fmt: skip
-    wide = wide_result or any(
-        x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits)
-    )
+    wide = wide_result or any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
     n = features.shape[0]
     values = features.new_empty((int(fields).bit_count(), n), dtype=torch.float64 if wide else torch.float32)
     return values, features.new_empty((n,), dtype=torch.int64)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-def sample_weights(target: Tensor | None, weight: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+def sample_weights(
+    target: Tensor | None, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor | None]:
     """Return s_n and d_n for every row, each None where all are 1."""
     if target is None:
         return None, None

@@ -42,7 +42,7 @@ def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
         [[7.0, 1.0000000200408773e+20], [5.0, 1.0000000200408773e+20]]
     """
     several = isinstance(ord, tuple)
-    orders = ord if several else (ord,)
+    orders: tuple[float, ...] = ord if isinstance(ord, tuple) else (ord,)
     if not orders:
         raise ValueError("ord must be 1, 2, inf or a non-empty tuple of them, got ()")
     orders = tuple(float(check_option(p, "ord", _ORDS)) for p in orders)

@@ -24,7 +24,9 @@ def _is_dtensor(tensor: Tensor) -> bool:
 def check_tensor(tensor: Tensor, name: str) -> None:
     """Refuse by name the kinds of tensor whose numbers could not be read rightly."""
     if _is_dtensor(tensor):
-        raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()")
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()"
+        )
     if tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got a nested tensor; pass its rows with {name}.values()")
     if tensor.is_quantized:
@@ -34,11 +36,15 @@ def check_tensor(tensor: Tensor, name: str) -> None:
     if torch.compiler.is_compiling():
         return
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise ValueError(f"{name} carries a forward-mode tangent, which flatcore does not propagate; "
-                         "pass torch.autograd.forward_ad.unpack_dual(...).primal")
+        raise ValueError(
+            f"{name} carries a forward-mode tangent, which flatcore does not propagate; "
+            "pass torch.autograd.forward_ad.unpack_dual(...).primal"
+        )
     if type(tensor) in (Tensor, torch.nn.Parameter) and not _storage_covers(tensor):
-        raise ValueError(f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
-                         f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)")
+        raise ValueError(
+            f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
+            f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)"
+        )
 
 
 def _storage_covers(tensor: Tensor) -> bool:
@@ -58,8 +64,10 @@ def check_floating(tensor: Tensor, name: str) -> None:
 def check_no_grad(tensor: Tensor, name: str) -> None:
     """Refuse a tensor that requires gradient while grad mode is on: nothing is detached silently."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires gradient, which flatcore does not propagate yet: "
-                         f"pass {name}.detach(), or call under torch.no_grad()")
+        raise ValueError(
+            f"{name} requires gradient, which flatcore does not propagate yet: "
+            f"pass {name}.detach(), or call under torch.no_grad()"
+        )
 
 
 def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:

@@ -1,7 +1,7 @@
 """The one list of problems: each is a head, some rows, and the labels every row is tried with.
 
-Letters: N rows, D features, C classes, K labels per row. Values are held in float64; ``Case.at`` rounds them to the dtypes
-under test, and the truth is always that of the rounded values.
+Letters: N rows, D features, C classes, K labels per row. Values are held in float64; ``Case.at`` rounds them to the
+dtypes under test, and the truth is always that of the rounded values.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _case(*parameters: Any) -> Callable:
 
 # ------------------------------------------------------------------------------------------------------- ingredients
 def _randn(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers, float32 ones: the same truth then serves float32 and float64."""
+    """Draw normal numbers that float32 holds: the same truth then serves float32 and float64."""
     return torch.randn(*shape, generator=g).double()
 
 
@@ -89,14 +89,16 @@ def _grid(x: Tensor, step: float) -> Tensor:
 
 
 def _places(g: torch.Generator, n: int, classes: int) -> Tensor:
-    """A random order of the classes for each row, (n, C): first the top class, then the runner-up, then the others."""
+    """Draw an order of the classes for each row, (n, C): first the top class, then the runner-up, then the others."""
     return torch.stack([torch.randperm(classes, generator=g) for _ in range(n)])
 
 
 def _gap_logits(g: torch.Generator, classes: int, gaps: tuple[float, ...], order: Tensor) -> Tensor:
     """One row per gap between the top two; the others lie from 0 to some tens below the runner-up."""
     n = len(gaps)
-    z = -torch.cat([torch.zeros(n, 1), 6 * torch.rand(n, max(classes - 2, 0), generator=g) ** 2], dim=1)[:, : classes - 1]
+    z = -torch.cat([torch.zeros(n, 1), 6 * torch.rand(n, max(classes - 2, 0), generator=g) ** 2], dim=1)[
+        :, : classes - 1
+    ]
     z[:, 1::3] *= 7
     top = torch.tensor(gaps).unsqueeze(1)
     ranked = torch.cat([top, z], dim=1) + torch.rand(n, 1, generator=g).round(decimals=1)
@@ -104,7 +106,7 @@ def _gap_logits(g: torch.Generator, classes: int, gaps: tuple[float, ...], order
 
 
 def _labels(order: Tensor) -> Tensor:
-    """The top class, the runner-up and another class of each row, as far as there are so many."""
+    """Take the top class, the runner-up and another class of each row, as far as there are so many."""
     classes = order.shape[1]
     return order[:, sorted({0, min(1, classes - 1), classes - 1})]
 
@@ -121,7 +123,7 @@ def _given(g: torch.Generator, classes: int, logits: Tensor, order: Tensor, **ch
 
 
 def _on_grid(g: torch.Generator, classes: int, logits: Tensor, order: Tensor) -> Case:
-    """Features and head whose float32 logits are exactly those given (on the 1/64 grid), whatever the order of the sums.
+    """Features and head whose float32 logits are exactly those given (on the 1/64 grid), in any order of summation.
 
     One feature per row selects, through a power of two, the row's own column of W; the rest is small noise on a grid.
     """
@@ -134,15 +136,21 @@ def _on_grid(g: torch.Generator, classes: int, logits: Tensor, order: Tensor) ->
 
 
 def _from_features(g: torch.Generator, classes: int, weight: Tensor, gaps: tuple[float, ...], **changes: Any) -> Case:
-    """Random features, each row scaled so that its top-two gap is the one asked for (ties keep scale 1)."""
-    phi = _randn(g, len(gaps), weight.shape[1])
+    """Random features, each row scaled so that its top logit is ahead of the next other one by the gap asked for.
+
+    Of 16 directions the one with the widest gap is taken: the others need longer features, and so say less about a gap.
+    """
+    n = len(gaps)
+    phi = _randn(g, 16, n, weight.shape[1])
     z = phi @ weight.T
-    top = z.topk(min(2, classes), dim=1).values
-    gap = (top[:, 0] - top[:, -1]).clamp_min(1e-3)
+    top = z.amax(dim=-1, keepdim=True)
+    gap = (top - z).masked_fill(top - z < 1e-6 * top.abs(), math.inf).amin(dim=-1)
+    best = gap.masked_fill(gap == math.inf, 1.0).argmax(dim=0)
+    phi, gap = phi[best, torch.arange(n)], gap[best, torch.arange(n)]
     wanted = torch.tensor(gaps, dtype=torch.float64)
-    scale = torch.where((wanted > 0) & (classes > 1), wanted / gap, 1.0)
-    order = z.argsort(dim=1, descending=True)
-    return replace(Case("", (phi * scale.unsqueeze(1)).float().double(), weight, _labels(order)), **changes)
+    phi = (phi * torch.where((wanted > 0) & (gap < math.inf), wanted / gap, 1.0).unsqueeze(1)).float().double()
+    order = (phi @ weight.T).argsort(dim=1, descending=True)
+    return replace(Case("", phi, weight, _labels(order)), **changes)
 
 
 # ---------------------------------------------------------------------------------------------------------- the list
@@ -188,7 +196,9 @@ def _grid_features_with_offset(g: torch.Generator, classes: int, offset: int) ->
 @_case(2, 3, 10, 142, 1000)
 def _ties_at_the_top(g: torch.Generator, classes: int) -> Case:
     """2, 3, half and all classes tied, the others 0, 5, 20, 100, 1000 below."""
-    rows = [(k, gap) for k in sorted({2, min(3, classes), max(2, classes // 2), classes}) for gap in (0.5, 5, 20, 100, 1000)]
+    rows = [
+        (k, gap) for k in sorted({2, min(3, classes), max(2, classes // 2), classes}) for gap in (0.5, 5, 20, 100, 1000)
+    ]
     order = _places(g, len(rows), classes)
     ranked = torch.stack([-gap * (torch.arange(classes) >= k) for k, gap in rows]).double()
     ranked = ranked - 0.25 * torch.rand(ranked.shape, generator=g) * (ranked < 0)
@@ -269,7 +279,7 @@ def _rows_repeated(g: torch.Generator, classes: int) -> Case:
 
 @_case(3, 10, 142)
 def _features_rows_repeated(g: torch.Generator, classes: int) -> Case:
-    """The same from features: the top two logits tie wherever the top row has a copy."""
+    """Tied from features: the top two logits tie wherever the top row has a copy."""
     return _from_features(g, classes, _head(g, classes)[torch.arange(classes) // 2], GAPS)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
+import oracles
 import torch
+from cases import BY_NAME, Case
+from tolerance import assert_within, logit_error, tolerance
 
 import flatcore
-import oracles
-from cases import Case
-from tolerance import assert_within, logit_error, tolerance
 
 LOGS = (
     "log_one_minus_confidence",
@@ -20,7 +21,16 @@ LOGS = (
     "log_neuronwise",
     "log_feature_gradient_norm",
 )
-LINEAR = ("confidence", "margin", "feature_norm", "hessian_trace", "layerwise", "neuronwise", "loss", "feature_gradient_norm")
+LINEAR = (
+    "confidence",
+    "margin",
+    "feature_norm",
+    "hessian_trace",
+    "layerwise",
+    "neuronwise",
+    "loss",
+    "feature_gradient_norm",
+)
 
 
 class Problem:
@@ -37,9 +47,15 @@ class Problem:
         if case.logits is None:
             self.logit_error = logit_error(case.features, case.weight, case.bias, case.temperature, self.dtype)
         self.logit_error = self.logit_error.repeat(case.targets.shape[1])
+        self._expected: dict[str, tuple[np.ndarray, Any]] = {}
 
     def expected(self, field: str) -> tuple[np.ndarray, Any]:
-        """The exact values of a field and their tolerance."""
+        """Return the exact values of a field and their tolerance."""
+        if field not in self._expected:
+            self._expected[field] = self._bounded(field)
+        return self._expected[field]
+
+    def _bounded(self, field: str) -> tuple[np.ndarray, Any]:
         name = field.removeprefix("log_")
         linear, log = self.truth.linear(name), self.truth.log(name)
         condition = 1.0
@@ -65,7 +81,9 @@ class Problem:
         total = tolerance(field, linear, log, self.dtype)
         relative = np.expm1(np.broadcast_to(bound.absolute, used.shape)[used].max(initial=0.0))
         total += type(total)(relative, 0.0) if field.startswith("log_") else type(total)(0.0, relative)
-        assert_within(f"{self.case.name}: mean {field}", got, log if field.startswith("log_") else linear, total, self.dtype)
+        assert_within(
+            f"{self.case.name}: mean {field}", got, log if field.startswith("log_") else linear, total, self.dtype
+        )
 
     def check_head_metrics(self) -> flatcore.HeadMetrics:
         """Require every field of head_metrics and every linear-domain property."""
@@ -76,7 +94,7 @@ class Problem:
         return metrics
 
     def check_prediction(self, got: torch.Tensor) -> None:
-        """Require the top class, the lowest on ties; where rounding of the logits can swap the top two, one within it."""
+        """Require the top class, the lowest on ties; where rounding can swap the top two, one within its reach."""
         assert got.dtype == torch.int64
         margin = self.truth.linear("margin")
         sure = (self.logit_error == 0) | (margin > self.logit_error)
@@ -102,8 +120,12 @@ class Problem:
                 self.check(f"{prefix}{name}", flatcore.feature_gradient_norms(**arguments, ord=ord, log=log))
 
 
+@functools.cache
+def problem(name: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Problem:
+    """Return the named case at these dtypes: built once, compared with every path."""
+    return Problem(BY_NAME[name].at(dtype, weight_dtype))
+
+
 def bits(metrics: flatcore.HeadMetrics) -> dict[str, torch.Tensor]:
-    """The fields that are there, by name."""
+    """Return the fields that are there, by name."""
     return {name: value for name, value in metrics._asdict().items() if value is not None}
-
-

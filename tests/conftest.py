@@ -81,4 +81,6 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
     with flatcore.backend("native"), _native.forced(cpu=name):
         yield name
         config = flatcore.show_config()
-        assert (config["cpu_backend"], config["cpu_target"]) == ("native", name), "another target ran than the forced one"
+        assert (config["cpu_backend"], config["cpu_target"]) == ("native", name), (
+            "another target ran than the forced one"
+        )

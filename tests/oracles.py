@@ -1,8 +1,8 @@
 """Two oracles that owe flatcore nothing.
 
 1. The autograd Hessian of the real loss on tiny problems, float64: the definition, block by block, no closed form.
-2. mpmath at 60 digits: the softmax of the exact logits, every sum of one sign or over differences that were formed first.
-   Exponents are unlimited there, so a gap of 10,000 is as easy as one of 1.
+2. mpmath at 60 digits: the softmax of the exact logits, every sum of one sign or over differences that were formed
+   first. Exponents are unlimited there, so a gap of 10,000 is as easy as one of 1.
 
 Letters: N samples, D features, C classes; z = (W phi + b)/T, p = softmax(z), target y.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 DIGITS = 60
-# 20 working digits above those: sums over 200,000 classes and the one subtraction left (see _variance) take 6 each at most.
+# 20 working digits above those: sums over 200,000 classes and the one subtraction left (see _variance) take 6 each.
 _WORKING_DIGITS = DIGITS + 20
 _BITS = 280  # of the probabilities as integers, relative to the largest one in their sum: 84 digits
 ORDS = (1, 2, math.inf)
@@ -90,8 +90,8 @@ def autograd_feature_hessian_trace(phi: Tensor, weight: Tensor, bias: Tensor | N
 class Truth:
     """Exact values of every row and target: ``exact[name]`` holds N*K mpf numbers, rows outermost.
 
-    ``condition[ord]`` holds sum_j p_j ||w_j - w_y|| / ||sum_j p_j (w_j - w_y)|| of each, in the norm of that ord: how much
-    a relative error of the p_j is magnified in the gradient's norm.
+    ``condition[ord]`` holds sum_j p_j ||w_j - w_y|| / ||sum_j p_j (w_j - w_y)|| of each, in the norm of that ord: how
+    much a relative error of the p_j is magnified in the gradient's norm.
     """
 
     def __init__(self, targets: int):
@@ -102,11 +102,11 @@ class Truth:
         self._rounded: dict[tuple[str, bool], np.ndarray] = {}
 
     def linear(self, name: str) -> np.ndarray:
-        """The values, each rounded once to float64 (0 where they underflow, inf where they overflow)."""
+        """Return the values, each rounded once to float64 (0 where they underflow, inf where they overflow)."""
         return self._round(name, False)
 
     def log(self, name: str) -> np.ndarray:
-        """Their natural logs; -inf for 0."""
+        """Return their natural logs; -inf for 0."""
         return self._round(name, True)
 
     def _round(self, name: str, log: bool) -> np.ndarray:
@@ -119,7 +119,9 @@ class Truth:
     def weighted_mean(self, name: str, s: Sequence[float], d: float) -> Any:
         """sum_n s_n value_n / d, an mpf."""
         with mpmath.workdps(_WORKING_DIGITS):
-            return mpmath.fdot((mpmath.mpf(a), v) for a, v in zip(s, self.exact[name], strict=True) if a) / mpmath.mpf(d)
+            return mpmath.fdot((mpmath.mpf(a), v) for a, v in zip(s, self.exact[name], strict=True) if a) / mpmath.mpf(
+                d
+            )
 
 
 def _log(value: Any) -> float:
@@ -153,7 +155,9 @@ def exact(
         bias: (C,) or None; -inf masks a class.
         logits: (N, C) or None (then W phi + b, exactly); -inf masks a class.
         targets: (N, K) or None: each row is evaluated for its K labels.
-        temperature, include_bias, norm_power: as in flatcore.
+        temperature: T.
+        include_bias: take the bias into norms and distances.
+        norm_power: 2, or 1 for the plain norm of W.
 
     The answer of equal inputs is computed once per process: seven paths are compared with it.
     """
@@ -172,7 +176,7 @@ def _mpf(row: Sequence[float]) -> list[Any]:
 
 
 def _integers(x: np.ndarray) -> tuple[list[Any], int]:
-    """The rows of a matrix as Python integers times one power of two, exactly: (rows, exponent).
+    """Return the rows of a matrix as Python integers times one power of two, exactly: (rows, exponent).
 
     Sums and differences of integers are exact and some 20 times as fast as those of mpf.
     """
@@ -181,7 +185,9 @@ def _integers(x: np.ndarray) -> tuple[list[Any], int]:
     lowest = int(exponent.min(initial=0))
     shift = np.where(x == 0, 0, exponent - lowest)
     integer = np.ldexp(mantissa, 53).astype(np.int64)
-    return [[a << b for a, b in zip(r, e, strict=True)] for r, e in zip(integer.tolist(), shift.tolist(), strict=True)], lowest
+    return [
+        [a << b for a, b in zip(r, e, strict=True)] for r, e in zip(integer.tolist(), shift.tolist(), strict=True)
+    ], lowest
 
 
 def _exact(
@@ -211,7 +217,9 @@ def _exact(
             logit = _mpf(z[n])
         else:
             dots = [mpmath.ldexp(sum(map(mul, x, row)), x_unit + unit) for row in rows]  # zip stops at D: no bias here
-            logit = [dots[i] for i in index] if b is None else [dots[i] + c for i, c in zip(index, _mpf(b), strict=True)]
+            logit = (
+                [dots[i] for i in index] if b is None else [dots[i] + c for i, c in zip(index, _mpf(b), strict=True)]
+            )
         top = max(logit)
         m = logit.index(top)  # the first one
         counts = Counter((v, i) for v, i in zip(logit, index, strict=True) if v != -mpmath.inf)
@@ -254,7 +262,9 @@ def _exact(
 
 def _differences(by_row: dict[int, Any], rows: list[Any], i: int) -> tuple[list[list[int]], list[int], Any]:
     """Of the rows that differ from row i: the differences, and p = integer * largest * 2^-_BITS; and the largest p."""
-    others = [(p, [a - c for a, c in zip(rows[k], rows[i], strict=True)]) for k, p in by_row.items() if rows[k] != rows[i]]
+    others = [
+        (p, [a - c for a, c in zip(rows[k], rows[i], strict=True)]) for k, p in by_row.items() if rows[k] != rows[i]
+    ]
     largest = max((p for p, _ in others), default=mpmath.mpf(0))
     return [d for _, d in others], [int(mpmath.ldexp(p / largest, _BITS)) for p, _ in others], largest
 

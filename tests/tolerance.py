@@ -52,21 +52,17 @@ def logit_error(
     u = _UNIT[dtype]
     size = (np.abs(phi) @ np.abs(w).T + np.abs(b)).max(axis=1)
     # a product's lowest bit is the product of the factors' lowest bits
-    quantum = np.minimum(
-        np.array([_lowest_bit(row) for row in phi]) * _lowest_bit(w) if phi.shape[1] else np.inf, _lowest_bit(b)
-    )
+    products = _lowest_bit(phi) * _lowest_bit(w).min(axis=0, initial=math.inf)
+    quantum = np.minimum(products.min(axis=1, initial=math.inf), _lowest_bit(b).min())
     bound = 2 * (2 * math.sqrt(phi.shape[1]) + 4) * u * size / temperature
     return np.where(size * u <= quantum, 0.0, bound)
 
 
-def _lowest_bit(x: np.ndarray) -> float:
-    """The smallest value of a set bit of any entry; inf if all are 0."""
-    x = np.abs(x[x != 0])
-    if x.size == 0:
-        return math.inf
-    mantissa, exponent = np.frexp(x)
+def _lowest_bit(x: np.ndarray) -> np.ndarray:
+    """Return the value of the lowest set bit of each entry; inf for 0."""
+    mantissa, exponent = np.frexp(np.abs(x))
     integer = np.ldexp(mantissa, 53).astype(np.int64)
-    return float(np.ldexp((integer & -integer).astype(np.float64), exponent - 53).min())
+    return np.where(x == 0, math.inf, np.ldexp((integer & -integer).astype(np.float64), exponent - 53))
 
 
 def tolerance(
@@ -94,13 +90,14 @@ def tolerance(
         terms: length of the sum, for ``row_norm``.
 
     float32, given exact logits: a log within 4e-6 + 4 units in its last place. 4e-6 is 67 roundings of 2^-24, which the
-    two exponentials, the sums over classes and the logs share; the units in the last place are those of subtracting logs
-    of up to 10,000, where one unit is 1e-3. A linear value is exp of its log, so the same bound is its relative error; below
-    the smallest normal number the format has no relative accuracy to give, there the absolute error stays below that.
+    two exponentials, the sums over classes and the logs share; the units in the last place are those of subtracting
+    logs of up to 10,000, where one unit is 1e-3. A linear value is exp of its log, so the same bound is its relative
+    error; below the smallest normal number the format has no relative accuracy to give, there the absolute error stays
+    below that.
     float64: 1e-12 relative to max(1, |log|), about 4,500 roundings, which also holds the 2^-53 |log| of the log itself.
 
-    From features the logits' own error comes on top, see ``_moved`` and ``_SLOPE``. Gradient: a relative error e of the p_j
-    moves the norm by condition * e; conditions up to 8 are within the 67 roundings, above each further unit adds 8
+    From features the logits' own error comes on top, see ``_moved`` and ``_SLOPE``. Gradient: a relative error e of the
+    p_j moves the norm by condition * e; conditions up to 8 are within the 67 roundings, above each further unit adds 8
     roundings (2 for exp, 2 for its argument, 4 for sums).
     Margin: a difference of two logits, so their error is absolute there.
 
@@ -118,7 +115,7 @@ def tolerance(
         base = 1e-12 * np.maximum(1.0, log)
     base = base + np.maximum(np.asarray(condition) - 8, 0) * 8 * unit
     if oracle_epsilon is not None:
-        # its p carry a few roundings of 1 each, and it forms 1 - p; 64 of them, and of the sums of either sign over blocks
+        # its p carry a few roundings of 1 each, and it forms 1 - p: 64, with its sums over blocks of either sign
         base = base + 64 * _UNIT[torch.float64] / np.asarray(oracle_epsilon)
     smallest = float(np.finfo(_NUMPY[dtype]).tiny)
     if name == "margin":
@@ -169,7 +166,9 @@ def assert_within(field: str, got: Any, truth: Any, bound: Bound, dtype: torch.d
     assert got.shape == truth.shape, f"{field}: shape {got.shape}, not {truth.shape}"
     assert not np.isnan(truth).any(), f"{field}: the truth is NaN"
     finite = np.isfinite(truth)
-    allowed = np.broadcast_to(np.asarray(bound.absolute + bound.relative * np.abs(np.where(finite, truth, 0.0))), got.shape)
+    allowed = np.broadcast_to(
+        np.asarray(bound.absolute + bound.relative * np.abs(np.where(finite, truth, 0.0))), got.shape
+    )
     error = np.abs(np.where(finite, got - np.where(finite, truth, 0.0), 0.0))
     right = np.where(finite, error <= allowed, got == truth)  # a comparison with NaN is False
     if not right.all():

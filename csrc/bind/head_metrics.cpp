@@ -70,10 +70,9 @@ cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, u
 void register_head_metrics(py::module_& module) {
   py::class_<Problem>(module, "HeadProblem")
       .def(py::init(&make_problem), py::arg("features"), py::arg("weight"), py::arg("logits"), py::arg("bias"),
-           py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("temperature"),
-           py::arg("ignore_index"), py::arg("include_bias"), py::arg("norm_power"), py::arg("fields"),
-           py::arg("double_compute"), py::arg("threads"), py::arg("values"), py::arg("double_values"),
-           py::arg("prediction"))
+           py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("temperature"), py::arg("ignore_index"),
+           py::arg("include_bias"), py::arg("norm_power"), py::arg("fields"), py::arg("double_compute"),
+           py::arg("threads"), py::arg("values"), py::arg("double_values"), py::arg("prediction"))
       .def("workspace", [](const Problem& problem) { return cpu::head_metrics_workspace(problem); });
   module.attr("HEAD_ROW_BYTES") = sizeof(cpu::HeadRow);
   module.def("head_chunk_scratch", &cpu::head_chunk_scratch, py::arg("C"), py::arg("D"));
@@ -133,8 +132,8 @@ void register_head_metrics(py::module_& module) {
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
          int64_t z_stride, uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
          uintptr_t centered_squares, uintptr_t row_state) {
-        const cpu::HeadChunk call = make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center,
-                                               centered_squares, row_state);
+        const cpu::HeadChunk call =
+            make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center, centered_squares, row_state);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         return bad_row(kernels.head_chunk_statistics(call));

@@ -14,8 +14,7 @@ PYBIND11_MODULE(_core, module) {
     for (const auto* target : flatcore::cpu::usable_targets()) names.append(target->name);
     return py::tuple(names);
   });
-  module.def(
-      "cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
+  module.def("cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
   flatcore::bind::register_head_metrics(module);
   flatcore::bind::register_row_norms(module);
 }

@@ -4,9 +4,9 @@
 //
 // Numerics: products and ||phi||^2 in float32 (float64 if an input is), at most 64 terms per lane before the sums are
 // carried into float64; everything after the product in float64: the bias, the top two, exp and log, the distances
-// between rows of W (from differences). No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h. Rows
-// whose ||phi||^2 leaves the range of float, and rows where a sum over the table of distances would cancel (duplicated or
-// nearly duplicated rows of W), are done again explicitly.
+// between rows of W (from differences). No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h.
+// Rows whose ||phi||^2 leaves the range of float, and rows where a sum over the table of distances would cancel
+// (duplicated or nearly duplicated rows of W), are done again explicitly.
 //
 // Cost: N*D elements of features read once, 2NDC + 2ND operations for the products, about 25 C per row in float64 for
 // the softmax, and 2NC^2 in float64 where distances are needed. W is packed once per call.
@@ -52,8 +52,8 @@ inline Layout layout_of(const HeadProblem& problem) {
   at += align(problem.C * 8);
   layout.threads = at;
   // logits, u and mean distances of a tile (with and without the bias), and scratch for explicit rows
-  layout.per_thread = align((4 * problem.C * kTile + 2 * problem.C + problem.D + 8) * 8) + align(kTile * problem.D * 8) +
-                      align(kTile * 64);
+  layout.per_thread = align((4 * problem.C * kTile + 2 * problem.C + problem.D + 8) * 8) +
+                      align(kTile * problem.D * 8) + align(kTile * 64);
   layout.total = at + layout.per_thread * problem.threads;
   return layout;
 }
@@ -68,6 +68,7 @@ constexpr int kRowBlock = 4;  // 4 x 5 accumulators, 4 + 5 loads for 20 multiply
 #else
 constexpr int kRowBlock = 2;  // 2 x 5 accumulators of 16 registers
 #endif
+constexpr int kAhead = 2 * kRowBlock;  // rows fetched ahead: 1 block gained 15 %, 2 blocks 17 %, 4 blocks 14 %
 constexpr int kClassBlock = 5;
 constexpr int64_t kVectorsPerBlock = 64;
 
@@ -101,8 +102,8 @@ FLATCORE_INLINE void fold(typename VectorOf<C>::Type* acc, C* sums) {
 // Dot products of RB rows of features with CB rows of packed W over `vectors` whole vectors and perhaps a zero-padded
 // tail; `norms` adds the rows' sums of squares. sums: [class][row], squares: [row].
 template <class C, class T, int RB, int CB, bool norms>
-FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, int64_t vectors, const C* w,
-                               int64_t w_stride, C* sums, C* squares) {
+FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, const T* const* next, int64_t vectors,
+                               const C* w, int64_t w_stride, C* sums, C* squares) {
   using V = typename VectorOf<C>::Type;
   constexpr int lanes = VectorOf<C>::kLanes;
   V acc[CB > 0 ? CB * RB : 1] = {};
@@ -122,40 +123,47 @@ FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, int6
       for (int r = 0; r < RB; ++r) acc[c * RB + r] += x[r] * wc;
     }
   };
-  for (int64_t i = 0; i < vectors; ++i) step(rows, i * lanes, i * lanes);
+  for (int64_t i = 0; i < vectors; ++i) {
+    if constexpr (norms) {
+      // Rows are short streams (2 KiB at D = 512) that the hardware prefetcher meets too late.
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r) __builtin_prefetch(next[r] + i * lanes);
+    }
+    step(rows, i * lanes, i * lanes);
+  }
   if (tails != nullptr) step(tails, 0, vectors * lanes);
   if constexpr (CB > 0) fold<C, CB * RB, lanes>(acc, sums);
   if constexpr (norms) fold<C, RB, lanes>(square, squares);
 }
 
 template <class C, class T, bool norms>
-FLATCORE_INLINE void dot_classes(int classes, const T* const* rows, const T* const* tails, int64_t vectors, const C* w,
-                                 int64_t w_stride, C* sums, C* squares) {
+FLATCORE_INLINE void dot_classes(int classes, const T* const* rows, const T* const* tails, const T* const* next,
+                                 int64_t vectors, const C* w, int64_t w_stride, C* sums, C* squares) {
   switch (classes) {
     case 5:
-      return dot_block<C, T, kRowBlock, 5, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 5, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
     case 4:
-      return dot_block<C, T, kRowBlock, 4, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 4, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
     case 3:
-      return dot_block<C, T, kRowBlock, 3, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 3, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
     case 2:
-      return dot_block<C, T, kRowBlock, 2, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 2, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
     case 1:
-      return dot_block<C, T, kRowBlock, 1, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 1, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
     default:
-      return dot_block<C, T, kRowBlock, 0, norms>(rows, tails, vectors, w, w_stride, sums, squares);
+      return dot_block<C, T, kRowBlock, 0, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
   }
 }
 
 // One thread's buffers.
 struct Buffers {
-  double* z;         // (C, kTile) logits before the division by T
-  double* u;         // (C, kTile) exp((z_j - r)/T), 0 for the top class
-  double* s;         // (C, kTile) sum_k D_jk u_k
-  double* s_bias;    // the same for the bias's distances
-  double* row;       // 2 C + D: scratch for explicit rows
-  void* packed;      // (kTile, D) rows whose elements are not adjacent
-  void* tails;       // (kTile, lanes) zero-padded ends of rows
+  double* z;       // (C, kTile) logits before the division by T
+  double* u;       // (C, kTile) exp((z_j - r)/T), 0 for the top class
+  double* s;       // (C, kTile) sum_k D_jk u_k
+  double* s_bias;  // the same for the bias's distances
+  double* row;     // 2 C + D: scratch for explicit rows
+  void* packed;    // (kTile, D) rows whose elements are not adjacent
+  void* tails;     // (kTile, lanes) zero-padded ends of rows
 
   Buffers(const HeadMetrics& call, const Layout& layout, int thread) {
     char* base = static_cast<char*>(call.workspace) + layout.threads + thread * layout.per_thread;
@@ -213,7 +221,12 @@ void tile_products(const HeadMetrics& call, const Layout& layout, const Buffers&
     const bool last = start + vectors == whole;
     for (int i = 0; i < kTile; i += kRowBlock) {
       const T* from[kRowBlock];
-      for (int r = 0; r < kRowBlock; ++r) from[r] = rows[i + r] + start * lanes;
+      const T* next[kRowBlock];  // what is read after this block; behind the last row a harmless hint
+      for (int r = 0; r < kRowBlock; ++r) {
+        from[r] = rows[i + r] + start * lanes;
+        const int64_t n = tile.first + i + r + kAhead < call.N ? tile.first + i + r + kAhead : call.N - 1;
+        next[r] = x + n * call.features.row_stride + start * lanes;
+      }
       const T* const* ends_of_block = last && rest > 0 ? tails + i : nullptr;
       C sums[kClassBlock * kRowBlock + 2 * lanes] = {};
       C row_squares[kRowBlock + lanes] = {};
@@ -223,10 +236,12 @@ void tile_products(const HeadMetrics& call, const Layout& layout, const Buffers&
         const int classes = static_cast<int>(left < kClassBlock ? left : kClassBlock);
         const C* w = packed_w + c * layout.packed_stride + start * lanes;
         if (c == 0) {
-          dot_classes<C, T, true>(classes, from, ends_of_block, vectors, w, layout.packed_stride, sums, row_squares);
+          dot_classes<C, T, true>(classes, from, ends_of_block, next, vectors, w, layout.packed_stride, sums,
+                                  row_squares);
           for (int r = 0; r < kRowBlock; ++r) squares[i + r] += static_cast<double>(row_squares[r]);
         } else {
-          dot_classes<C, T, false>(classes, from, ends_of_block, vectors, w, layout.packed_stride, sums, row_squares);
+          dot_classes<C, T, false>(classes, from, ends_of_block, next, vectors, w, layout.packed_stride, sums,
+                                   row_squares);
         }
         for (int j = 0; j < classes; ++j) {
           double* to = buffers.z + (c + j) * kTile + i;
@@ -447,8 +462,7 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     }
     for (int v = 0; v < kTile; v += kDoubles) {
       const DoubleV logs = math::log_nonnegative(load_unaligned<DoubleV>(inner + v));
-      const DoubleV value =
-          load_unaligned<DoubleV>(log_n_head + v) + load_unaligned<DoubleV>(log_eps + v) + logs;
+      const DoubleV value = load_unaligned<DoubleV>(log_n_head + v) + load_unaligned<DoubleV>(log_eps + v) + logs;
       store_unaligned(out + v, value - (two_log_t + 2.0 * shared.exponent * kLn2));
     }
     for (int i = 0; i < count; ++i) {
@@ -588,8 +602,8 @@ Outcome run(const HeadMetrics& call) {
   const int64_t tiles = (call.N + kTile - 1) / kTile;
   const int64_t work = kTile * (call.D + 64) * (call.C + 4);
   const int64_t tiles_per_task = work > (1 << 20) ? 1 : (1 << 20) / work;
-  const int64_t per_task = tiles_per_task * 2 * call.threads > tiles ? (tiles + 2 * call.threads - 1) / (2 * call.threads)
-                                                                     : tiles_per_task;
+  const int64_t per_task =
+      tiles_per_task * 2 * call.threads > tiles ? (tiles + 2 * call.threads - 1) / (2 * call.threads) : tiles_per_task;
   const int threads = call.N * (call.D + 64) * (call.C + 4) < (1 << 18) ? 1 : call.threads;
   const int64_t tasks = per_task > 0 ? (tiles + per_task - 1) / per_task : 0;
   FirstBadRow bad_label;
@@ -612,9 +626,7 @@ Outcome run(const HeadMetrics& call) {
 
 }  // namespace
 
-Outcome head_metrics(const HeadMetrics& call) {
-  return call.double_compute ? run<double>(call) : run<float>(call);
-}
+Outcome head_metrics(const HeadMetrics& call) { return call.double_compute ? run<double>(call) : run<float>(call); }
 
 }  // namespace FLATCORE_TARGET
 

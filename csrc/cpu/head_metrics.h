@@ -31,10 +31,10 @@ constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
 
 // What every kernel of this stem is asked for.
 struct HeadProblem {
-  Matrix features;               // (N, D)
-  Matrix weight;                 // (C, D)
-  Matrix logits;                 // (N, C); data null: W phi + b is computed
-  const double* bias = nullptr;  // (C,) or null; added to computed logits only
+  Matrix features;                  // (N, D)
+  Matrix weight;                    // (C, D)
+  Matrix logits;                    // (N, C); data null: W phi + b is computed
+  const double* bias = nullptr;     // (C,) or null; added to computed logits only
   const int64_t* target = nullptr;  // (N,) or null
   int64_t N = 0;
   int64_t D = 0;
@@ -49,7 +49,7 @@ struct HeadProblem {
   // outputs
   void* values = nullptr;  // (K, N), one row per bit of fields, in the order of the bits
   bool double_values = false;
-  int64_t values_stride = 0;       // elements between rows of values
+  int64_t values_stride = 0;      // elements between rows of values
   int64_t* prediction = nullptr;  // (N,)
 };
 
@@ -67,11 +67,11 @@ struct HeadSummary {
   const double* bias = nullptr;  // (C,), null unless it counts as a column of W
   int threads = 1;
   // outputs
-  bool double_compute = false;         // center is rounded to float64, otherwise to float32
-  double* row_squares = nullptr;       // (C,): workspace
-  double* row_largest = nullptr;       // (C,): workspace
-  double* summary = nullptr;           // (2,): log ||W||_F^2, and e with 2^e max|w| in [1, 2), 0 where W needs no scaling
-  double* center = nullptr;            // (D + 1,): a row near the mean of the rows, last entry for the bias; or null
+  bool double_compute = false;    // center is rounded to float64, otherwise to float32
+  double* row_squares = nullptr;  // (C,): workspace
+  double* row_largest = nullptr;  // (C,): workspace
+  double* summary = nullptr;      // (2,): log ||W||_F^2, and e with 2^e max|w| in [1, 2), 0 where W needs no scaling
+  double* center = nullptr;       // (D + 1,): a row near the mean of the rows, last entry for the bias; or null
   double* centered_squares = nullptr;  // (C,): ||w_j - center||^2; null if center is
 };
 
@@ -83,7 +83,7 @@ struct HeadDistances {
   const double* bias = nullptr;  // (C,), null unless it counts as a column of W
   int exponent = 0;              // e
   int threads = 1;
-  void* distances = nullptr;     // (C, C), of the type of weight
+  void* distances = nullptr;  // (C, C), of the type of weight
 };
 
 // Per-row numbers kept between the two kernels around the second product.
@@ -118,13 +118,13 @@ struct HeadChunk : HeadProblem {
 // Doubles of scratch a thread needs for rows that are summed explicitly.
 inline int64_t head_chunk_scratch(int64_t C, int64_t D) { return 2 * C + D + 8; }
 
-#define FLATCORE_DECLARE(target)                       \
-  namespace target {                                   \
-  Outcome head_metrics(const HeadMetrics& call);       \
-  void head_summary(const HeadSummary& call);          \
-  void head_distances(const HeadDistances& call);      \
+#define FLATCORE_DECLARE(target)                        \
+  namespace target {                                    \
+  Outcome head_metrics(const HeadMetrics& call);        \
+  void head_summary(const HeadSummary& call);           \
+  void head_distances(const HeadDistances& call);       \
   Outcome head_chunk_statistics(const HeadChunk& call); \
-  void head_chunk_weights(const HeadChunk& call);      \
+  void head_chunk_weights(const HeadChunk& call);       \
   }
 FLATCORE_DECLARE(baseline)
 FLATCORE_DECLARE(avx2)

@@ -6,10 +6,10 @@
 //
 // Who allocates: the caller; outputs are overwritten; q may be z itself.
 //
-// Numerics: logits as the product left them, everything else in float64. Classes are read in blocks of 1024 that stay in
-// the first-level cache and are merged by the monoid (math/softmax_tail.h). Where the sum over q (W - center) leaves less
-// than 1/20 of what it was taken from (nearly equal top rows), the row is done again from float64 logits and explicit
-// differences, so large heads are as right as small ones.
+// Numerics: logits as the product left them, everything else in float64. Classes are read in blocks of 1024 that stay
+// in the first-level cache and are merged by the monoid (math/softmax_tail.h). Where the sum over q (W - center) leaves
+// less than 1/20 of what it was taken from (nearly equal top rows), the row is done again from float64 logits and
+// explicit differences, so large heads are as right as small ones.
 //
 // Cost: z is read once for the statistics and once more for q; about 50 operations in float64 per logit.
 #include "cpu/head_distances.h"
@@ -172,8 +172,8 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
   }
   const bool bad = poison != poison || tail.m < 0;
   const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
-  state = {tail.t, tail.r, split.log1p_tau, split.eps, split.log_eps, split.confidence, log_n, 0.0, 0.0,
-           bad ? -1 : tail.m};
+  state = {tail.t, tail.r, split.log1p_tau,  split.eps, split.log_eps, split.confidence, log_n,
+           0.0,    0.0,    bad ? -1 : tail.m};
 
   const Label label = label_of(call, n);
   if (label == Label::kBad) bad_label.report(n);
@@ -231,9 +231,9 @@ void explicit_logits(const HeadChunk& call, int64_t n, double* z) {
 
 // What is needed of q (W - center) and of two rows of W about the same center.
 struct MeanSums {
-  double mean2;                  // ||x||^2, x = q (W - center)
-  double top2, label2;           // ||w_m - center||^2, ||w_y - center||^2
-  double top_mean2;              // ||w_m - center - x||^2
+  double mean2;                    // ||x||^2, x = q (W - center)
+  double top2, label2;             // ||w_m - center||^2, ||w_y - center||^2
+  double top_mean2;                // ||w_m - center - x||^2
   double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
 };
 template <class C, class W>
@@ -260,8 +260,13 @@ MeanSums mean_sums(const HeadChunk& call, const C* x, int64_t top, int64_t label
       norm22 += gradient * gradient;
       largest = gradient > largest ? gradient : largest;
     }
-    sums = {sum_lanes(mean2), sum_lanes(top2), sum_lanes(label2), sum_lanes(top_mean2), sum_lanes(norm1),
-            sum_lanes(norm22), 0.0};
+    sums = {sum_lanes(mean2),
+            sum_lanes(top2),
+            sum_lanes(label2),
+            sum_lanes(top_mean2),
+            sum_lanes(norm1),
+            sum_lanes(norm22),
+            0.0};
     for (int lane = 0; lane < kDoubles; ++lane) {
       if (largest[lane] > sums.norm_inf) sums.norm_inf = largest[lane];
     }

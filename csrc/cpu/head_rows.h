@@ -23,9 +23,8 @@ using ElementOf = std::remove_const_t<std::remove_pointer_t<Pointer>>;
 FLATCORE_INLINE double element(const Matrix& a, int64_t row, int64_t column) {
   const int64_t at = row * a.row_stride + column * a.column_stride;
   double value = 0.0;
-  with_element(a.dtype, [&](auto* type) {
-    value = static_cast<double>(widen(static_cast<decltype(type)>(a.data)[at]));
-  });
+  with_element(a.dtype,
+               [&](auto* type) { value = static_cast<double>(widen(static_cast<decltype(type)>(a.data)[at])); });
   return value;
 }
 
@@ -55,12 +54,16 @@ class Values {
     int64_t row = 0;
     for (int field = 0; field < kFieldCount; ++field) {
       const bool wanted = problem.fields >> field & 1U;
-      float_at_[field] = wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.values_stride : nullptr;
-      double_at_[field] = wanted && double_ ? static_cast<double*>(problem.values) + row * problem.values_stride : nullptr;
+      float_at_[field] =
+          wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.values_stride : nullptr;
+      double_at_[field] =
+          wanted && double_ ? static_cast<double*>(problem.values) + row * problem.values_stride : nullptr;
       row += wanted;
     }
   }
-  bool wants(Field field) const { return (double_ ? static_cast<void*>(double_at_[field]) : float_at_[field]) != nullptr; }
+  bool wants(Field field) const {
+    return (double_ ? static_cast<void*>(double_at_[field]) : float_at_[field]) != nullptr;
+  }
   // values[0..count) become the field of rows n, n+1, ...
   void put(Field field, int64_t n, const double* values, int count = 1) const {
     double* as_double = double_at_[field];
@@ -108,8 +111,8 @@ class FirstBadRow {
 // p_j = exp(log_scale) u_j and the largest u_j equal to 1: nothing underflows, nothing cancels that need not.
 // z are the C logits; `sum` is D doubles of scratch, `u` C doubles.
 struct ExplicitSum {
-  double log_scale;    // -inf if no class differs
-  double square_mean;  // sum_j u_j ||w_j - w_a||^2 times 2^(2 exponent)
+  double log_scale;                       // -inf if no class differs
+  double square_mean;                     // sum_j u_j ||w_j - w_a||^2 times 2^(2 exponent)
   double norm1, norm2_squared, norm_inf;  // of sum_j u_j (w_j - w_a), times 2^exponent (its square for norm2_squared)
   double bias_sum;                        // sum_j u_j (b_j - b_a), times 2^exponent
 };
@@ -172,8 +175,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
 // lost to the difference.
 FLATCORE_INLINE double log_variance(const ExplicitSum& sum, int exponent) {
   if (sum.log_scale == -math::kInfinity) return -math::kInfinity;
-  const double inner =
-      sum.square_mean - std::exp(sum.log_scale) * (sum.norm2_squared + sum.bias_sum * sum.bias_sum);
+  const double inner = sum.square_mean - std::exp(sum.log_scale) * (sum.norm2_squared + sum.bias_sum * sum.bias_sum);
   return sum.log_scale + std::log(inner) - 2.0 * exponent * kLn2;
 }
 

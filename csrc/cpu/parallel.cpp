@@ -1,10 +1,9 @@
 #include "cpu/parallel.h"
 
+#include <omp.h>
 #include <pthread.h>
 
 #include <atomic>
-
-#include <omp.h>
 
 namespace flatcore::cpu {
 namespace {

@@ -22,8 +22,8 @@ struct RowNorms {
 // Doubles of workspace for the given shape.
 int64_t row_norms_workspace(int64_t N, int64_t K);
 
-#define FLATCORE_DECLARE(target) \
-  namespace target {             \
+#define FLATCORE_DECLARE(target)        \
+  namespace target {                    \
   void row_norms(const RowNorms& call); \
   }
 FLATCORE_DECLARE(baseline)

@@ -127,6 +127,14 @@ FLATCORE_INLINE double sum_lanes(V v) {
   return sum;
 }
 
+// The lanes as doubles, the two halves of a float vector added.
+FLATCORE_INLINE DoubleV widened_sum(DoubleV v) { return v; }
+FLATCORE_INLINE DoubleV widened_sum(FloatV v) {
+  HalfFloatV halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return __builtin_convertvector(halves[0], DoubleV) + __builtin_convertvector(halves[1], DoubleV);
+}
+
 // Calls f with a typed null pointer of the element type: the one switch over dtypes.
 template <class F>
 FLATCORE_INLINE void with_element(Dtype dtype, const F& f) {

@@ -3,7 +3,7 @@
 namespace flatcore::cpu {
 namespace {
 
-#define FLATCORE_KERNELS(target)                                                                 \
+#define FLATCORE_KERNELS(target)                                                                     \
   target::head_metrics, target::head_summary, target::head_distances, target::head_chunk_statistics, \
       target::head_chunk_weights, target::row_norms
 

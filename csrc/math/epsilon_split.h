@@ -11,11 +11,11 @@ namespace flatcore::math {
 
 template <class V>
 struct EpsilonSplit {
-  V margin;       // g = (t - r)/T, +inf if nothing but the top class is there
-  V confidence;   // p_m
-  V eps;          // 1 - p_m
-  V log_eps;      // its log, right where eps underflows
-  V log1p_tau;    // -log p_m
+  V margin;      // g = (t - r)/T, +inf if nothing but the top class is there
+  V confidence;  // p_m
+  V eps;         // 1 - p_m
+  V log_eps;     // its log, right where eps underflows
+  V log1p_tau;   // -log p_m
   V log_one_minus_sum_p2;
 };
 

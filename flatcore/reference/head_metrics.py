@@ -193,7 +193,7 @@ def _log_weight_variance(split: _Split, w: Tensor) -> Tensor:
     return rho + inner.clamp_min(0).log() + 2 * log_scale
 
 
-def _rest(split: _Split, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def _rest(split: _Split | _Rows, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """Classes that are not excluded: p_j = exp(rho) u_j with the largest u_j equal to 1; rho = -inf if there are none."""
     z = split.z.masked_fill(excluded, -math.inf)
     top = z.amax(dim=1)

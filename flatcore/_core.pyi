@@ -1,0 +1,77 @@
+from typing import Final
+
+ABI: Final[int]
+VERSION: Final[str]
+COMPILER: Final[str]
+CUDA: Final[bool]
+HEAD_ROW_BYTES: Final[int]
+__file__: str
+
+_Matrix = tuple[int, int, int, int]
+
+class HeadProblem:
+    def __init__(
+        self,
+        features: _Matrix,
+        weight: _Matrix,
+        logits: _Matrix | None,
+        bias: int,
+        target: int,
+        N: int,
+        D: int,
+        C: int,
+        temperature: float,
+        ignore_index: int,
+        include_bias: bool,
+        norm_power: int,
+        fields: int,
+        double_compute: bool,
+        threads: int,
+        values: int,
+        double_values: bool,
+        prediction: int,
+    ) -> None: ...
+    def workspace(self) -> int: ...
+
+def cpu_target(name: str) -> str: ...
+def cpu_targets() -> tuple[str, ...]: ...
+def head_chunk_scratch(C: int, D: int) -> int: ...
+def head_chunk_statistics(
+    target: str,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    z: int,
+    z_stride: int,
+    q: int,
+    q_stride: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+) -> int: ...
+def head_chunk_weights(
+    target: str,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q: int,
+    q_stride: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    mean: int,
+    mean_stride: int,
+    distance: int,
+    distance_stride: int,
+    scratch: int,
+) -> None: ...
+def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
+def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
+def head_summary(
+    target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
+) -> None: ...
+def row_norms(
+    target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int
+) -> None: ...
+def row_norms_workspace(N: int, K: int) -> int: ...

@@ -1,0 +1,123 @@
+"""Checks of the code base itself: layers, versions, examples, and what was compiled."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import flatcore
+from flatcore import _backend
+from flatcore.reference import FIELDS
+
+ROOT = Path(__file__).parents[1]
+STEMS = ("head_metrics", "row_norms")
+LAYERS = (
+    "flatcore/_{}.py",
+    "flatcore/reference/{}.py",
+    "csrc/bind/{}.cpp",
+    "csrc/cpu/{}.cpp",
+    "csrc/cpu/{}.h",
+    "tests/test_{}.py",
+    "bench/bench_{}.py",
+)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_stem_stands_in_every_layer(stem):
+    missing = [path for path in (layer.format(stem) for layer in LAYERS) if not (ROOT / path).is_file()]
+    assert not missing
+
+
+def test_the_extension_was_built_from_this_version():
+    assert _backend._core is not None, "flatcore is installed without its extension"
+    assert _backend._core.VERSION == metadata.version("flatcore") == flatcore.__version__
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared and declared[1] == flatcore.__version__
+
+
+def test_fields_stand_in_the_same_order_in_c_and_python():
+    header = (ROOT / "csrc/cpu/head_metrics.h").read_text()
+    names = re.search(r"enum Field : int \{(.*?)kFieldCount", header, re.DOTALL)[1]
+    spelled = [re.sub(r"(?<!^)(?=[A-Z])|(?<=Norm)(?=1)", "_", name[1:]).lower() for name in re.findall(r"k\w+", names)]
+    assert [name.replace("gradient", "feature_gradient") for name in spelled] == list(FIELDS)
+
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "flatcore").rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_every_public_function_has_an_example():
+    finder = doctest.DocTestFinder(recurse=False)
+    functions = [getattr(flatcore, name) for name in flatcore.__all__ if callable(getattr(flatcore, name))]
+    without = [f.__name__ for f in functions if not any(test.examples for test in finder.find(f, f.__name__))]
+    assert not without
+
+
+def test_the_reference_imports_nothing_else_of_flatcore():
+    for path in (ROOT / "flatcore/reference").glob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import)\s+(\S+)", path.read_text(), re.MULTILINE)
+        assert all(re.match(r"(__future__|math|torch|\.\w)", name) for name in imported), (path, imported)
+
+
+def test_kernels_include_no_python_and_no_torch():
+    for path in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/math").iterdir()]:
+        assert not re.search(r"#include\s+[<\"](Python|pybind11|torch|ATen|dlpack)", path.read_text()), path
+
+
+def disassembly():
+    """Instructions of the installed extension by the function they stand in."""
+    text = subprocess.run(
+        ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _backend._core.__file__],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    functions: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if start := re.match(r"^[0-9a-f]+ <(.+)>:$", line):
+            current = functions.setdefault(start[1], [])
+        elif line.startswith(" "):
+            current.append(line)
+    return functions
+
+
+@pytest.mark.skipif("avx2" not in _backend._core.cpu_targets(), reason="no x86 processor with AVX2: one target only")
+def test_wide_instructions_stand_in_their_own_targets_only():
+    wide = re.compile(r"%[yz]mm|\sv[a-z]+[a-z0-9]*\s+.*%xmm|\{%k[0-7]\}")
+    zmm = re.compile(r"%zmm|\{%k[0-7]\}|%[xy]mm(1[6-9]|2\d|3[01])")
+    functions = disassembly()
+    of = {target: [n for n in functions if f"cpu::{target}::" in n] for target in ("baseline", "avx2", "avx512")}
+    assert all(of.values()), "the installed module was stripped"
+    # the pattern finds what it looks for
+    assert any(wide.search(line) for name in of["avx2"] for line in functions[name])
+    assert any(zmm.search(line) for name in of["avx512"] for line in functions[name])
+    for name, lines in functions.items():
+        if name in of["avx512"]:
+            continue
+        pattern = zmm if name in of["avx2"] else wide
+        found = [line for line in lines if pattern.search(line)]
+        assert not found, f"{name}: {found[:3]}"
+
+
+def test_the_tour_names_what_is_on_the_disk():
+    tour = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"^\| `([\w./{}-]+)`", tour, re.MULTILINE)
+    assert named, "the tour's table was not found"
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing
+    folders = {path.parts[0] for path in (p.relative_to(ROOT) for p in ROOT.glob("*/")) if not path.name.startswith(".")}
+    ignored = {"build", "dist", "venv", "flatcore-demo", "__pycache__"}
+    assert folders - ignored <= {Path(path).parts[0] for path in named}
