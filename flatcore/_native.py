@@ -101,14 +101,16 @@ def head_metrics(
             target_name, problem, features, linear_weight, logits, fields, double, include_bias
         )
     if bad_row >= 0:
-        label = int(target[bad_row])  # type: ignore[index]
-        raise ValueError(
-            f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {bad_row}"
-        )
+        raise bad_label(int(target[bad_row]), bad_row, C, ignore_index)  # type: ignore[index]
     last_path = path
     if _log.isEnabledFor(logging.DEBUG):
         _log.debug("head_metrics N=%d D=%d C=%d: %s, %s", N, D, C, path, _core.cpu_target(target_name))
     return values, prediction
+
+
+def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
+    """The error for a label that is no class."""
+    return ValueError(f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {row}")
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

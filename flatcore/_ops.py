@@ -17,8 +17,20 @@ _ROW_NORMS = "row_norms(Tensor x, float[] ord) -> Tensor"
 
 
 def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    implementation = _native if _backend.uses_native(features.device.type) else reference
-    return implementation.head_metrics(features, linear_weight, *rest)
+    if _backend.uses_native(features.device.type):
+        return _native.head_metrics(features, linear_weight, *rest)
+    _, _, target, _, ignore_index, *_ = rest
+    if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
+        _check_labels(target, linear_weight.shape[0], ignore_index)
+    return reference.head_metrics(features, linear_weight, *rest)
+
+
+def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
+    """Refuse a label that is no class; the kernels find it on their way, the reference gives NaN in its row."""
+    bad = ((target < 0) | (target >= C)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise _native.bad_label(int(target[row]), row, C, ignore_index)
 
 
 def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

@@ -21,6 +21,7 @@ LOGS = (
     "log_neuronwise",
     "log_feature_gradient_norm",
 )
+LABELLED_LOGS = ("log_feature_gradient_norm",)
 LINEAR = (
     "confidence",
     "margin",

@@ -307,13 +307,20 @@ def _gradient(truth: Truth, by_row: dict[int, Any], rows: list[Any], y: int, uni
 def exact_row_norms(x: Tensor, ord: float) -> np.ndarray:
     """L1, L2 or L-infinity norm of every row of a finite (N, K), each rounded once to float64."""
     out = []
-    with mpmath.workdps(_WORKING_DIGITS):
-        for row in x.double().tolist():
-            a = [abs(v) for v in _mpf(row)]
-            if ord == 1:
-                out.append(float(mpmath.fsum(a)))
-            elif ord == 2:
-                out.append(float(mpmath.sqrt(mpmath.fdot(a, a))))
-            else:
-                out.append(float(max(a, default=mpmath.mpf(0))))
+    for row in x.double().numpy():
+        if ord == math.inf:
+            out.append(float(np.abs(row).max(initial=0.0)))
+        elif ord == 1:
+            out.append(_rounded_once([abs(a) for a in row.tolist()]))
+        else:
+            (integers,), unit = _integers(row[None])
+            with mpmath.workdps(_WORKING_DIGITS):
+                out.append(float(mpmath.sqrt(mpmath.ldexp(sum(map(mul, integers, integers)), 2 * unit))))
     return np.array(out)
+
+
+def _rounded_once(positive: list[float]) -> float:
+    try:
+        return math.fsum(positive)  # exact, then rounded
+    except OverflowError:
+        return math.inf

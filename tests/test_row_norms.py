@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from tolerance import assert_same, assert_within, tolerance
 from torch import Tensor
 
 import flatcore
-import oracles
-from tolerance import assert_same, assert_within, tolerance
 
 ORDS = (1, 2, math.inf)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -81,8 +81,11 @@ def head_metrics(
     w_head = torch.cat([w, b.unsqueeze(1)], dim=1) if include_bias and b is not None else w
     log_trace = log_n_head + split.log_one_minus_sum_p2 - 2 * math.log(temperature)
 
-    valid = torch.ones_like(bad) if target is None else target != ignore_index
-    y = torch.zeros_like(split.m) if target is None else torch.where(valid, target, 0)
+    if target is None:
+        valid, known, y = torch.ones_like(bad), torch.zeros_like(bad), torch.zeros_like(split.m)
+    else:
+        valid, known = target != ignore_index, (target >= 0) & (target < w.shape[0])
+        y = torch.where(valid & known, target, 0)
     values = []
     for name in names:
         if name == "confidence":
@@ -106,6 +109,7 @@ def head_metrics(
             value = _log_gradient_norm(split, w, y, _GRADIENT_ORDS[name]) - math.log(temperature)
         value = torch.where(bad, math.nan, value)
         if name == "loss" or name in _GRADIENT_ORDS:
+            value = torch.where(known, value, math.nan)  # a label that is no class, where it could not be refused
             value = torch.where(valid, value, 0.0 if name == "loss" else -math.inf)
         values.append(value)
     prediction = torch.where(bad, -1, split.m)
@@ -154,8 +158,9 @@ def _log_sum_of_squares(x: Tensor) -> Tensor:
 def _power_of_two_scaled(w: Tensor) -> tuple[Tensor, Tensor]:
     """W over a power of two near its largest entry (exact, so that differences of rows stay exact), and its log."""
     largest = w.abs().amax() if w.numel() else w.new_ones(())
-    exponent = torch.where((largest > 0) & (largest < math.inf), largest, 1).frexp().exponent
-    return torch.ldexp(w, -exponent), exponent * math.log(2.0)
+    largest = torch.where((largest > 0) & (largest < math.inf), largest, 1)
+    scale = largest / largest.frexp().mantissa  # mantissa * 2^e over mantissa: 2^e, without rounding
+    return w / scale, scale.log()
 
 
 def _squared_distances(w: Tensor) -> Tensor:
