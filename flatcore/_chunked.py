@@ -20,6 +20,7 @@ from .reference import FIELDS
 WORKSPACE_BYTES = 64 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more."""
 _TILE_BYTES = 8 << 20  # rows of W converted or centred at a time: they stay in the last-level cache for the product
+_TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
 _DISTANCE_CLASSES = 2048  # up to here the (C, C) table fits a quarter of the workspace in float32
 
 _NEURONWISE = 1 << FIELDS.index("log_neuronwise")
@@ -108,14 +109,14 @@ def head_metrics(
     fixed += 0 if scratch is None else 8 * scratch.numel()
     tile = None
     if (logits is None and not direct) or center is not None:
-        tile_rows = max(1, min(C, _TILE_BYTES // max(1, D * itemsize)))
+        tile_rows = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
         tile = torch.empty(tile_rows, D, dtype=dtype)
         fixed += tile.numel() * itemsize
     borrowed = logits is not None and logits.dtype == dtype and logits.stride(1) == 1
     convert = logits is None and features.dtype != dtype
     per_row = _core.HEAD_ROW_BYTES
     per_row += 0 if borrowed and not weights else C * itemsize
-    per_row += D * itemsize if center is not None else 0
+    per_row += D * (8 + itemsize) if center is not None else 0
     per_row += C * itemsize if distances is not None else 0
     per_row += D * itemsize if convert else 0
     length = max(1, min(N, (WORKSPACE_BYTES - fixed) // per_row))
@@ -123,7 +124,8 @@ def head_metrics(
 
     state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
     z = None if borrowed and not weights else torch.empty(length, C, dtype=dtype)
-    mean = torch.empty(length, D, dtype=dtype) if center is not None else None
+    mean = torch.empty(length, D, dtype=torch.float64) if center is not None else None
+    part = torch.empty(length, D, dtype=dtype) if center is not None else None
     spread = torch.empty(length, C, dtype=dtype) if distances is not None else None
     shift = None if center is None else center[:D].to(dtype)
     first_bad = -1
@@ -149,7 +151,7 @@ def head_metrics(
             if distances is not None:
                 torch.mm(q, distances, out=spread[:rows])
             else:
-                _mean_into(mean[:rows], q, linear_weight, shift, tile)
+                _mean_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
             _core.head_chunk_weights(
                 target_name, problem, first, rows, _address(q), C, summary.data_ptr(), _address(center), state.data_ptr(),
                 _address(mean), D, _address(spread), C, scratch.data_ptr(),
@@ -173,9 +175,20 @@ def _logits_into(out: Tensor, features: Tensor, weight: Tensor, tile: Tensor | N
         out[:, start : start + part.shape[0]] = features @ converted.T
 
 
-def _mean_into(out: Tensor, q: Tensor, weight: Tensor, center: Tensor, tile: Tensor) -> None:
-    """out = q (W - center), a tile of W at a time, so that no second W exists and a large common row costs no digits."""
+def _mean_into(
+    out: Tensor, part: Tensor, q: Tensor, weight: Tensor, center: Tensor, scale: float, tile: Tensor
+) -> None:
+    """out = q (scale W - center), a tile of W at a time, so that no second W exists and a large common row costs no digits.
+
+    A tile's product is in the compute type, their sum in float64: over 200,000 classes float32 alone loses 1e-4.
+    """
+    out.zero_()
     for start in range(0, weight.shape[0], tile.shape[0]):
-        part = weight[start : start + tile.shape[0]]
-        centered = torch.sub(part, center, out=tile[: part.shape[0]])
-        torch.addmm(out, q[:, start : start + part.shape[0]], centered, beta=0 if start == 0 else 1, out=out)
+        rows = weight[start : start + tile.shape[0]]
+        centered = tile[: rows.shape[0]]
+        if scale == 1:
+            torch.sub(rows, center, out=centered)
+        else:
+            torch.mul(rows, scale, out=centered)
+            centered.sub_(center)
+        out += torch.mm(q[:, start : start + rows.shape[0]], centered, out=part)

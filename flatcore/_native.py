@@ -110,7 +110,9 @@ def head_metrics(
 
 def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
     """The error for a label that is no class."""
-    return ValueError(f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {row}")
+    return ValueError(
+        f"target must hold labels in 0..{C - 1} or ignore_index ({ignore_index}), got {label} in row {row}"
+    )
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

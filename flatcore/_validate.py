@@ -80,14 +80,17 @@ def check_number(value: Any, name: str) -> float:
     """Return a Python number that is no bool, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_temperature(value: Any) -> float:
-    """Return a finite number above 0."""
+    """Return a finite number above 0 whose inverse is finite too."""
     number = check_number(value, "temperature")
-    if not (0 < number < math.inf):
-        raise ValueError(f"temperature must be finite and above 0, got {value!r}")
+    if not (2.0**-1022 <= number < math.inf):
+        raise ValueError(f"temperature must be finite and above 0 (at least 2^-1022), got {value!r}")
     return number
 
 
@@ -102,6 +105,8 @@ def check_integer(value: Any, name: str) -> int:
     """Return a Python integer that is no bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit int64, got {value}")
     return value
 
 

@@ -310,9 +310,9 @@ def _features_temperature(g: torch.Generator, classes: int) -> Case:
     return _from_features(g, classes, _head(g, classes), GAPS, temperature=1.7, bias=_randn(g, classes))
 
 
-@_case((17, 301), (5, 1025), (64, 64), (255, 12), (256, 33), (257, 12), (300, 15), (1025, 3))
+@_case((17, 301), (5, 1025), (64, 64), (255, 12), (256, 33), (257, 12), (300, 15), (1025, 3), (1500, 3))
 def _wide(g: torch.Generator, classes: int, width: int) -> Case:
-    """Larger heads, on both sides of the fused path's default limits."""
+    """Larger heads, on both sides of the fused path's default limits, and of more than one block of 1024 classes."""
     weight = _randn(g, classes, width) / math.sqrt(width)
     return _from_features(g, classes, weight, (0.3, 5, 16.9, 20, 105))
 

@@ -30,6 +30,9 @@ ENGINES = ("reference", "fused", "chunked")
 # make_dual loads torch's own scripted decompositions, which warn of torch.jit.script's end
 FORWARD_AD = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
+# what is refused before a path is chosen is the same on both
+CHECKED_FIRST = pytest.mark.parametrize("engine", ("reference", "fused"), indirect=True)
+
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -159,6 +162,7 @@ FLOATING_KINDS = {
 FLOATING = ("features", "linear_weight", "linear_bias", "logits", "weight")
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("name", (*FLOATING, "target"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_of_another_kind(name: str, kind: str, engine: str) -> None:
@@ -166,6 +170,7 @@ def test_no_tensor_of_another_kind(name: str, kind: str, engine: str) -> None:
     refuses(error, (name, *words), trace_with(name, change))
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("name", FLOATING)
 @pytest.mark.parametrize("kind", FLOATING_KINDS)
 def test_floating_arguments_take_floats_without_gradient(name: str, kind: str, engine: str) -> None:
@@ -173,6 +178,7 @@ def test_floating_arguments_take_floats_without_gradient(name: str, kind: str, e
     refuses(error, (name, *words), trace_with(name, change))
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("kind", (*KINDS, *FLOATING_KINDS))
 def test_row_norms_refuses_the_same(kind: str, engine: str) -> None:
     change, error, words = (KINDS | FLOATING_KINDS)[kind]
@@ -217,9 +223,7 @@ def test_no_forward_tangent_is_dropped(name: str, engine: str) -> None:
         else:
             refuses(ValueError, words, lambda: flatcore.hessian_trace(**(right | {name: dual})))
             primal = forward_ad.unpack_dual(dual).primal
-            assert torch.equal(
-                flatcore.hessian_trace(**(right | {name: primal})), flatcore.hessian_trace(**right)
-            )
+            assert torch.equal(flatcore.hessian_trace(**(right | {name: primal})), flatcore.hessian_trace(**right))
 
 
 @FORWARD_AD
@@ -249,6 +253,7 @@ def mesh() -> Iterator[Any]:
             distributed.destroy_process_group()
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("name", (*FLOATING, "target", "x"))
 def test_no_shard_of_a_distributed_tensor(name: str, mesh: Any, engine: str) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -289,12 +294,14 @@ SHAPES: dict[str, tuple[str, Callable[[Tensor], Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes(case: str, engine: str) -> None:
     name, change, words = SHAPES[case]
     refuses(ValueError, (name, *words), trace_with(name, change))
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("shape", ((), (3,), (2, 3, 4)))
 def test_row_norms_takes_a_matrix(shape: tuple[int, ...], engine: str) -> None:
     refuses(ValueError, ("x must be 2-dimensional", str(shape)), lambda: flatcore.row_norms(torch.zeros(shape)))
@@ -390,7 +397,9 @@ def test_ignored_rows_count_nothing(ignore_index: int, engine: str) -> None:
         assert function(**all_rows, reduction="none")[1] == 0
         assert function(**all_rows, reduction="none", log=True)[1] == -INF
     metrics = flatcore.head_metrics(**all_rows)
-    assert metrics.loss[1] == 0 and metrics.log_feature_gradient_norm[1] == -INF and metrics.feature_gradient_norm[1] == 0
+    assert (
+        metrics.loss[1] == 0 and metrics.log_feature_gradient_norm[1] == -INF and metrics.feature_gradient_norm[1] == 0
+    )
     assert metrics.prediction[1] == -1 and metrics.log_hessian_trace[1].isnan()
 
 
@@ -464,7 +473,9 @@ def test_include_bias_needs_a_finite_bias(engine: str) -> None:
     masked = right["linear_bias"].clone()
     masked[3] = -INF
     for function in (flatcore.hessian_trace, flatcore.relative_flatness):
-        refuses(ValueError, ("linear_bias", "finite", "-inf"), lambda f=function: f(**(right | {"linear_bias": masked})))
+        refuses(
+            ValueError, ("linear_bias", "finite", "-inf"), lambda f=function: f(**(right | {"linear_bias": masked}))
+        )
     assert flatcore.hessian_trace(**(right | {"linear_bias": masked, "include_bias": False})).isfinite()
 
 
@@ -477,7 +488,12 @@ OPTIONS["norm_power with neuronwise"] = (
     FLATNESS, {"norm_power": 1, "measure": "neuronwise"}, ValueError, ("norm_power must be 2", "neuronwise", "got 1"),
 )  # fmt: skip
 for _value in ("Layerwise", "", None, 1, ["layerwise"]):
-    OPTIONS[f"measure {_value!r}"] = FLATNESS, {"measure": _value}, ValueError, ("'layerwise', 'neuronwise'", repr(_value))
+    OPTIONS[f"measure {_value!r}"] = (
+        FLATNESS,
+        {"measure": _value},
+        ValueError,
+        ("'layerwise', 'neuronwise'", repr(_value)),
+    )
 for _function in (TRACE, FLATNESS, GRADIENT):
     for _value in ("average", "Mean", None, True, 0, ("mean",)):
         OPTIONS[f"{_function} reduction {_value!r}"] = (
@@ -499,7 +515,12 @@ for _function in (TRACE, FLATNESS, GRADIENT):
         OPTIONS[f"{_function} ignore_index {_value!r}"] = (
             _function, {"ignore_index": _value}, TypeError, ("ignore_index must be an integer", type(_value).__name__),
         )  # fmt: skip
-    OPTIONS[f"{_function} ignore_index 2**70"] = _function, {"ignore_index": 2**70}, ValueError, ("ignore_index", "int64")
+    OPTIONS[f"{_function} ignore_index 2**70"] = (
+        _function,
+        {"ignore_index": 2**70},
+        ValueError,
+        ("ignore_index", "int64"),
+    )
     OPTIONS[f"{_function} temperature 10**400"] = (
         _function, {"temperature": 10**400}, ValueError, ("temperature must be finite",),
     )  # fmt: skip
@@ -511,6 +532,7 @@ for _value in (1, None, "yes"):
     )  # fmt: skip
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option: str, engine: str) -> None:
     function, changes, error, words = OPTIONS[option]
@@ -520,6 +542,7 @@ def test_options(option: str, engine: str) -> None:
     refuses(error, words, lambda: getattr(flatcore, function)(**(given | changes)))
 
 
+@CHECKED_FIRST
 @pytest.mark.parametrize("ord", (0, 3, -INF, NAN, "2", True, None, [1, 2], (), (1, 3), (2, "inf")))
 def test_row_norms_orders(ord: Any, engine: str) -> None:
     refuses(ValueError, ("ord", "1, 2, inf"), lambda: flatcore.row_norms(torch.ones(2, 2), ord))
@@ -613,7 +636,9 @@ class Exchanged:
 def test_arrays_through_dlpack(engine: str) -> None:
     right = arguments()
     expected = flatcore.hessian_trace(**right)
-    assert torch.equal(flatcore.hessian_trace(**(right | {"linear_weight": Exchanged(right["linear_weight"])})), expected)
+    assert torch.equal(
+        flatcore.hessian_trace(**(right | {"linear_weight": Exchanged(right["linear_weight"])})), expected
+    )
     reversed_rows = Exchanged(right["linear_weight"], strides=(-3, 1))
     words = ("linear_weight", "non-negative strides", "(-3, 1)")
     refuses(ValueError, words, lambda: flatcore.hessian_trace(**(right | {"linear_weight": reversed_rows})))
@@ -790,28 +815,27 @@ def test_feature_norms_leave_no_range(path: str, size: float) -> None:
     assert metrics.log_hessian_trace.isfinite().all()
 
 
-@pytest.mark.parametrize("exponent", (-1040, -600, -530, -400, -60, -3, 3, 60, 400, 500, 900))
+@pytest.mark.parametrize("exponent", (-1040, -600, -530, 60, 900))
 @pytest.mark.parametrize("width", (3, 40))
-@pytest.mark.parametrize("field", ("layerwise", "neuronwise", "feature_gradient_norm"))
-def test_float64_heads_of_any_size(path: str, field: str, width: int, exponent: int) -> None:
+def test_float64_heads_of_any_size(path: str, width: int, exponent: int) -> None:
     """W -> 2^k W at given logits is exact in floats: it adds 2 k log 2 to both measures, k log 2 to the gradient."""
     g = torch.Generator().manual_seed(5)
     features = torch.randn(30, width, generator=g, dtype=torch.float64)
     head = torch.randint(-64, 64, (6, width), generator=g).double()  # whole numbers: exact in subnormals too
     logits, target = torch.randn(30, 6, generator=g, dtype=torch.float64), torch.randint(6, (30,), generator=g)
-
-    def logs(weight: Tensor) -> Tensor:
-        given = {"features": features, "linear_weight": weight, "logits": logits, "reduction": "none", "log": True}
-        if field == "feature_gradient_norm":
-            return flatcore.feature_gradient_norms(**given, target=target)
-        return flatcore.relative_flatness(**given, measure=field)
-
-    truth = logs(head).numpy() + (1 if field == "feature_gradient_norm" else 2) * exponent * math.log(2)
-    scaled = torch.ldexp(head, torch.tensor(exponent))
-    assert torch.equal(torch.ldexp(torch.ldexp(scaled, torch.tensor(-exponent // 2)),
-                                   torch.tensor(-exponent - (-exponent // 2))), head)  # fmt: skip
-    bound = tolerance(f"log_{field}", np.ones_like(truth), truth, torch.float64)
-    assert_within(f"log_{field}", logs(scaled), truth, bound + bound, torch.float64)
+    half = torch.tensor([exponent // 2, exponent - exponent // 2])
+    small = torch.ldexp(torch.ldexp(head, half[0]), half[1])
+    assert torch.equal(torch.ldexp(torch.ldexp(small, -half[1]), -half[0]), head)
+    given = {"features": features, "logits": logits, "reduction": "none", "log": True}
+    for field, function, changes, power in (
+        ("layerwise", flatcore.relative_flatness, {"measure": "layerwise"}, 2),
+        ("neuronwise", flatcore.relative_flatness, {"measure": "neuronwise"}, 2),
+        ("feature_gradient_norm", flatcore.feature_gradient_norms, {"target": target}, 1),
+    ):
+        truth = function(linear_weight=head, **given, **changes).numpy() + power * exponent * math.log(2)
+        bound = tolerance(f"log_{field}", np.ones_like(truth), truth, torch.float64)
+        got = function(linear_weight=small, **given, **changes)
+        assert_within(f"log_{field}", got, truth, bound + bound, torch.float64)
 
 
 @pytest.mark.parametrize("rows", (2, 64), ids=("few-rows", "many-rows"))
@@ -851,7 +875,13 @@ def test_no_features_at_all(path: str, classes: int) -> None:
     metrics = flatcore.head_metrics(torch.zeros(2, 0), torch.zeros(classes, 0), target)
     assert_within("loss", metrics.loss, np.full(2, math.log(classes)),
                   tolerance("loss", math.log(classes), 0.0, torch.float32), torch.float32)  # fmt: skip
-    for name in ("log_feature_norm", "log_hessian_trace", "log_layerwise", "log_neuronwise", "log_feature_gradient_norm"):
+    for name in (
+        "log_feature_norm",
+        "log_hessian_trace",
+        "log_layerwise",
+        "log_neuronwise",
+        "log_feature_gradient_norm",
+    ):
         assert (getattr(metrics, name) == -INF).all(), name
     for ord in (1, 2, INF):
         got = flatcore.feature_gradient_norms(torch.zeros(2, 0), torch.zeros(classes, 0), target, ord=ord)
@@ -907,36 +937,52 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _eighths(g: torch.Generator, *shape: int) -> Tensor:
+    """Multiples of 1/8 up to 2: products and their sums are exact in every dtype and order."""
+    return torch.randint(-16, 17, shape, generator=g) / 8
+
+
 @pytest.mark.parametrize("layout", STRIDES)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 def test_strided_tensors(path: str, layout: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(4)
     change = STRIDES[layout]
-    features, head = torch.randn(19, 21, generator=g).to(dtype), torch.randn(6, 21, generator=g).to(dtype)
+    features, head = _eighths(g, 19, 21).to(dtype), _eighths(g, 6, 21).to(dtype)
     logits, target = torch.randn(19, 6, generator=g).to(dtype), torch.randint(6, (19,), generator=g)
     for z in (None, logits):
         plain = flatcore.head_metrics(features, head, target, logits=z)
-        strided = flatcore.head_metrics(
-            change(features), change(head), target, logits=None if z is None else change(z)
-        )
-        for name, values in plain._asdict().items():
-            # a product of another layout may add in another order; the rest is the same
-            bound = tolerance("margin", 1.0, 0.0, values.dtype, logit_error=2.0**-12) if z is None else None
-            if name == "prediction" or bound is None:
-                assert torch.equal(getattr(strided, name), values), name
-            else:
-                assert_within(name, getattr(strided, name), values.double().numpy(), bound)
+        strided = flatcore.head_metrics(change(features), change(head), target, logits=None if z is None else change(z))
+        assert_same_metrics(strided, plain)
+
+
+def assert_same_metrics(got: flatcore.HeadMetrics, want: flatcore.HeadMetrics) -> None:
+    """Require equal metrics of exact logits: two computed values, each within its own bound."""
+    assert torch.equal(got.prediction, want.prediction)
+    for name, values in want._asdict().items():
+        if name == "prediction":
+            continue
+        truth = values.double().numpy()
+        bound = tolerance(name, truth, truth, values.dtype)
+        assert_within(name, getattr(got, name), truth, bound + bound, values.dtype)
 
 
 def test_expanded_tensors(path: str) -> None:
-    right = arguments(logits=None)
-    one = flatcore.head_metrics(right["features"][:1], right["linear_weight"], torch.tensor([2]))
-    many = flatcore.head_metrics(
-        right["features"][:1].expand(50, D), right["linear_weight"], torch.tensor(2).expand(50)
-    )
+    g = torch.Generator().manual_seed(4)
+    features, head = _eighths(g, 1, 21), _eighths(g, 6, 21)
+    one = flatcore.head_metrics(features.repeat(50, 1), head, torch.full((50,), 2))
+    many = flatcore.head_metrics(features.expand(50, 21), head, torch.tensor(2).expand(50))
+    assert_same_metrics(many, one)
+    # stride 0 along D and C, too
+    one = flatcore.head_metrics(torch.full((9, 21), 0.5), torch.full((6, 21), 0.25), logits=torch.full((9, 6), -1.0))
+    flat = (torch.tensor(v).expand(n, k) for v, n, k in ((0.5, 9, 21), (0.25, 6, 21), (-1.0, 9, 6)))
+    features, head, logits = flat
+    many = flatcore.head_metrics(features, head, logits=logits)
     for name, values in one._asdict().items():
-        assert_within(name, getattr(many, name), values.expand(50).double().numpy(),
-                      tolerance("margin", 1.0, 0.0, torch.float32, logit_error=2.0**-20))  # fmt: skip
+        if values is not None:
+            assert torch.equal(getattr(many, name), values), name
+
+
+def test_row_norms_of_an_expanded_tensor(target: str) -> None:
     constant = torch.tensor(0.5).expand(7, 20)
-    assert_within("row_norm", flatcore.row_norms(constant, ord=1), np.full(7, 10.0),
-                  tolerance("row_norm", 10.0, 0.0, torch.float32, terms=20), torch.float32)  # fmt: skip
+    bound = tolerance("row_norm", 10.0, 0.0, torch.float32, terms=20)
+    assert_within("row_norm", flatcore.row_norms(constant, ord=1), np.full(7, 10.0), bound, torch.float32)

@@ -147,12 +147,12 @@ void register_head_metrics(py::module_& module) {
          int64_t q_stride, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean,
          int64_t mean_stride, uintptr_t distance, int64_t distance_stride, uintptr_t scratch) {
         cpu::HeadChunk call = make_chunk(problem, first, rows, 0, 0, q, q_stride, summary, center, 0, row_state);
-        call.mean = pointer<const void>(mean);
+        call.mean = pointer<const double>(mean);
         call.mean_stride = mean_stride;
         call.distance = pointer<const void>(distance);
         call.distance_stride = distance_stride;
         call.scratch = pointer<double>(scratch);
-        if (mean == 0 && distance == 0) throw std::invalid_argument("one of mean and distance is needed");
+        if (mean == 0 && distance == 0 && problem.D > 0) throw std::invalid_argument("mean or distance is needed");
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         kernels.head_chunk_weights(call);

@@ -560,7 +560,7 @@ Outcome run(const HeadMetrics& call) {
       if (a > largest && a < math::kInfinity) largest = a;
     }
   }
-  Shared shared{nullptr, nullptr, scaling_exponent(largest), 0.0, Values(call)};
+  Shared shared{nullptr, nullptr, scaling_exponent(largest, 1000), 0.0, Values(call)};
   const double scale = std::scalbn(1.0, shared.exponent);
 
   if (shared.values.wants(kLogLayerwise)) {

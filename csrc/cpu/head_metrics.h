@@ -67,12 +67,12 @@ struct HeadSummary {
   const double* bias = nullptr;  // (C,), null unless it counts as a column of W
   int threads = 1;
   // outputs
-  bool double_compute = false;    // center is rounded to float64, otherwise to float32
-  double* row_squares = nullptr;  // (C,): workspace
-  double* row_largest = nullptr;  // (C,): workspace
-  double* summary = nullptr;      // (2,): log ||W||_F^2, and e with 2^e max|w| in [1, 2), 0 where W needs no scaling
-  double* center = nullptr;       // (D + 1,): a row near the mean of the rows, last entry for the bias; or null
-  double* centered_squares = nullptr;  // (C,): ||w_j - center||^2; null if center is
+  bool double_compute = false;         // center is rounded to float64, otherwise to float32
+  double* row_squares = nullptr;       // (C,): workspace
+  double* row_largest = nullptr;       // (C,): workspace
+  double* summary = nullptr;           // (2,): log ||W||_F^2, and e: 2^e brings extreme entries into range; usually 0
+  double* center = nullptr;            // (D + 1,): near the mean of 2^e W's rows, last entry for the bias; or null
+  double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2; null if center is
 };
 
 // Squared distances between the rows of W, from differences: D_jk = ||w_j - w_k||^2 times 2^(2 e).
@@ -89,8 +89,8 @@ struct HeadDistances {
 // Per-row numbers kept between the two kernels around the second product.
 struct HeadRow {
   double t, r, log1p_tau, eps, log_eps, confidence, log_n;
-  double square_mean;  // sum_j q_j ||w_j - center||^2, if centered_squares is given
-  double bias_mean;    // sum_j q_j (b_j - center_b), 0 unless include_bias
+  double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
+  double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
   int64_t m;           // top class, -1 for a poisoned row
 };
 
@@ -106,8 +106,8 @@ struct HeadChunk : HeadProblem {
   const double* center = nullptr;            // (D + 1,)
   const double* centered_squares = nullptr;  // (C,)
   HeadRow* row_state = nullptr;              // (rows,)
-  // for the second kernel: either the mean features of q ...
-  const void* mean = nullptr;  // (rows, D): q (W - center), in the compute type
+  // for the second kernel: either the mean row of q ...
+  const double* mean = nullptr;  // (rows, D): q (2^e W - center)
   int64_t mean_stride = 0;
   // ... or the mean distances
   const void* distance = nullptr;  // (rows, C): q times the table of squared distances

@@ -98,7 +98,7 @@ math::SoftmaxTail block_tail(const LogitRow<C>& row, int64_t first, int64_t last
 // q_j for all classes, and sum_j q_j a_j for two attributes (null: 0).
 template <class C>
 void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
-             const double* squares, const double* bias, double bias_center, C* q, HeadRow& state) {
+             const double* squares, const double* bias, double bias_scale, double bias_center, C* q, HeadRow& state) {
   const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
   const double anchor = tail.r == -math::kInfinity ? 0.0 : tail.r;
   DoubleV square_sum = {}, bias_sum = {};
@@ -107,7 +107,7 @@ void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& t
     DoubleV value = math::exp_nonpositive((row.vector_at(j) - anchor) * inverse_temperature) * inverse;
     if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;
     if (squares) square_sum += value * load_unaligned<DoubleV>(squares + j);
-    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) - bias_center);
+    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) * bias_scale - bias_center);
     if constexpr (sizeof(C) == 8) {
       store_unaligned(q + j, value);
     } else {
@@ -122,7 +122,7 @@ void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& t
                              ? 0.0
                              : math::exp_nonpositive((z - anchor) * inverse_temperature) * inverse;
     if (squares) state.square_mean += value * squares[j];
-    if (bias) state.bias_mean += value * (bias[j] - bias_center);
+    if (bias) state.bias_mean += value * (bias[j] * bias_scale - bias_center);
     q[j] = static_cast<C>(value);
   }
 }
@@ -201,6 +201,7 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
     }
     const double* bias = call.include_bias ? call.bias : nullptr;
     write_q(row, call.C, tail, inverse_temperature, call.centered_squares, bias,
+            std::scalbn(1.0, static_cast<int>(call.summary[1])),
             bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0, q, state);
   }
 }
@@ -236,8 +237,9 @@ struct MeanSums {
   double top_mean2;                // ||w_m - center - x||^2
   double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
 };
-template <class C, class W>
-MeanSums mean_sums(const HeadChunk& call, const C* x, int64_t top, int64_t label, double alpha, double beta) {
+template <class W>
+MeanSums mean_sums(const HeadChunk& call, const double* x, double scale, int64_t top, int64_t label, double alpha,
+                   double beta) {
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
   const W* w_top = w + top * call.weight.row_stride;
@@ -248,9 +250,9 @@ MeanSums mean_sums(const HeadChunk& call, const C* x, int64_t top, int64_t label
     DoubleV mean2 = {}, top2 = {}, label2 = {}, top_mean2 = {}, norm1 = {}, norm22 = {}, largest = {};
     for (; d + kDoubles <= call.D; d += kDoubles) {
       const DoubleV center = load_unaligned<DoubleV>(call.center + d);
-      const DoubleV mean = Load<double>::from(x + d);
-      const DoubleV a = Load<double>::from(w_top + d) - center;
-      const DoubleV b = Load<double>::from(w_label + d) - center;
+      const DoubleV mean = load_unaligned<DoubleV>(x + d);
+      const DoubleV a = Load<double>::from(w_top + d) * scale - center;
+      const DoubleV b = Load<double>::from(w_label + d) * scale - center;
       const DoubleV gradient = absolute(alpha * a + beta * mean - b);
       mean2 += mean * mean;
       top2 += a * a;
@@ -272,9 +274,9 @@ MeanSums mean_sums(const HeadChunk& call, const C* x, int64_t top, int64_t label
     }
   }
   for (; d < call.D; ++d) {
-    const double mean = static_cast<double>(x[d]);
-    const double a = static_cast<double>(widen(w_top[d * step])) - call.center[d];
-    const double b = static_cast<double>(widen(w_label[d * step])) - call.center[d];
+    const double mean = x[d];
+    const double a = static_cast<double>(widen(w_top[d * step])) * scale - call.center[d];
+    const double b = static_cast<double>(widen(w_label[d * step])) * scale - call.center[d];
     const double gradient = std::fabs(alpha * a + beta * mean - b);
     sums.mean2 += mean * mean;
     sums.top2 += a * a;
@@ -341,17 +343,19 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   // right label: q (W) - w_m, times eps; wrong label: p_m w_m + eps q (W) - w_y
   const double alpha = top_label ? 0.0 : state.confidence;
   const double beta = top_label ? 1.0 : state.eps;
-  const C* x = static_cast<const C*>(call.mean) + i * call.mean_stride;
+  const double* x = call.mean + i * call.mean_stride;
+  const double scale = std::scalbn(1.0, exponent);
+  const double log_scale = exponent * kLn2;
   MeanSums sums{};
   with_element(call.weight.dtype, [&](auto* type) {
     using W = ElementOf<decltype(type)>;
-    sums = mean_sums<C, W>(call, x, state.m, y, alpha, beta);
+    sums = mean_sums<W>(call, x, scale, state.m, y, alpha, beta);
   });
 
   if (values.wants(kLogNeuronwise)) {
     double top_mean2 = sums.top_mean2, mean2 = sums.mean2, top2 = sums.top2;
     if (call.include_bias) {
-      const double top_bias = call.bias[state.m] - call.center[call.D];
+      const double top_bias = call.bias[state.m] * scale - call.center[call.D];
       top_mean2 += (top_bias - state.bias_mean) * (top_bias - state.bias_mean);
       mean2 += state.bias_mean * state.bias_mean;
       top2 += top_bias * top_bias;
@@ -362,7 +366,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     if (state.log_eps == -math::kInfinity || magnitude == 0.0) {
       put_neuronwise(-math::kInfinity);
     } else if (inner > 0.05 * magnitude || inner != inner) {
-      put_neuronwise(state.log_eps + std::log(inner));
+      put_neuronwise(state.log_eps + std::log(inner) - 2.0 * log_scale);
     } else {
       put_neuronwise(log_variance(explicit_row(state.m, call.include_bias), exponent));
     }
@@ -375,7 +379,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   } else if (top_label && state.log_eps == -math::kInfinity) {
     put_gradient_norms(values, n, -math::kInfinity);
   } else if (sums.norm22 > 0.01 * (sums.label2 + sums.mean2)) {
-    const double shift = (top_label ? state.log_eps : 0.0) - log_t;
+    const double shift = (top_label ? state.log_eps : 0.0) - log_t - log_scale;
     values.put(kLogGradientNorm, n, shift + 0.5 * std::log(sums.norm22));
     values.put(kLogGradientNorm1, n, shift + std::log(sums.norm1));
     values.put(kLogGradientNormInf, n, shift + std::log(sums.norm_inf));
@@ -384,7 +388,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   }
 }
 
-// Sum of squares of scale * (x - center) over a row (center null: of scale * x), and the largest |x|.
+// Sum of squares of scale * x - center over a row (center null: of scale * x), and the largest |x|.
 template <class T>
 double row_squares(const T* x, int64_t step, int64_t D, const double* center, double scale, double* largest) {
   double sum = 0.0, top = 0.0;
@@ -396,8 +400,8 @@ double row_squares(const T* x, int64_t step, int64_t D, const double* center, do
         DoubleV v = Load<double>::from(x + d + k * kDoubles);
         const DoubleV a = absolute(v);
         tops[k] = a > tops[k] ? a : tops[k];
-        if (center != nullptr) v -= load_unaligned<DoubleV>(center + d + k * kDoubles);
         v *= scale;
+        if (center != nullptr) v -= load_unaligned<DoubleV>(center + d + k * kDoubles);
         sums[k] += v * v;
       }
     }
@@ -410,7 +414,7 @@ double row_squares(const T* x, int64_t step, int64_t D, const double* center, do
     const double v = static_cast<double>(widen(x[d * step]));
     const double a = std::fabs(v);
     top = a > top ? a : top;
-    const double scaled = (center != nullptr ? v - center[d] : v) * scale;
+    const double scaled = center != nullptr ? v * scale - center[d] : v * scale;
     sum += scaled * scaled;
   }
   if (largest != nullptr) *largest = top;
@@ -441,7 +445,7 @@ void summarise(const HeadSummary& call) {
     const double b = call.bias != nullptr ? std::fabs(call.bias[j]) : 0.0;
     if (b > largest && b < math::kInfinity) largest = b;
   }
-  const int exponent = scaling_exponent(largest);
+  const int exponent = scaling_exponent(largest, call.double_compute ? 1000 : 100);
   const double scale = std::scalbn(1.0, exponent);
   if (exponent != 0) {
     parallel_for(threads, C, [&](int64_t j, int) {
@@ -457,17 +461,17 @@ void summarise(const HeadSummary& call) {
   parallel_for(threads, (D + width - 1) / width, [&](int64_t task, int) {
     const int64_t first = task * width, count = D - first < width ? D - first : width;
     alignas(64) double sums[width] = {}, base[width] = {};
-    for (int64_t d = 0; d < count; ++d) base[d] = static_cast<double>(widen(w[(first + d) * step]));
+    for (int64_t d = 0; d < count; ++d) base[d] = static_cast<double>(widen(w[(first + d) * step])) * scale;
     for (int64_t j = 1; j < C; ++j) {
       const T* x = w + j * rows + first * step;
       int64_t d = 0;
       if (step == 1) {
         for (; d + kDoubles <= count; d += kDoubles) {
-          const DoubleV difference = Load<double>::from(x + d) - load_unaligned<DoubleV>(base + d);
+          const DoubleV difference = Load<double>::from(x + d) * scale - load_unaligned<DoubleV>(base + d);
           store_unaligned(sums + d, load_unaligned<DoubleV>(sums + d) + difference);
         }
       }
-      for (; d < count; ++d) sums[d] += static_cast<double>(widen(x[d * step])) - base[d];
+      for (; d < count; ++d) sums[d] += static_cast<double>(widen(x[d * step])) * scale - base[d];
     }
     for (int64_t d = 0; d < count; ++d) {
       const double mean = base[d] + sums[d] / static_cast<double>(C);
@@ -477,13 +481,13 @@ void summarise(const HeadSummary& call) {
   call.center[D] = 0.0;
   if (call.bias != nullptr) {
     double sum = 0.0;
-    for (int64_t j = 1; j < C; ++j) sum += call.bias[j] - call.bias[0];
-    call.center[D] = call.bias[0] + sum / static_cast<double>(C);
+    for (int64_t j = 1; j < C; ++j) sum += (call.bias[j] - call.bias[0]) * scale;
+    call.center[D] = call.bias[0] * scale + sum / static_cast<double>(C);
   }
   parallel_for(threads, C, [&](int64_t j, int) {
-    const double b = call.bias != nullptr ? call.bias[j] - call.center[D] : 0.0;
+    const double b = call.bias != nullptr ? call.bias[j] * scale - call.center[D] : 0.0;
     call.centered_squares[j] =
-        row_squares(w + j * rows, step, D, call.center, 1.0, static_cast<double*>(nullptr)) + b * b;
+        row_squares(w + j * rows, step, D, call.center, scale, static_cast<double*>(nullptr)) + b * b;
   });
 }
 

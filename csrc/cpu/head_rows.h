@@ -167,6 +167,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
       out.norm2_squared += value * value;
       out.norm_inf = value > out.norm_inf ? value : out.norm_inf;
     }
+    if (out.norm1 != out.norm1) out.norm_inf = kNan;  // a comparison drops the NaN that a sum keeps
   });
   return out;
 }
@@ -195,9 +196,11 @@ inline void put_gradient_norms(const Values& values, int64_t n, double value) {
 
 // e such that 2^e times the largest entry lies in [1, 2); 0 where squares of entries and of their differences are safe
 // without scaling, in float too.
-FLATCORE_INLINE int scaling_exponent(double largest) {
+// At most `limit` either way, so that 2^e itself is a normal number; subnormal entries still come up far enough.
+FLATCORE_INLINE int scaling_exponent(double largest, int limit) {
   if (!(largest > 0.0 && largest < math::kInfinity) || (largest > 0x1p-30 && largest < 0x1p30)) return 0;
-  return -std::ilogb(largest);
+  const int exponent = -std::ilogb(largest);
+  return exponent > limit ? limit : exponent < -limit ? -limit : exponent;
 }
 
 }  // namespace flatcore::cpu::FLATCORE_TARGET

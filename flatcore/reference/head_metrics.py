@@ -218,7 +218,8 @@ def _log_gradient_norm(split: _Split, w: Tensor, y: Tensor, ord: float) -> Tenso
         part = _Rows(split, rows)
         rho, u = _rest(part, equal.expand(rows.shape[0], -1))
         gradient = u @ difference
-        out[rows] = rho + torch.linalg.vector_norm(gradient, ord=ord, dim=1).log()
+        if gradient.shape[1] > 0:
+            out[rows] = rho + torch.linalg.vector_norm(gradient, ord=ord, dim=1).log()
     return out + log_scale
 
 

@@ -1,0 +1,224 @@
+"""Plant wrong kernels, one at a time, and see whether the suite notices.
+
+    python tests/plant_wrong_kernels.py              # all of them: a build and a part of the suite each, about a minute
+    python tests/plant_wrong_kernels.py log1p tail   # those whose name contains one of the words
+
+The checkout is copied to a temporary directory, one exact string is replaced in its sources, the package is built into a
+directory beside it and the tests named here run against that build with ``-x -q``. Nothing in the checkout is touched.
+Exit status 1 if a wrong kernel stayed green, if it did not build, if a string to replace is not there exactly once, or if
+the copy without any change is not green.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_VALUES = ("tests/test_head_metrics.py",)
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A mistake: ``old`` becomes ``new`` in ``file``; ``tests`` are the arguments of the run that must turn red."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = _VALUES
+
+
+PLANTS = (
+    Plant(
+        "1 - sum p^2",
+        "csrc/math/epsilon_split.h",
+        "split.log_one_minus_sum_p2 = split.log_eps + log_nonnegative(2.0 - split.eps * (1.0 + s2));",
+        "split.log_one_minus_sum_p2 =\n"
+        "      log_nonnegative(1.0 - split.confidence * split.confidence - split.eps * split.eps * s2);",
+    ),
+    Plant(
+        "1 - p",
+        "csrc/math/epsilon_split.h",
+        "split.log_eps = log_nonnegative(u1) - split.margin - split.log1p_tau;",
+        "split.log_eps = log_nonnegative(1.0 - split.confidence);",
+    ),
+    Plant(
+        "log1p of a small number as log(1 + x)",
+        "csrc/math/exp_log.h",
+        "return log_nonnegative(u) + (x - (u - 1.0)) / u;",
+        "return log_nonnegative(u);",
+    ),
+    Plant(
+        "dropped rescale where blocks of classes meet",
+        "csrc/math/softmax_tail.h",
+        "both.u1 = x.u1 * fx + y.u1 * fy + fl;",
+        "both.u1 = x.u1 + y.u1 + fl;",
+        ("tests/test_head_metrics.py", "-k", "wide-1500"),
+    ),
+    Plant(
+        "top and runner-up swapped",
+        "csrc/cpu/head_metrics.cpp",
+        "math::epsilon_split<DoubleV>(top, rest, sum, squares, inverse_temperature)",
+        "math::epsilon_split<DoubleV>(rest, top, sum, squares, inverse_temperature)",
+    ),
+    Plant(
+        "runner-up lost when a new top comes",
+        "csrc/cpu/head_metrics.cpp",
+        "rest = higher ? top : second;",
+        "rest = second;",
+    ),
+    Plant(
+        "feature tail off by one",
+        "csrc/cpu/head_metrics.cpp",
+        "const int64_t rest = call.D - whole * lanes;",
+        "const int64_t rest = call.D - whole * lanes - 1;",
+        ("tests/test_shapes.py", "-k", "ragged"),
+    ),
+    Plant(
+        "class tail off by one, chunked",
+        "csrc/cpu/head_metrics_chunk.cpp",
+        "for (; j < last; ++j) {\n    if (j == tail.m) continue;",
+        "for (; j + 1 < last; ++j) {\n    if (j == tail.m) continue;",
+        ("tests/test_shapes.py", "-k", "ragged"),
+    ),
+    Plant(
+        "missing centring of the squares, chunked",
+        "csrc/cpu/head_metrics_chunk.cpp",
+        "row_squares(w + j * rows, step, D, call.center, 1.0, static_cast<double*>(nullptr)) + b * b;",
+        "row_squares(w + j * rows, step, D, nullptr, 1.0, static_cast<double*>(nullptr)) + b * b;",
+    ),
+    Plant(
+        "top class left in q, chunked",
+        "csrc/cpu/head_metrics_chunk.cpp",
+        "if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;",
+        "",
+    ),
+    Plant(
+        "32-bit offset",
+        "csrc/cpu/head_metrics.cpp",
+        "rows[i] = x + n * call.features.row_stride;",
+        "rows[i] = x + static_cast<int32_t>(n * call.features.row_stride);",
+        ("tests/test_shapes.py", "-k", "beyond_32_bits"),
+    ),
+    Plant(
+        "pairs counted twice",
+        "csrc/cpu/head_metrics.cpp",
+        "store_unaligned(total + v, 0.5 * sum);",
+        "store_unaligned(total + v, sum);",
+    ),
+    Plant(
+        "temperature forgotten in the trace",
+        "csrc/cpu/head_metrics.cpp",
+        "out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t;",
+        "out[i] = log_n_head[i] + log_sum_p2[i];",
+    ),
+    Plant(
+        "NaN logits not noticed",
+        "csrc/cpu/head_metrics.cpp",
+        "poison = z < math::kInfinity ? poison : DoubleV{} + kNan;",
+        "",
+        ("tests/test_edges.py",),
+    ),
+    Plant(
+        "class weight forgotten",
+        "flatcore/_reduction.py",
+        "s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)",
+        "s = valid.double()",
+    ),
+    Plant(
+        "mean of logs for the log of the mean",
+        "flatcore/_reduction.py",
+        "value = logs.logsumexp(dim=0) if logs.shape[0] else",
+        "value = logs.mean() + math.log(logs.shape[0]) if logs.shape[0] else",
+    ),
+    Plant(
+        "row tail off by one",
+        "csrc/cpu/row_norms.cpp",
+        "for (; k < count; ++k) add_scalar(",
+        "for (; k + 1 < count; ++k) add_scalar(",
+        ("tests/test_row_norms.py",),
+    ),
+    Plant(
+        "row not scaled where squares leave the range",
+        "csrc/cpu/row_norms.cpp",
+        "} else if (!(total.squares > 1e-280 && total.squares < 1e300) && total.largest > 0.0) {",
+        "} else if (total.squares < 0.0) {",
+        ("tests/test_row_norms.py",),
+    ),
+)
+# what the copy without a change must pass before a red one means anything
+_CONTROL = (*_VALUES, "tests/test_shapes.py", "tests/test_edges.py", "tests/test_row_norms.py")
+
+
+def _run(arguments: list[str], copy: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE="1")
+    return subprocess.run(arguments, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def _build(copy: Path, site: Path, build: Path) -> str | None:
+    """Build the copy into ``site``; return what went wrong."""
+    shutil.rmtree(site, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    command += ["--disable-pip-version-check", f"--config-settings=build-dir={build}", "--target", str(site), "."]
+    result = _run(command, copy, site)
+    if result.returncode:
+        return (result.stdout + result.stderr)[-2000:]
+    # the tests must meet this build, not one installed elsewhere
+    result = _run([sys.executable, "-c", "import flatcore; print(flatcore.show_config()['extension'])"], copy, site)
+    where = result.stdout.strip()
+    return None if where.startswith(str(site)) else f"the tests would load {where or result.stderr}"
+
+
+def _test(copy: Path, site: Path, tests: tuple[str, ...]) -> tuple[str, str]:
+    """Run a part of the suite: green, red or broken, and the line that says why."""
+    result = _run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], copy, site)
+    lines = result.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if result.returncode == 0:
+        return "green", lines[-1]
+    if result.returncode == 1 and failed:
+        return "red", failed[0].split(" - ")[0].removeprefix("FAILED ")
+    if result.returncode < 0:
+        return "red", f"killed by signal {-result.returncode}"
+    return "broken", "\n".join([*lines[-5:], result.stderr[-500:]])
+
+
+def main(words: list[str]) -> int:
+    """Plant, build, test, report."""
+    plants = [plant for plant in PLANTS if not words or any(word in plant.name for word in words)]
+    right = True
+    with tempfile.TemporaryDirectory(prefix="flatcore-plant-") as temporary:
+        copy, site, build = (Path(temporary) / name for name in ("checkout", "site", "build"))
+        ignored = shutil.ignore_patterns(".git", "build", "__pycache__", ".*_cache", ".venv", "*.so")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for plant in [Plant("(nothing planted)", "", "", "", _CONTROL), *plants]:
+            start, expected = time.monotonic(), "red" if plant.file else "green"
+            source = copy / plant.file
+            text = source.read_text() if plant.file else ""
+            if plant.file and text.count(plant.old) != 1:
+                outcome, detail = "no match", f"{text.count(plant.old)} places in {plant.file}, 1 wanted"
+            else:
+                if plant.file:
+                    source.write_text(text.replace(plant.old, plant.new))
+                problem = _build(copy, site, build)
+                outcome, detail = ("not built", problem) if problem else _test(copy, site, plant.tests)
+                if plant.file:
+                    source.write_text(text)
+            right &= outcome == expected
+            mark = "  " if outcome == expected else "!!"
+            print(f"{mark} {plant.name:48s} {outcome:9s} {time.monotonic() - start:4.0f} s  {detail}", flush=True)
+            if not plant.file and outcome != expected:
+                print("The suite is not green without a change: nothing that follows would mean anything.")
+                return 1
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
