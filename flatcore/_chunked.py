@@ -27,25 +27,37 @@ _NEURONWISE = 1 << FIELDS.index("log_neuronwise")
 _LAYERWISE = 1 << FIELDS.index("log_layerwise")
 _GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
 
-_precision_lock = threading.RLock()
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before = ("highest", "none")
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products in full float32: autocast off, and the matmul precision switch at its highest while they run."""
+    """Products in full float32: autocast off, and the process's matmul precision at its highest while any of them runs.
+
+    The first of several threads raises it and the last one restores it.
+    """
+    global _precision_users, _precision_before
     with torch.autocast("cpu", enabled=False):
-        if torch.get_float32_matmul_precision() == "highest" and _cpu_precision() in ("none", "ieee"):
-            yield
-            return
         with _precision_lock:
-            previous = torch.get_float32_matmul_precision(), _cpu_precision()
-            torch.set_float32_matmul_precision("highest")
-            _set_cpu_precision("ieee")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(previous[0])
-                _set_cpu_precision(previous[1])
+            if _precision_users == 0:
+                _precision_before = torch.get_float32_matmul_precision(), _cpu_precision()
+                if _precision_before[0] != "highest" or _precision_before[1] not in ("none", "ieee"):
+                    torch.set_float32_matmul_precision("highest")
+                    _set_cpu_precision("ieee")
+            _precision_users += 1
+        try:
+            yield
+        finally:
+            with _precision_lock:
+                _precision_users -= 1
+                if _precision_users == 0 and _precision_before != (
+                    torch.get_float32_matmul_precision(),
+                    _cpu_precision(),
+                ):
+                    torch.set_float32_matmul_precision(_precision_before[0])
+                    _set_cpu_precision(_precision_before[1])
 
 
 def _cpu_precision() -> str:
@@ -67,7 +79,7 @@ def head_metrics(
     logits: Tensor | None,
     fields: int,
     double: bool,
-    include_bias: bool,
+    threads: int,
 ) -> int:
     """Fill the problem's outputs; return the first row with a label that is no class, or -1."""
     dtype = torch.float64 if double else torch.float32
@@ -104,7 +116,6 @@ def head_metrics(
         fixed += C * C * itemsize
         del rows
 
-    threads = torch.get_num_threads()
     scratch = torch.empty(threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
     fixed += 0 if scratch is None else 8 * scratch.numel()
     tile = None

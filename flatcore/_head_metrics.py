@@ -200,7 +200,7 @@ def _may_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: not while tracing, and on a device, where it synchronises, only when asked."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return tensor.device.type == "cpu" or (tensor.device.type != "meta" and _backend.validate_on_device)
 

@@ -87,19 +87,17 @@ def head_metrics(
         last_path = path
         return values, prediction
 
-    target_name = _backend.cpu_target or ""
+    target_name, threads = _backend.cpu_target or "", torch.get_num_threads()
     problem = _core.HeadProblem(
         matrix(features), matrix(linear_weight), matrix(logits), 0 if bias is None else bias.data_ptr(),
         0 if target is None else target.data_ptr(), N, D, C, temperature, ignore_index, include_bias, norm_power, fields,
-        double, torch.get_num_threads(), values.data_ptr(), values.dtype == torch.float64, prediction.data_ptr(),
+        double, threads, values.data_ptr(), values.dtype == torch.float64, prediction.data_ptr(),
     )  # fmt: skip
     if path == "fused":
         workspace = torch.empty(problem.workspace(), dtype=torch.uint8)
         bad_row = _core.head_metrics(target_name, problem, workspace.data_ptr())
     else:
-        bad_row = _chunked.head_metrics(
-            target_name, problem, features, linear_weight, logits, fields, double, include_bias
-        )
+        bad_row = _chunked.head_metrics(target_name, problem, features, linear_weight, logits, fields, double, threads)
     if bad_row >= 0:
         raise bad_label(int(target[bad_row]), bad_row, C, ignore_index)  # type: ignore[index]
     last_path = path

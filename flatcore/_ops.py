@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _native, reference
+from ._validate import check_device, check_matrix, storage_covers
+from .reference import FIELDS
 
 _HEAD_METRICS = (
     "head_metrics(Tensor features, Tensor linear_weight, Tensor? linear_bias, Tensor? logits, Tensor? target, "
@@ -50,6 +54,77 @@ def _fake_row_norms(x, ord):
     return x.new_empty((len(ord), x.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest):
+    """What the dispatcher calls: arguments that did not pass a public function are held to the same sizes and types."""
+    check_matrix(features, "features", (None, None))
+    check_matrix(linear_weight, "linear_weight", (None, features.shape[1]))
+    (N, _), C = features.shape, linear_weight.shape[0]
+    if C == 0:
+        raise ValueError("linear_weight must have at least one row (C >= 1), got C = 0")
+    if linear_bias is not None:
+        check_matrix(linear_bias, "linear_bias", (C,))
+    if logits is not None:
+        check_matrix(logits, "logits", (N, C))
+    if target is not None:
+        check_matrix(target, "target", (N,), (torch.int64,))
+    for name, x in (
+        ("linear_weight", linear_weight),
+        ("linear_bias", linear_bias),
+        ("logits", logits),
+        ("target", target),
+    ):
+        if x is not None:
+            check_device(x, name, features, "features")
+    _, _, include_bias, norm_power, fields, _ = rest
+    if include_bias and linear_bias is None:
+        raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
+    if norm_power not in (1, 2) or not 0 <= fields < 1 << len(FIELDS):
+        raise ValueError(
+            f"norm_power must be 1 or 2 and fields a mask of {len(FIELDS)} bits, got {norm_power} and {fields}"
+        )
+    return _run_head_metrics(features, linear_weight, linear_bias, logits, target, *rest)
+
+
+def _op_row_norms(x, ord):
+    check_matrix(x, "x", (None, None))
+    if not ord or any(p not in (1, 2, math.inf) for p in ord):
+        raise ValueError(f"ord must be 1, 2, inf or a non-empty tuple of them, got {ord}")
+    return _run_row_norms(x, ord)
+
+
+def _refuse_backward(ctx, *gradients):
+    raise RuntimeError("flatcore's operators have no derivative yet: pass their inputs with .detach()")
+
+
+def _vmap_head_metrics(info, in_dims, *arguments):
+    """Fold the batch into N where the head is shared; a batch of heads is a loop."""
+    features_dim, weight_dim, bias_dim, logits_dim, target_dim, *_ = in_dims
+    features, weight, bias, logits, target, *rest = arguments
+    if weight_dim is None and bias_dim is None:
+        rows = [
+            None if x is None else _batch_first(x, dim, info.batch_size).flatten(0, 1)
+            for x, dim in ((features, features_dim), (logits, logits_dim), (target, target_dim))
+        ]
+        values, prediction = torch.ops.flatcore.head_metrics(rows[0], weight, bias, rows[1], rows[2], *rest)
+        return (values.unflatten(1, (info.batch_size, -1)), prediction.unflatten(0, (info.batch_size, -1))), (1, 0)
+    several = [None if x is None else _batch_first(x, dim, info.batch_size)
+               for x, dim in zip(arguments[:5], in_dims[:5], strict=True)]  # fmt: skip
+    results = [
+        torch.ops.flatcore.head_metrics(*(None if x is None else x[i] for x in several), *rest)
+        for i in range(info.batch_size)
+    ]
+    return (torch.stack([v for v, _ in results]), torch.stack([p for _, p in results])), (0, 0)
+
+
+def _vmap_row_norms(info, in_dims, x, ord):
+    rows = _batch_first(x, in_dims[0], info.batch_size)
+    return torch.ops.flatcore.row_norms(rows.flatten(0, 1), ord).unflatten(1, (info.batch_size, -1)), 1
+
+
+def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
 def _register() -> torch.library.Library | None:
     """Define the operators once per process: a second import of the package finds them and keeps them."""
     library = torch.library.Library("flatcore", "FRAGMENT")
@@ -60,12 +135,14 @@ def _register() -> torch.library.Library | None:
             raise
         return None
     library.define(_ROW_NORMS)
-    for name, run, fake in (
-        ("head_metrics", _run_head_metrics, _fake_head_metrics),
-        ("row_norms", _run_row_norms, _fake_row_norms),
+    for name, run, fake, vmap in (
+        ("head_metrics", _op_head_metrics, _fake_head_metrics, _vmap_head_metrics),
+        ("row_norms", _op_row_norms, _fake_row_norms, _vmap_row_norms),
     ):
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"flatcore::{name}", fake, lib=library)
+        torch.library.register_autograd(f"flatcore::{name}", _refuse_backward, lib=library)
+        torch.library.register_vmap(f"flatcore::{name}", vmap, lib=library)
     return library
 
 
@@ -99,6 +176,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
             or (grad and x.requires_grad)
             or x.is_neg()
             or x.is_conj()
+            or not storage_covers(x)
         ):
             return False
     return True

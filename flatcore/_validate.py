@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _describe(value: Any) -> str:
@@ -40,19 +41,32 @@ def check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} carries a forward-mode tangent, which flatcore does not propagate; "
             "pass torch.autograd.forward_ad.unpack_dual(...).primal"
         )
-    if type(tensor) in (Tensor, torch.nn.Parameter) and not _storage_covers(tensor):
+    if type(tensor) in (Tensor, torch.nn.Parameter) and not storage_covers(tensor):
         raise ValueError(
             f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
             f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)"
         )
 
 
-def _storage_covers(tensor: Tensor) -> bool:
+def storage_covers(tensor: Tensor) -> bool:
     """Whether the storage holds every element of the view (FSDP frees a storage and keeps its views)."""
     if tensor.numel() == 0 or tensor.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
     last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def check_matrix(
+    tensor: Tensor, name: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """Require what raw addresses rely on: kind, dtype, sizes (None: any) and a storage that holds them."""
+    check_tensor(tensor, name)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {', '.join(map(str, dtypes))}, got {tensor.dtype}")
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(want not in (None, got) for want, got in zip(shape, sizes, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {sizes}")
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -78,7 +92,7 @@ def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> Non
 
 def check_number(value: Any, name: str) -> float:
     """Return a Python number that is no bool, as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
     try:
         return float(value)
@@ -103,8 +117,9 @@ def check_flag(value: Any, name: str) -> bool:
 
 def check_integer(value: Any, name: str) -> int:
     """Return a Python integer that is no bool."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+    value = int(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit int64, got {value}")
     return value
@@ -113,7 +128,7 @@ def check_integer(value: Any, name: str) -> int:
 def check_option(value: Any, name: str, options: tuple[Any, ...]) -> Any:
     """Return one of a fixed set."""
     try:
-        known = not isinstance(value, bool) and value in options
+        known = not isinstance(value, (bool, Tensor)) and value in options
     except (TypeError, RuntimeError, ValueError):
         known = False
     if not known:
