@@ -5,7 +5,6 @@ VERSION: Final[str]
 COMPILER: Final[str]
 CUDA: Final[bool]
 HEAD_ROW_BYTES: Final[int]
-__file__: str
 
 _Matrix = tuple[int, int, int, int]
 

@@ -27,17 +27,23 @@ static void map(const double* x, double* scalar, double* vector, int64_t count, 
 extern "C" {
 
 void map_exp(const double* x, double* scalar, double* vector, int64_t count) {
-  map(x, scalar, vector, count, [](double v) { return exp_nonpositive(v); }, [](Vector v) { return exp_nonpositive(v); });
+  map(
+      x, scalar, vector, count, [](double v) { return exp_nonpositive(v); },
+      [](Vector v) { return exp_nonpositive(v); });
 }
 void map_log(const double* x, double* scalar, double* vector, int64_t count) {
-  map(x, scalar, vector, count, [](double v) { return log_nonnegative(v); }, [](Vector v) { return log_nonnegative(v); });
+  map(
+      x, scalar, vector, count, [](double v) { return log_nonnegative(v); },
+      [](Vector v) { return log_nonnegative(v); });
 }
 void map_log1p(const double* x, double* scalar, double* vector, int64_t count) {
-  map(x, scalar, vector, count, [](double v) { return log1p_nonnegative(v); },
+  map(
+      x, scalar, vector, count, [](double v) { return log1p_nonnegative(v); },
       [](Vector v) { return log1p_nonnegative(v); });
 }
 
-// Merges the leaves in the order of a list of pairs: node i takes (pairs[2i], pairs[2i + 1]); the last node is returned.
+// Merges the leaves in the order of a list of pairs: node i takes (pairs[2i], pairs[2i + 1]); the last node is
+// returned.
 void merge(const double* z, int64_t classes, const int64_t* pairs, int64_t merges, double inverse_temperature,
            SoftmaxTail* nodes) {
   for (int64_t j = 0; j < classes; ++j) nodes[j] = leaf_tail(j, z[j]);

@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _VALUES = ("tests/test_head_metrics.py",)
+_FUSED = (*_VALUES, "-k", "fused")
+_CHUNKED = (*_VALUES, "-k", "chunked")
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ PLANTS = (
         "csrc/cpu/head_metrics.cpp",
         "math::epsilon_split<DoubleV>(top, rest, sum, squares, inverse_temperature)",
         "math::epsilon_split<DoubleV>(rest, top, sum, squares, inverse_temperature)",
+        _FUSED,
     ),
     Plant(
         "runner-up lost when a new top comes",
         "csrc/cpu/head_metrics.cpp",
         "rest = higher ? top : second;",
         "rest = second;",
+        _FUSED,
     ),
     Plant(
         "feature tail off by one",
@@ -93,12 +97,14 @@ PLANTS = (
         "csrc/cpu/head_metrics_chunk.cpp",
         "row_squares(w + j * rows, step, D, call.center, 1.0, static_cast<double*>(nullptr)) + b * b;",
         "row_squares(w + j * rows, step, D, nullptr, 1.0, static_cast<double*>(nullptr)) + b * b;",
+        _CHUNKED,
     ),
     Plant(
         "top class left in q, chunked",
         "csrc/cpu/head_metrics_chunk.cpp",
         "if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;",
         "",
+        _CHUNKED,
     ),
     Plant(
         "32-bit offset",
@@ -112,12 +118,14 @@ PLANTS = (
         "csrc/cpu/head_metrics.cpp",
         "store_unaligned(total + v, 0.5 * sum);",
         "store_unaligned(total + v, sum);",
+        _FUSED,
     ),
     Plant(
         "temperature forgotten in the trace",
         "csrc/cpu/head_metrics.cpp",
         "out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t;",
         "out[i] = log_n_head[i] + log_sum_p2[i];",
+        _FUSED,
     ),
     Plant(
         "NaN logits not noticed",
@@ -131,12 +139,14 @@ PLANTS = (
         "flatcore/_reduction.py",
         "s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)",
         "s = valid.double()",
+        (*_VALUES, "-k", "mean or weights"),
     ),
     Plant(
         "mean of logs for the log of the mean",
         "flatcore/_reduction.py",
         "value = logs.logsumexp(dim=0) if logs.shape[0] else",
         "value = logs.mean() + math.log(logs.shape[0]) if logs.shape[0] else",
+        (*_VALUES, "-k", "mean or weights"),
     ),
     Plant(
         "row tail off by one",

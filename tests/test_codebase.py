@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def test_the_extension_was_built_from_this_version():
     assert _backend._core.VERSION == metadata.version("flatcore") == flatcore.__version__
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared and declared[1] == flatcore.__version__
+
+
+def test_the_stub_describes_the_extension(tmp_path):
+    # pybind11 classes have a metaclass of their own, which a stub cannot name
+    (tmp_path / "allowed").write_text("flatcore._core.HeadProblem\n")
+    command = [sys.executable, "-m", "mypy.stubtest", "flatcore._core", "--allowlist", "allowed"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_fields_stand_in_the_same_order_in_c_and_python():
@@ -118,6 +127,8 @@ def test_the_tour_names_what_is_on_the_disk():
     assert named, "the tour's table was not found"
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing
-    folders = {path.parts[0] for path in (p.relative_to(ROOT) for p in ROOT.glob("*/")) if not path.name.startswith(".")}
+    folders = {
+        path.parts[0] for path in (p.relative_to(ROOT) for p in ROOT.glob("*/")) if not path.name.startswith(".")
+    }
     ignored = {"build", "dist", "venv", "flatcore-demo", "__pycache__"}
     assert folders - ignored <= {Path(path).parts[0] for path in named}

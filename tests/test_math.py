@@ -54,7 +54,8 @@ def check(x, got, truth):
             exact = truth(mpmath.mpf(float(value)))
             assert math.isfinite(result), f"f({value!r}) = {result!r}, not finite"
             error = abs(mpmath.mpf(float(result)) - exact)
-            assert error <= ULPS * EPS * abs(exact), f"f({value!r}) = {result!r}, off by {float(error / abs(exact) / EPS)} ulp"
+            ulps = float(error / abs(exact) / EPS) if exact else float(error > 0) * math.inf
+            assert ulps <= ULPS, f"f({value!r}) = {result!r}, off by {ulps} ulp"
 
 
 def spread(rng, low, high, count):
@@ -72,7 +73,7 @@ def test_exp_is_within_two_ulps_and_exact_at_zero(library):
 
 
 def test_exp_far_below_is_zero_and_nan_stays(library):
-    x, scalar, vector = mapped(library, "map_exp", [-708.1, -1e4, -1e300, -math.inf, math.nan])
+    _, scalar, vector = mapped(library, "map_exp", [-708.1, -1e4, -1e300, -math.inf, math.nan])
     for got in (scalar, vector):
         assert got[:4].tolist() == [0.0] * 4
         assert math.isnan(got[4])
@@ -174,7 +175,14 @@ def test_split_against_sums_of_one_sign(library, gap):
         g, a, b = mpmath.mpf(gap), mpmath.mpf(float(u1)), mpmath.mpf(float(u2))
         tau = mpmath.exp(-g) * a
         eps = tau / (1 + tau)
-        truth = [g, 1 / (1 + tau), eps, mpmath.log(eps), mpmath.log1p(tau), mpmath.log(eps * (2 - eps * (1 + b / a**2)))]
+        truth = [
+            g,
+            1 / (1 + tau),
+            eps,
+            mpmath.log(eps),
+            mpmath.log1p(tau),
+            mpmath.log(eps * (2 - eps * (1 + b / a**2))),
+        ]
     for got, exact in zip(out, truth, strict=True):
         if exact < mpmath.mpf(2) ** -1022 and exact >= 0:  # below the normal numbers: returned as 0
             assert 0 <= got <= 2.0**-1022

@@ -52,7 +52,11 @@ FLATCORE_INLINE void distance_tile(const T* x, int64_t x_stride, const T* y, int
 template <class S, class T, bool scaled>
 void distance_rows_of(const T* w, int64_t w_stride, int64_t C, int64_t D, double scale, int64_t first, int64_t last,
                       S* table) {
+#if defined(FLATCORE_TARGET_avx512)
+  constexpr int A = 4, B = 4;  // 16 accumulators of 32 registers
+#else
   constexpr int A = 2, B = 4;
+#endif
   const S s = static_cast<S>(scale);
   // The rows first..last stay in the second-level cache while the rest of W passes by once (about 2x at 8 MB of W).
   for (int64_t k = first - first % B; k < C; k += B) {

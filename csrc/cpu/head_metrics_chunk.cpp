@@ -253,7 +253,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double scale, int64_t
       const DoubleV mean = load_unaligned<DoubleV>(x + d);
       const DoubleV a = Load<double>::from(w_top + d) * scale - center;
       const DoubleV b = Load<double>::from(w_label + d) * scale - center;
-      const DoubleV gradient = absolute(alpha * a + beta * mean - b);
+      const DoubleV gradient = magnitude(alpha * a + beta * mean - b);
       mean2 += mean * mean;
       top2 += a * a;
       label2 += b * b;
@@ -398,7 +398,7 @@ double row_squares(const T* x, int64_t step, int64_t D, const double* center, do
     for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
       for (int k = 0; k < 2; ++k) {
         DoubleV v = Load<double>::from(x + d + k * kDoubles);
-        const DoubleV a = absolute(v);
+        const DoubleV a = magnitude(v);
         tops[k] = a > tops[k] ? a : tops[k];
         v *= scale;
         if (center != nullptr) v -= load_unaligned<DoubleV>(center + d + k * kDoubles);

@@ -114,9 +114,21 @@ struct Load<double> {
   }
 };
 
-template <class V>
-FLATCORE_INLINE V absolute(V x) {
-  return x < 0 ? -x : x;  // NaN stays NaN; -0 becomes... -0, which adds and compares as 0
+// |x| by clearing the sign: NaN stays NaN.
+FLATCORE_INLINE DoubleV magnitude(DoubleV x) {
+  return math::bit_cast<DoubleV>(math::bit_cast<UInt64V>(x) & uint64_t{0x7fffffffffffffff});
+}
+FLATCORE_INLINE FloatV magnitude(FloatV x) {
+  return math::bit_cast<FloatV>(math::bit_cast<UInt32V>(x) & uint32_t{0x7fffffff});
+}
+
+// The lanes as doubles, in order.
+FLATCORE_INLINE void split(DoubleV v, DoubleV (&wide)[1]) { wide[0] = v; }
+FLATCORE_INLINE void split(FloatV v, DoubleV (&wide)[2]) {
+  HalfFloatV halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  wide[0] = __builtin_convertvector(halves[0], DoubleV);
+  wide[1] = __builtin_convertvector(halves[1], DoubleV);
 }
 
 // Sum of the lanes in a fixed order.
@@ -130,9 +142,9 @@ FLATCORE_INLINE double sum_lanes(V v) {
 // The lanes as doubles, the two halves of a float vector added.
 FLATCORE_INLINE DoubleV widened_sum(DoubleV v) { return v; }
 FLATCORE_INLINE DoubleV widened_sum(FloatV v) {
-  HalfFloatV halves[2];
-  __builtin_memcpy(halves, &v, sizeof(v));
-  return __builtin_convertvector(halves[0], DoubleV) + __builtin_convertvector(halves[1], DoubleV);
+  DoubleV wide[2];
+  split(v, wide);
+  return wide[0] + wide[1];
 }
 
 // Calls f with a typed null pointer of the element type: the one switch over dtypes.
