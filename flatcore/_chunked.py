@@ -19,6 +19,9 @@ from .reference import FIELDS
 
 WORKSPACE_BYTES = 64 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more."""
+_LIBRARY_BYTES = (
+    12 << 20
+)  # of these for what the library packs for its products: 9 MB were seen at D = 2048, C = 32,000
 _TILE_BYTES = 8 << 20  # rows of W converted or centred at a time: they stay in the last-level cache for the product
 _TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
 _DISTANCE_CLASSES = 2048  # up to here the (C, C) table fits a quarter of the workspace in float32
@@ -130,7 +133,7 @@ def head_metrics(
     per_row += D * (8 + itemsize) if center is not None else 0
     per_row += C * itemsize if distances is not None else 0
     per_row += D * itemsize if convert else 0
-    length = max(1, min(N, (WORKSPACE_BYTES - fixed) // per_row))
+    length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
     length = -(-N // -(-N // length))  # equal chunks: no short last product
 
     state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
