@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import flatcore
 from flatcore import _backend, _native
@@ -50,8 +51,20 @@ def _require(target: str, config: pytest.Config) -> None:
         pytest.skip(message)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: on problems this small a second one mostly spins (2x the time on a busy machine).
+
+    Other numbers of threads have tests of their own, in test_properties.py.
+    """
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(previous)
+
+
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
     """Name of the path that head_metrics is forced on; after the test the library must say that it ran."""
     name: str = request.param
     if name == "reference":

@@ -290,8 +290,9 @@ def test_two_runs_agree_bit_for_bit(path: str, name: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3, 7))
-def test_every_number_of_threads_is_exact(path: str, threads: int) -> None:
-    case = BY_NAME["features-142"].at(torch.float32)
+@pytest.mark.parametrize("name", ("features-142", "features-and-bias-1000", "logits-1000"))
+def test_every_number_of_threads_is_exact(path: str, name: str, threads: int) -> None:
+    case = BY_NAME[name].at(torch.float32)
     problem = Problem(case)
     with _threads(threads):
         problem.check_head_metrics()
