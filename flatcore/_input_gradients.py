@@ -346,7 +346,12 @@ def _frozen(model: Any) -> Iterator[None]:
         held = []
         parameters = {id(p): p for module in _modules(model) for p in module._parameters.values() if p is not None}
         for parameter in parameters.values():
-            if parameter.is_leaf and (parameter.requires_grad or id(parameter) in _FROZEN):
+            # flags of tensors made in inference mode cannot be restored from here; torch refuses them in the forward pass
+            if (
+                parameter.is_leaf
+                and not parameter.is_inference()
+                and (parameter.requires_grad or id(parameter) in _FROZEN)
+            ):
                 _FROZEN[id(parameter)] = _FROZEN.get(id(parameter), 0) + 1
                 parameter.requires_grad_(False)
                 held.append(parameter)

@@ -134,7 +134,7 @@ def _setup_unmasked(ctx, inputs, output):
 def _backward_unmasked(ctx, upstream, *_):
     # The logits come along so that a second derivative meets _refuse_second_derivative: from the cotangent alone, which
     # counts as a constant, it would be a number without the term that matters.
-    return torch.ops.flatcore.unmasked_cross_entropy_backward(upstream, *ctx.saved_tensors), None, None
+    return _unmasked_backward(upstream, *ctx.saved_tensors), None, None
 
 
 def _refuse_second_derivative(ctx, *gradients):
@@ -173,17 +173,63 @@ def _vmap_row_norms(info, in_dims, x, ord):
     return torch.ops.flatcore.row_norms(rows.flatten(0, 1), ord).unflatten(1, (info.batch_size, -1)), 1
 
 
-def _vmap_unmasked(info, in_dims, logits, target, ignore_index):
-    rows = [
-        _batch_first(x, dim, info.batch_size).flatten(0, 1) for x, dim in zip((logits, target), in_dims, strict=False)
+def _folded(info, in_dims, arguments):
+    """Arguments of a batched call with the batch folded into N."""
+    return [
+        _batch_first(x, dim, info.batch_size).flatten(0, 1) if isinstance(x, Tensor) else x
+        for x, dim in zip(arguments, in_dims, strict=True)
     ]
-    results = torch.ops.flatcore.unmasked_cross_entropy(*rows, ignore_index)
+
+
+def _vmap_unmasked(info, in_dims, *arguments):
+    results = _unmasked(*_folded(info, in_dims, arguments))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
 
 def _vmap_unmasked_backward(info, in_dims, *arguments):
-    rows = [_batch_first(x, dim, info.batch_size).flatten(0, 1) for x, dim in zip(arguments, in_dims, strict=True)]
-    return torch.ops.flatcore.unmasked_cross_entropy_backward(*rows).unflatten(0, (info.batch_size, -1)), 0
+    result = _unmasked_backward(*_folded(info, in_dims, arguments))
+    return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _Unmasked(torch.autograd.Function):
+    """The operator and its derivative for torch.func's transforms, which do not take a derivative from torch.library."""
+
+    @staticmethod
+    def forward(logits, target, ignore_index):
+        return torch.ops.flatcore.unmasked_cross_entropy(logits, target, ignore_index)
+
+    setup_context = staticmethod(_setup_unmasked)
+    backward = staticmethod(_backward_unmasked)
+    vmap = staticmethod(_vmap_unmasked)
+
+
+class _UnmaskedBackward(torch.autograd.Function):
+    """Likewise for the operator that its backward calls."""
+
+    @staticmethod
+    def forward(upstream, cotangent, logits):
+        return torch.ops.flatcore.unmasked_cross_entropy_backward(upstream, cotangent, logits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept: there is no second derivative."""
+
+    backward = staticmethod(_refuse_second_derivative)
+    vmap = staticmethod(_vmap_unmasked_backward)
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _unmasked(logits, target, ignore_index):
+    call = _Unmasked.apply if _transformed() else torch.ops.flatcore.unmasked_cross_entropy
+    return call(logits, target, ignore_index)
+
+
+def _unmasked_backward(upstream, cotangent, logits):
+    call = _UnmaskedBackward.apply if _transformed() else torch.ops.flatcore.unmasked_cross_entropy_backward
+    return call(upstream, cotangent, logits)
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -292,4 +338,4 @@ def unmasked_cross_entropy(
     """Loss (N,), log(1 - p_y) (N,) and q - e_y (N, C) of 2-D logits; the operator gives the last one always."""
     if is_direct(logits, target):
         return _run_unmasked(logits, target, ignore_index, with_cotangent)
-    return torch.ops.flatcore.unmasked_cross_entropy(logits, target, ignore_index)
+    return _unmasked(logits, target, ignore_index)
