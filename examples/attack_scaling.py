@@ -20,6 +20,7 @@ import gzip
 import pickle
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,12 +73,16 @@ class Data(NamedTuple):
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Bytes of one gzipped IDX file, in its own shape."""
-    with gzip.open(path) as file:
-        content = file.read()
-    header = np.frombuffer(content, ">i4", count=1 + dimensions)
-    if header[0] != 0x0800 + dimensions or len(content) != 4 * len(header) + header[1:].prod():
-        raise OSError(0, f"is no gzipped IDX file of bytes in {dimensions} dimensions", str(path))
-    return np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(header[1:])
+    start = 4 * (1 + dimensions)
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        content = b""
+    header = np.frombuffer(content[:start].ljust(start, b"\0"), ">i4")
+    if header[0] != 0x0800 + dimensions or len(content) != start + header[1:].prod():
+        raise OSError(0, f"it is no gzipped IDX file of bytes in {dimensions} dimensions", str(path))
+    return np.frombuffer(content, np.uint8, offset=start).reshape(header[1:])
 
 
 def fashion_mnist(folder: Path) -> Data:

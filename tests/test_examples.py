@@ -169,7 +169,7 @@ def test_fashion_mnist_files_are_read(attacking: ModuleType, tmp_path: Path) -> 
         np.testing.assert_array_equal((x * 255).round().squeeze(1).numpy(), images)
 
 
-@pytest.mark.parametrize("broken", ["absent", "magic", "gzip", "short"])
+@pytest.mark.parametrize("broken", ["absent", "magic", "gzip", "short", "cut"])
 def test_data_that_cannot_be_read_is_a_sentence(
     attacking: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
@@ -180,10 +180,14 @@ def test_data_that_cannot_be_read_is_a_sentence(
         path.write_bytes(b"no gzip")
     elif broken == "short":
         path.write_bytes(gzip.compress(b"\x00\x00\x08\x03"))
+    elif broken == "cut":
+        _write_idx(path, np.zeros((2, 28, 28)))
+        path.write_bytes(path.read_bytes()[:-9])
     assert attacking.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("attack_scaling: cannot use ")
     assert error.count("\n") == 1
+    assert str(path) in error
     assert "Traceback" not in error
 
 
@@ -302,7 +306,8 @@ def test_saliency_writes_its_files(seeing: ModuleType, tmp_path: Path, capsys: p
     assert f"Pictures: {tmp_path / 'saliency-*.png'}\n" in text
     table = _columns(tmp_path / "saliency.csv")
     assert list(table) == [
-        "photograph", "prediction", "scale", "gap", "usual_zeros", "usual_cosine", "exact_zeros", "exact_cosine", "log10_norm",
+        "photograph", "prediction", "scale", "gap", "usual_zeros", "usual_cosine", "exact_zeros", "exact_cosine",
+        "log10_norm",
     ]  # fmt: skip
     assert table["photograph"] == ["one"] * 3 + ["two"] * 3
     assert [table["usual_zeros"][row] for row in (2, 5)] == ["1.0", "1.0"]
