@@ -20,7 +20,7 @@ from works import Candidate, Inputs, Work
 from flatcore import HeadMetrics, reference
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from tolerance import tolerance
+from tolerance import cotangent_tolerance, tolerance
 
 U = 2.0**-24  # unit roundoff of float32
 
@@ -32,7 +32,7 @@ _TRACE = ("margin", "loss", "log_feature_norm", "log_hessian_trace")
 _NEEDED = {"all fields": reference.FIELDS[:-2], "mean layerwise": (*_TRACE, "log_layerwise"),
            "trace": _TRACE, "trace, chunked": _TRACE,
            "neuronwise": (*_TRACE, "log_neuronwise"), "neuronwise, chunked": (*_TRACE, "log_neuronwise")}  # fmt: skip
-_SUBSET = {"W1": 512, "W2": 512, "W3": 256, "W4": 32, "W5": 64}
+_SUBSET = {"W1": 512, "W2": 512, "W3": 256, "W4": 32, "W5": 64, "W8": 64}
 
 
 class Truth:
@@ -45,6 +45,9 @@ class Truth:
         self.x = x.rows(self.index)
         if work.question == "row norms":
             self.norms = reference.row_norms(self.x.features.double(), (1.0, 2.0, math.inf))
+            return
+        if work.question == "cotangent":
+            self.parts = reference.unmasked_cross_entropy(self.x.features.double(), self.x.target, -100)
             return
         names = [name for name in reference.FIELDS if name in _NEEDED[work.question]]
         bits = sum(1 << reference.FIELDS.index(name) for name in names)
@@ -82,6 +85,8 @@ class Truth:
             relative = (k + 4) * U if exact is None else exact
             self._within(candidate, "norms", got, self.norms, relative * self.norms)
             return _share_right(got, self.norms)
+        if question == "cotangent":
+            return self._check_cotangent(candidate, [part[self.index] for part in answer])
         if question == "mean layerwise":
             truth = self.fields["log_layerwise"].exp()
             slack = self._exact("layerwise") if candidate.is_exact else self._naive("layerwise")
@@ -97,6 +102,26 @@ class Truth:
             got = fields[f"log_{main}"][self.index].double() - self.fields[f"log_{main}"]
             return ((got.abs() < 0.01).double().mean()).item()
         return _share_right(fields[main][self.index], self.fields[f"log_{main}"].exp())
+
+    def _check_cotangent(self, candidate: Candidate, got: list[Tensor]) -> float:
+        """Loss and cotangent, or for a rival the usual gradient (1 - p_y) times it; how many are right to 1 %."""
+        loss, log_scale, cotangent = self.parts
+        gradient = log_scale.exp().unsqueeze(1) * cotangent
+        if candidate.is_exact:
+            bound = tolerance("loss", loss.numpy(), loss.log().numpy(), torch.float32)
+            slack = torch.as_tensor(bound.absolute + bound.relative * loss.numpy())
+            self._within(candidate, "loss", got[0], loss, slack)
+            bound = cotangent_tolerance(torch.float32)
+            self._within(candidate, "cotangent", got[2], cotangent, bound.absolute + bound.relative * cotangent.abs())
+            found = got[1].double().exp().unsqueeze(1) * got[2].double()
+        else:
+            # the rounding of a log-softmax near its largest logit, and of the difference p - 1
+            slack = (self.x.features.double().abs().amax(1) + self.work.C + 8) * U
+            self._within(candidate, "loss", got[0], loss, slack)
+            self._within(candidate, "gradient", got[1], gradient, slack.unsqueeze(1).expand_as(gradient))
+            found = got[1].double()
+        error = torch.linalg.vector_norm(found - gradient, dim=1)
+        return (error < 0.01 * torch.linalg.vector_norm(gradient, dim=1)).double().mean().item()
 
     def _named(self, answer: Any) -> dict[str, Tensor]:
         if isinstance(answer, HeadMetrics):

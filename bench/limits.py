@@ -22,7 +22,7 @@ class Probe:
     """Something the machine does at its best rate."""
 
     name: str
-    kind: str  # read (amount in bytes), product (amount in operations), own product, null operator
+    kind: str  # read, own copy (amount in bytes), product (amount in operations), own product, null operator
     amount: float
     run: Callable[[], Any]
 
@@ -79,6 +79,9 @@ def work_probes(work: Work, x: Inputs) -> list[Probe]:
     """Return the probes that this work's limit is made of."""
     if work.question == "row norms":
         return read_probes(x.features)
+    if work.question == "cotangent":
+        copy = torch.empty_like(x.features)
+        return [Probe("copy", "own copy", 2 * copy.nbytes, lambda: copy.copy_(x.features))]
     if work.question == "all fields":
         return read_probes(x.features) + product_probes((1024, 2048))
     if work.question == "mean layerwise":
@@ -104,6 +107,11 @@ def limit(work: Work, probes: list[Probe], seconds: list[float], machine: list[t
     """
     if work.question == "mean layerwise":
         return Limit(seconds[0], "an operator that does nothing, through torch.library")
+    if work.question == "cotangent":
+        rate = probes[0].rate(seconds[0])
+        return Limit(
+            seconds[0], f"one read and one write of the logits: a copy, {seconds[0] * 1e3:.2f} ms ({rate:.1f} GB/s)"
+        )
     own = [(p, s) for p, s in zip(probes, seconds, strict=True) if p.kind == "own product"]
     if own:
         parts = [f"{p.name} {s * 1e3:.1f} ms ({p.rate(s):.0f} GFLOP/s)" for p, s in own]

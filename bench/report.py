@@ -177,7 +177,7 @@ def _measure(work: works.Work, arguments: argparse.Namespace, machine: list[tupl
 def _path(work: works.Work) -> str:
     """Prove which code ran: the target and, for the head, the path."""
     config = flatcore.show_config()
-    path = "" if work.question == "row norms" else f", {config['last_path']}"
+    path = "" if work.question in ("row norms", "cotangent") else f", {config['last_path']}"
     return f"{config['cpu_target']}{path}"
 
 

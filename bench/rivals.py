@@ -154,6 +154,31 @@ def row_norms_sums(x: Tensor) -> Tensor:
     return torch.stack([a.sum(1), (x * x).sum(1).sqrt(), a.amax(1)])
 
 
+def cross_entropy_autograd(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss (N,) and the usual gradient p - e_y (N, C), as attacks take them."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def cross_entropy_in_place(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same from one (N, C) buffer."""
+    gradient, y = logits.log_softmax(1), target.unsqueeze(1)
+    loss = -gradient.gather(1, y).squeeze(1)
+    gradient.exp_().scatter_add_(1, y, gradient.new_full(y.shape, -1.0))
+    return loss, gradient
+
+
+def cross_entropy_pure(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same without writing in place, for torch.compile."""
+    log_p = logits.log_softmax(1)
+    loss = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+    label = torch.arange(logits.shape[1]) == target.unsqueeze(1)
+    return loss, log_p.exp() - label.to(logits.dtype)
+
+
 EAGER: dict[str, dict[str, Rival]] = {
     "all fields": {"blocks": all_fields_blocks, "rows": all_fields_rows},
     "trace": {"whole": trace},
@@ -162,6 +187,7 @@ EAGER: dict[str, dict[str, Rival]] = {
     "neuronwise, chunked": {"whole, p W": neuronwise_mean, "chunked, p W": chunked(neuronwise_mean)},
     "row norms": {"in cache": row_norms_in_cache, "three vector_norm": row_norms_three_calls},
     "mean layerwise": {"whole": mean_layerwise},
+    "cotangent": {"cross_entropy, autograd": cross_entropy_autograd, "in place": cross_entropy_in_place},
 }
 """The plain forms shown for each question; the fastest in the run is *best eager*."""
 
@@ -172,6 +198,8 @@ def compiled(question: str) -> tuple[str, Rival]:
         return "blocks", torch.compile(all_fields_blocks, dynamic=False)
     if question == "row norms":
         return "three sums", torch.compile(row_norms_sums, dynamic=False)
+    if question == "cotangent":
+        return "pure", torch.compile(cross_entropy_pure, dynamic=False)
     if question == "trace, chunked":
         return "chunked", chunked(torch.compile(trace, dynamic=False))
     if question == "neuronwise, chunked":

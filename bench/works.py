@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 import flatcore
+from flatcore import _ops
 
 SEED = 20240607
 HIGHEST_GAP = 60.0
 
 
 class Inputs(NamedTuple):
-    """What a work is computed from; the row-norm work has only ``features``, its matrix (N, K)."""
+    """What a work is computed from.
+
+    The row-norm work has only ``features``, its matrix (N, K); the cotangent works have ``features`` and ``target``, their
+    logits (N, C) and labels.
+    """
 
     features: Tensor  # (N, D)
     linear_weight: Tensor | None = None  # (C, D)
@@ -39,7 +44,7 @@ class Work:
     key: str
     question: str  # a key of rivals.EAGER
     N: int
-    D: int  # K for row norms
+    D: int  # K for row norms, 0 for works on logits
     C: int
     rounds: int
     calls: int = 1  # calls per timed sample: 1 unless a call is too short for the clock
@@ -50,7 +55,9 @@ class Work:
         return self.key.partition("-")[0]
 
     def __str__(self) -> str:
-        sizes = f"N={self.N:,}, K={self.D:,}" if self.C == 0 else f"N={self.N:,}, D={self.D:,}, C={self.C:,}"
+        sizes = f"N={self.N:,}" + "".join(
+            f", {k}={n:,}" for k, n in (("D" if self.C else "K", self.D), ("C", self.C)) if n
+        )
         return f"{self.key}: {self.question}, {sizes}, float32"
 
     def quick(self) -> Work:
@@ -68,6 +75,9 @@ WORKS = (
     Work("W4-neuronwise", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=4),
     Work("W5", "row norms", 512, 150_528, 0, rounds=21),
     Work("W6-forward", "mean layerwise", 128, 512, 10, rounds=31, calls=200, information=True),
+    Work("W8-10", "cotangent", 1_000_000, 0, 10, rounds=15),
+    Work("W8-1000", "cotangent", 16_384, 0, 1_000, rounds=15),
+    Work("W8-100000", "cotangent", 256, 0, 100_000, rounds=9),
 )
 
 
@@ -100,6 +110,12 @@ def _inputs(n: int, d: int, c: int) -> Inputs:
     One label in ten is wrong.
     """
     generator = torch.Generator().manual_seed(SEED)
+    if d == 0:  # logits: noise, and the label's raised by the gap
+        target = torch.randint(c, (n,), generator=generator)
+        logits = torch.randn(n, c, generator=generator)
+        gap = 0.1 * (HIGHEST_GAP / 0.1) ** torch.rand(n, generator=generator)
+        logits[torch.arange(n), target] += gap
+        return Inputs(logits, target=target)
     features = torch.randn(n, d, generator=generator)
     if c == 0:
         return Inputs(features)
@@ -133,6 +149,8 @@ def _flatcore(question: str, backend: str, x: Inputs) -> Any:
     with flatcore.backend(backend):
         if question == "row norms":
             return flatcore.row_norms(x.features)
+        if question == "cotangent":  # what input_gradients calls: the public loss without autograd's own cost
+            return _ops.unmasked_cross_entropy(x.features, x.target, -100, with_cotangent=True)
         if question == "all fields":
             return flatcore.head_metrics(x.features, x.linear_weight, x.target, linear_bias=x.linear_bias)
         if question.startswith("trace"):
@@ -146,6 +164,8 @@ def _flatcore(question: str, backend: str, x: Inputs) -> Any:
 def _rival(question: str, form: rivals.Rival, x: Inputs) -> Any:
     if question == "row norms":
         return form(x.features)
+    if question == "cotangent":
+        return form(x.features, x.target)
     if question == "all fields":
         return form(x.features, x.linear_weight, x.linear_bias, x.target)
     return form(x.features, x.linear_weight, x.linear_bias)

@@ -15,17 +15,23 @@ from ._head_metrics import (
     hessian_trace,
     relative_flatness,
 )
+from ._input_gradients import InputGradients, input_gradient_norms, input_gradients
 from ._row_norms import row_norms
+from ._unmasked_cross_entropy import unmasked_cross_entropy
 
 __all__ = [
     "HeadMetrics",
+    "InputGradients",
     "__version__",
     "backend",
     "cuda",
     "feature_gradient_norms",
     "head_metrics",
     "hessian_trace",
+    "input_gradient_norms",
+    "input_gradients",
     "relative_flatness",
     "row_norms",
     "show_config",
+    "unmasked_cross_entropy",
 ]

@@ -74,3 +74,15 @@ def row_norms(
     target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int
 ) -> None: ...
 def row_norms_workspace(N: int, K: int) -> int: ...
+def unmasked_cross_entropy(
+    target: str,
+    logits: _Matrix,
+    labels: int,
+    N: int,
+    C: int,
+    ignore_index: int,
+    threads: int,
+    loss: int,
+    log_scale: int,
+    cotangent: int,
+) -> int: ...

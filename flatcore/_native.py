@@ -128,6 +128,28 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     return torch.stack([norms[p] for p in ord])
 
 
+def unmasked_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel; arguments and results as in ``reference.unmasked_cross_entropy``."""
+    logits, target = _readable(logits), _readable(target).contiguous()
+    N, C = logits.shape
+    if C > 1 and logits.stride(1) != 1:
+        # the library's copy goes tile by tile; a kernel that walked down such a row would fetch a cache line per logit
+        logits = logits.contiguous()
+    result = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss, log_scale = (logits.new_empty((N,), dtype=result) for _ in range(2))
+    cotangent = logits.new_empty((N if with_cotangent else 0, C))
+    if N:
+        bad_row = _core.unmasked_cross_entropy(
+            _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, torch.get_num_threads(),
+            loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
+        )  # fmt: skip
+        if bad_row >= 0:
+            raise bad_label(int(target[bad_row]), bad_row, C, ignore_index)
+    return loss, log_scale, cotangent
+
+
 def _readable(x: Tensor) -> Tensor:
     """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
     return x.detach().resolve_neg()

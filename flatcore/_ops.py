@@ -18,6 +18,8 @@ _HEAD_METRICS = (
     "-> (Tensor, Tensor)"
 )
 _ROW_NORMS = "row_norms(Tensor x, float[] ord) -> Tensor"
+_UNMASKED = "unmasked_cross_entropy(Tensor logits, Tensor target, int ignore_index) -> (Tensor, Tensor, Tensor)"
+_UNMASKED_BACKWARD = "unmasked_cross_entropy_backward(Tensor upstream, Tensor cotangent, Tensor logits) -> Tensor"
 
 
 def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,14 @@ def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     return implementation.row_norms(x, tuple(ord))
 
 
+def _run_unmasked(logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True):
+    if _backend.uses_native(logits.device.type):
+        return _native.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
+    if logits.device.type == "cpu" or _backend.validate_on_device:
+        _check_labels(target, logits.shape[1], ignore_index)
+    return reference.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
+
+
 def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias,
                        norm_power, fields, wide_result):  # fmt: skip
     wide = wide_result or any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
@@ -52,6 +62,16 @@ def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, tem
 
 def _fake_row_norms(x, ord):
     return x.new_empty((len(ord), x.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _fake_unmasked(logits, target, ignore_index):
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    n = logits.shape[0]
+    return logits.new_empty((n,), dtype=wide), logits.new_empty((n,), dtype=wide), logits.new_empty(logits.shape)
+
+
+def _fake_unmasked_backward(upstream, cotangent, logits):
+    return torch.empty_like(cotangent)
 
 
 def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest):
@@ -92,6 +112,38 @@ def _op_row_norms(x, ord):
     return _run_row_norms(x, ord)
 
 
+def _op_unmasked(logits, target, ignore_index):
+    check_matrix(logits, "logits", (None, None))
+    if logits.shape[1] == 0:
+        raise ValueError("logits must have at least one class (C >= 1), got C = 0")
+    check_matrix(target, "target", (logits.shape[0],), (torch.int64,))
+    check_device(target, "target", logits, "logits")
+    return _run_unmasked(logits, target, ignore_index)
+
+
+def _op_unmasked_backward(upstream, cotangent, logits):
+    return (upstream.unsqueeze(1) * cotangent).to(cotangent.dtype)
+
+
+def _setup_unmasked(ctx, inputs, output):
+    _, log_scale, cotangent = output
+    ctx.save_for_backward(cotangent, inputs[0])
+    ctx.mark_non_differentiable(log_scale, cotangent)
+
+
+def _backward_unmasked(ctx, upstream, *_):
+    # The logits come along so that a second derivative meets _refuse_second_derivative: from the cotangent alone, which
+    # counts as a constant, it would be a number without the term that matters.
+    return _unmasked_backward(upstream, *ctx.saved_tensors), None, None
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise RuntimeError(
+        "flatcore.unmasked_cross_entropy cannot be differentiated twice: what its backward gives is the direction of the "
+        "loss's gradient at unit scale, not a derivative; take torch.nn.functional.cross_entropy for a gradient penalty"
+    )
+
+
 def _refuse_backward(ctx, *gradients):
     raise RuntimeError("flatcore's operators have no derivative yet: pass their inputs with .detach()")
 
@@ -121,6 +173,65 @@ def _vmap_row_norms(info, in_dims, x, ord):
     return torch.ops.flatcore.row_norms(rows.flatten(0, 1), ord).unflatten(1, (info.batch_size, -1)), 1
 
 
+def _folded(info, in_dims, arguments):
+    """Arguments of a batched call with the batch folded into N."""
+    return [
+        _batch_first(x, dim, info.batch_size).flatten(0, 1) if isinstance(x, Tensor) else x
+        for x, dim in zip(arguments, in_dims, strict=True)
+    ]
+
+
+def _vmap_unmasked(info, in_dims, *arguments):
+    results = _unmasked(*_folded(info, in_dims, arguments))
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+def _vmap_unmasked_backward(info, in_dims, *arguments):
+    result = _unmasked_backward(*_folded(info, in_dims, arguments))
+    return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _Unmasked(torch.autograd.Function):
+    """The operator and its derivative for torch.func's transforms, which do not take a derivative from torch.library."""
+
+    @staticmethod
+    def forward(logits, target, ignore_index):
+        return torch.ops.flatcore.unmasked_cross_entropy(logits, target, ignore_index)
+
+    setup_context = staticmethod(_setup_unmasked)
+    backward = staticmethod(_backward_unmasked)
+    vmap = staticmethod(_vmap_unmasked)
+
+
+class _UnmaskedBackward(torch.autograd.Function):
+    """Likewise for the operator that its backward calls."""
+
+    @staticmethod
+    def forward(upstream, cotangent, logits):
+        return torch.ops.flatcore.unmasked_cross_entropy_backward(upstream, cotangent, logits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept: there is no second derivative."""
+
+    backward = staticmethod(_refuse_second_derivative)
+    vmap = staticmethod(_vmap_unmasked_backward)
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _unmasked(logits, target, ignore_index):
+    call = _Unmasked.apply if _transformed() else torch.ops.flatcore.unmasked_cross_entropy
+    return call(logits, target, ignore_index)
+
+
+def _unmasked_backward(upstream, cotangent, logits):
+    call = _UnmaskedBackward.apply if _transformed() else torch.ops.flatcore.unmasked_cross_entropy_backward
+    return call(upstream, cotangent, logits)
+
+
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
@@ -134,14 +245,25 @@ def _register() -> torch.library.Library | None:
         if "same name" not in str(error) and "multiple times" not in str(error):
             raise
         return None
-    library.define(_ROW_NORMS)
-    for name, run, fake, vmap in (
-        ("head_metrics", _op_head_metrics, _fake_head_metrics, _vmap_head_metrics),
-        ("row_norms", _op_row_norms, _fake_row_norms, _vmap_row_norms),
+    for schema in (_ROW_NORMS, _UNMASKED, _UNMASKED_BACKWARD):
+        library.define(schema)
+    backward = "unmasked_cross_entropy_backward"
+    for name, run, fake, vmap, derivative, setup in (
+        ("head_metrics", _op_head_metrics, _fake_head_metrics, _vmap_head_metrics, _refuse_backward, None),
+        ("row_norms", _op_row_norms, _fake_row_norms, _vmap_row_norms, _refuse_backward, None),
+        ("unmasked_cross_entropy", _op_unmasked, _fake_unmasked, _vmap_unmasked, _backward_unmasked, _setup_unmasked),
+        (
+            backward,
+            _op_unmasked_backward,
+            _fake_unmasked_backward,
+            _vmap_unmasked_backward,
+            _refuse_second_derivative,
+            None,
+        ),
     ):
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"flatcore::{name}", fake, lib=library)
-        torch.library.register_autograd(f"flatcore::{name}", _refuse_backward, lib=library)
+        torch.library.register_autograd(f"flatcore::{name}", derivative, setup_context=setup, lib=library)
         torch.library.register_vmap(f"flatcore::{name}", vmap, lib=library)
     return library
 
@@ -208,3 +330,12 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     if is_direct(x):
         return _run_row_norms(x, ord)
     return torch.ops.flatcore.row_norms(x, ord)
+
+
+def unmasked_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), log(1 - p_y) (N,) and q - e_y (N, C) of 2-D logits; the operator gives the last one always."""
+    if is_direct(logits, target):
+        return _run_unmasked(logits, target, ignore_index, with_cotangent)
+    return _unmasked(logits, target, ignore_index)

@@ -41,11 +41,7 @@ def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
         >>> flatcore.row_norms(torch.tensor([[3.0, -4.0], [1e20, 0.0]]), ord=(1, 2)).tolist()
         [[7.0, 1.0000000200408773e+20], [5.0, 1.0000000200408773e+20]]
     """
-    several = isinstance(ord, tuple)
-    orders: tuple[float, ...] = ord if isinstance(ord, tuple) else (ord,)
-    if not orders:
-        raise ValueError("ord must be 1, 2, inf or a non-empty tuple of them, got ()")
-    orders = tuple(float(check_option(p, "ord", _ORDS)) for p in orders)
+    orders = check_orders(ord)
     tensor = as_tensor(x, "x")
     check_tensor(tensor, "x")
     check_floating(tensor, "x")
@@ -53,4 +49,12 @@ def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
     if tensor.dim() != 2:
         raise ValueError(f"x must be 2-dimensional (N, K), got shape {tuple(tensor.shape)}")
     norms = _ops.row_norms(tensor, orders)
-    return returner(x)(norms if several else norms[0])
+    return returner(x)(norms if isinstance(ord, tuple) else norms[0])
+
+
+def check_orders(ord: Any) -> tuple[float, ...]:
+    """Return the orders of one number or of a tuple."""
+    orders = ord if isinstance(ord, tuple) else (ord,)
+    if not orders:
+        raise ValueError("ord must be 1, 2, inf or a non-empty tuple of them, got ()")
+    return tuple(float(check_option(p, "ord", _ORDS)) for p in orders)

@@ -17,7 +17,7 @@ from flatcore import _backend
 from flatcore.reference import FIELDS
 
 ROOT = Path(__file__).parents[1]
-STEMS = ("head_metrics", "row_norms")
+STEMS = ("head_metrics", "row_norms", "unmasked_cross_entropy")
 LAYERS = (
     "flatcore/_{}.py",
     "flatcore/reference/{}.py",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_NARROW = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0, torch.float64: 0.0}
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 # By how much the log of a value moves, at most, when no difference of two logits moves by more than 1. Each
@@ -128,6 +129,26 @@ def tolerance(
     if np.any(relative >= 1):
         raise ValueError(f"{field}: the logits' error bound leaves no digit, so this case would test nothing")
     return Bound(np.where(normal, 0.0, smallest), relative)
+
+
+def cotangent_tolerance(dtype: torch.dtype) -> Bound:
+    """Return what an entry of q - e_y in the logits' dtype may be off.
+
+    float32: 8 units of 2^-24: 4 for exp (argument and polynomial), 2 for sums of 4 of them, 1 each for 1/sum and the
+    product. float64: 1e-12, which holds the rounding of a difference of up to 745. Narrower: one rounding more, to their
+    own unit. Below the smallest normal number an entry may be 0; float16 has subnormal numbers, half of whose step it is.
+    """
+    smallest = 2.0**-25 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    return Bound(smallest, 1e-12 if dtype == torch.float64 else 8 * _UNIT[torch.float32] + _NARROW[dtype])
+
+
+def product_tolerance(magnitude: Any, terms: int, dtype: torch.dtype) -> Bound:
+    """Return what a chain of products seeded with a cotangent may be off: an entry's bound from its absolute terms.
+
+    ``magnitude`` is the same chain over absolute values; every one of its ``terms`` (all sums' lengths together) adds a
+    rounding, the cotangent's 8 roundings come on top.
+    """
+    return Bound((terms + 8) * _UNIT[dtype] * np.asarray(magnitude), 0.0)
 
 
 def _moved(name: str, log_truth: Any, error: np.ndarray, condition: np.ndarray) -> np.ndarray:

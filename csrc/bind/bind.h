@@ -16,6 +16,7 @@ namespace py = pybind11;
 
 void register_head_metrics(py::module_& module);
 void register_row_norms(py::module_& module);
+void register_unmasked_cross_entropy(py::module_& module);
 
 template <class T>
 T* pointer(uintptr_t address) {

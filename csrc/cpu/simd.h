@@ -169,4 +169,8 @@ template <>
 struct Shape<flatcore::cpu::FLATCORE_TARGET::DoubleV> {
   using Bits = flatcore::cpu::FLATCORE_TARGET::UInt64V;
 };
+template <>
+struct Shape<flatcore::cpu::FLATCORE_TARGET::FloatV> {
+  using Bits = flatcore::cpu::FLATCORE_TARGET::UInt32V;
+};
 }  // namespace flatcore::math

@@ -5,7 +5,7 @@ namespace {
 
 #define FLATCORE_KERNELS(target)                                                                     \
   target::head_metrics, target::head_summary, target::head_distances, target::head_chunk_statistics, \
-      target::head_chunk_weights, target::row_norms
+      target::head_chunk_weights, target::row_norms, target::unmasked_cross_entropy
 
 const Target kTargets[] = {
     {"baseline", [] { return true; }, FLATCORE_KERNELS(baseline)},

@@ -6,6 +6,7 @@
 
 #include "cpu/head_metrics.h"
 #include "cpu/row_norms.h"
+#include "cpu/unmasked_cross_entropy.h"
 
 namespace flatcore::cpu {
 
@@ -18,6 +19,7 @@ struct Target {
   Outcome (*head_chunk_statistics)(const HeadChunk&);
   void (*head_chunk_weights)(const HeadChunk&);
   void (*row_norms)(const RowNorms&);
+  Outcome (*unmasked_cross_entropy)(const UnmaskedCrossEntropy&);
 };
 
 // Compiled and supported here, the narrowest first.

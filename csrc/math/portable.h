@@ -21,6 +21,10 @@ template <>
 struct Shape<double> {
   using Bits = uint64_t;
 };
+template <>
+struct Shape<float> {
+  using Bits = uint32_t;
+};
 
 template <class To, class From>
 FLATCORE_INLINE To bit_cast(const From& from) {

@@ -5,5 +5,6 @@ Imports torch and nothing else of flatcore.
 
 from .head_metrics import FIELDS, head_metrics
 from .row_norms import row_norms
+from .unmasked_cross_entropy import soft_cross_entropy_cotangent, unmasked_cross_entropy
 
-__all__ = ["FIELDS", "head_metrics", "row_norms"]
+__all__ = ["FIELDS", "head_metrics", "row_norms", "soft_cross_entropy_cotangent", "unmasked_cross_entropy"]
