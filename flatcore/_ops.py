@@ -139,8 +139,9 @@ def _backward_unmasked(ctx, upstream, *_):
 
 def _refuse_second_derivative(ctx, *gradients):
     raise RuntimeError(
-        "flatcore.unmasked_cross_entropy cannot be differentiated twice: what its backward gives is the direction of the "
-        "loss's gradient at unit scale, not a derivative; take torch.nn.functional.cross_entropy for a gradient penalty"
+        "flatcore.unmasked_cross_entropy cannot be differentiated twice: its backward gives the loss's gradient at "
+        "another scale, so a second derivative would not be the loss's; take "
+        "torch.nn.functional.cross_entropy for a gradient penalty"
     )
 
 
