@@ -17,6 +17,7 @@ import argparse
 import copy
 import csv
 import gzip
+import math
 import pickle
 import sys
 import time
@@ -96,7 +97,7 @@ def fashion_mnist(folder: Path) -> Data:
         images = _read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
         arrays += [torch.tensor(images / np.float32(255)).unsqueeze(1), torch.tensor(labels.astype(np.int64))]
-    return Data("Fashion-MNIST", *arrays, epochs=6, batch=128, epsilon_linf=0.1, epsilon_l2=1.5)
+    return Data("Fashion-MNIST", *arrays, epochs=6, batch=128, epsilon_linf=0.05, epsilon_l2=1.0)
 
 
 def digits(seed: int) -> Data:
@@ -349,7 +350,13 @@ def picture(data: Data, rows: list[dict], images: int) -> Figure:
         axes.set_title(title)
         axes.set_ylabel("accuracy")
     error.plot(scale, [row["usual_cosine"] for row in rows], **usual, label="usual: cosine to the truth")
-    error.plot(scale, [row["usual_signs"] for row in rows], **usual, ls="--", label="usual: signs that are right")
+    error.plot(
+        scale,
+        [row["usual_signs"] for row in rows],
+        **(usual | {"marker": "^"}),
+        ls="--",
+        label="usual: signs that are right",
+    )
     error.plot(scale, [row["usual_zero"] for row in rows], **usual, ls=":", mfc="white", label="usual: images all zero")
     error.plot(scale, [row["exact_cosine"] for row in rows], **exact, label="exact: cosine to the truth")
     error.set_title("gradients at the clean images")
@@ -365,7 +372,10 @@ def picture(data: Data, rows: list[dict], images: int) -> Figure:
     return figure
 
 
-def run(out: Path, folder: Path | None, images: int, seed: int, quick: bool) -> None:
+def run(
+    out: Path, folder: Path | None, images: int, seed: int, quick: bool,
+    epsilon_linf: float | None = None, epsilon_l2: float | None = None,
+) -> None:  # fmt: skip
     """Train or load, attack, write the files into ``out`` and print the tables.
 
     Raises:
@@ -380,6 +390,9 @@ def run(out: Path, folder: Path | None, images: int, seed: int, quick: bool) -> 
     else:
         print(f"There is no {FASHION_MNIST} (Debian's package dataset-fashion-mnist): scikit-learn's digits instead.")
         data = digits(seed)
+    data = data._replace(
+        epsilon_linf=epsilon_linf or data.epsilon_linf, epsilon_l2=epsilon_l2 or data.epsilon_l2
+    )  # fmt: skip
     model = trained(data, seed, out)
     x, y = data.test_images[:images], data.test_labels[:images]
 
@@ -408,6 +421,16 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the example and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
@@ -419,6 +442,10 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"Fashion-MNIST's four .gz files (default: {FASHION_MNIST}, else the digits)")  # fmt: skip
     parser.add_argument("--images", type=_natural, default=None, metavar="N",
                         help="test images to attack (default: 1000, 100 with --quick)")  # fmt: skip
+    parser.add_argument("--epsilon-linf", type=_positive, metavar="E",
+                        help="radius of the l-inf attack (default: 0.05, for the digits 0.2)")  # fmt: skip
+    parser.add_argument("--epsilon-l2", type=_positive, metavar="E",
+                        help="radius of the l2 attack (default: 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, choices=range(10_000), default=0, metavar="N",
                         help="seed of the training, 0 to 9999 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="digits, fewer images and scales: seconds")
@@ -428,7 +455,10 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     images = arguments.images or (100 if arguments.quick else 1000)
     try:
-        run(arguments.out, arguments.data, images, arguments.seed, arguments.quick)
+        run(
+            arguments.out, arguments.data, images, arguments.seed, arguments.quick,
+            arguments.epsilon_linf, arguments.epsilon_l2,
+        )  # fmt: skip
     except KeyboardInterrupt:
         print("attack_scaling: interrupted.", file=sys.stderr)
         return 130

@@ -25,9 +25,9 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     so sign and normalised steps (PGD, FGSM) are exact where the usual gradient is wrong (float32: from a logit gap of 17
     on) or 0 (from 104 on).
 
-    What it is not: its gradient's *magnitude* is not the loss's. Confident and uncertain samples count alike, so it is no
-    loss to train with, and a step that uses the size of the gradient needs :func:`flatcore.input_gradients`, which gives
-    log(1 - p_y) beside the direction.
+    What it is not: its gradient's *magnitude* is not the loss's (it is that of the log-odds log((1 - p_y)/p_y), a rising
+    function of the loss). Confident and uncertain samples count alike, so it is no loss to train with, and a step that
+    uses the size of the gradient needs :func:`flatcore.input_gradients`, which gives log(1 - p_y) beside the direction.
 
     Args:
         logits: (..., C), C >= 1; float16, bfloat16, float32 or float64. The classes are the **last** dimension: the same
@@ -55,9 +55,8 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     the finite cotangent q - e_y; a label that is the only class there is has loss 0 and gradient 0. One read of the
     logits; (N, C) in memory besides, only where a gradient is needed.
 
-    Source: the factorisation is elementary; that underflow of the usual gradient overstates robustness is known: Lee, Kim,
-    Lee and Kim 2020 (gradient masking by large logits), the margin-scaled losses of MIFPE, and arXiv 2507.22428. They
-    change the loss or rescale the logits; here the loss is unchanged, and only its gradient's scale is taken out.
+    Source: docs/mathematics.md, "Input gradients". That underflow of the usual gradient overstates robustness is known: Lee
+    et al. 2020; MIFPE; arXiv 2507.22428. This is an exact way around it and claims no more.
 
     Example:
         >>> import torch, flatcore

@@ -148,8 +148,10 @@ def test_without_fashion_mnist_the_digits_are_taken_and_it_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(attacking, "FASHION_MNIST", tmp_path / "absent")
-    assert attacking.main(["--images", "2", "--out", str(outcome.out)]) == 0
-    assert f"There is no {tmp_path / 'absent'}" in capsys.readouterr().out
+    assert attacking.main(["--images", "2", "--epsilon-linf", "0.125", "--out", str(outcome.out)]) == 0
+    text = capsys.readouterr().out
+    assert f"There is no {tmp_path / 'absent'}" in text
+    assert "l-inf 0.125 or l2 1" in text
     assert len(_columns(outcome.out / "attack_scaling.csv")["scale"]) == 7
 
 
@@ -192,7 +194,8 @@ def test_data_that_cannot_be_read_is_a_sentence(
 
 
 @pytest.mark.parametrize(("name", "arguments"), [
-    ("attacking", ["--images", "0"]), ("attacking", ["--seed", "-1"]), ("seeing", ["--no-such-option"]),
+    ("attacking", ["--images", "0"]), ("attacking", ["--seed", "-1"]),
+    ("attacking", ["--epsilon-l2", "nan"]), ("attacking", ["--epsilon-linf", "0"]), ("seeing", ["--no-such-option"]),
 ])  # fmt: skip
 def test_wrong_usage_is_status_2(
     name: str, arguments: list[str], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
