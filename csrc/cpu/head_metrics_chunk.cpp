@@ -111,7 +111,7 @@ void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& t
     if constexpr (sizeof(C) == 8) {
       store_unaligned(q + j, value);
     } else {
-      store_unaligned(q + j, __builtin_convertvector(value, HalfFloatV));
+      store_unaligned(q + j, to_float(value));
     }
   }
   state.square_mean = sum_lanes(square_sum);
