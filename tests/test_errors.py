@@ -117,7 +117,6 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...]
     "complex": (lambda x: x.to(torch.complex64), TypeError, ("got torch.complex64",)),
     "conjugate-view": (lambda x: x.to(torch.complex64).conj(), TypeError, ("got torch.complex64",)),
     "bool": (lambda x: x > 0, TypeError, ("got torch.bool",)),
-    "uint16": (lambda x: x.abs().to(torch.uint16), TypeError, ("got torch.uint16",)),
     "float8": (lambda x: x.to(torch.float8_e4m3fn), TypeError, ("got torch.float8_e4m3fn",)),
     "quantized": (
         _quiet(lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)),
@@ -149,6 +148,8 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...]
     "masked": (lambda x: np.ma.masked_array(x.numpy()), TypeError, ("plain array", "masked", "mask")),
 }
 FLOATING_KINDS = {
+    # labels may be of any integer type, as NumPy's are
+    "uint16": (lambda x: x.abs().to(torch.uint16), TypeError, (FLOATS, "got torch.uint16")),
     "int64": (lambda x: x.long(), TypeError, (FLOATS, "got torch.int64")),
     "uint8": (lambda x: x.abs().to(torch.uint8), TypeError, (FLOATS, "got torch.uint8")),
     "numpy-int": (_numpy(np.int32), TypeError, (FLOATS, "got torch.int32")),
