@@ -172,7 +172,7 @@ def test_the_operators_drop_no_derivative() -> None:
         lambda x: torch.ops.flatcore.row_norms(x, [2.0]),
         lambda x: torch.ops.flatcore.head_metrics(*op_arguments(features=x))[0],
     ):
-        with pytest.raises((RuntimeError, NotImplementedError, ValueError, UserWarning)):
+        with pytest.raises(RuntimeError, match=r"no derivative yet: .*\.detach\(\)"):
             call(x.clone().requires_grad_()).sum().backward()
         with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError, ValueError)):
             call(forward_ad.make_dual(x, torch.ones_like(x)))
