@@ -7,6 +7,7 @@ rows where that is cheaper; a kernel finishes. Never N x C numbers: the chunk is
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ _DISTANCE_CLASSES = 2048  # up to here the (C, C) table fits a quarter of the wo
 _NEURONWISE = 1 << FIELDS.index("log_neuronwise")
 _LAYERWISE = 1 << FIELDS.index("log_layerwise")
 _GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
+
+_POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
 
 _precision_lock = threading.Lock()
 _precision_users = 0
@@ -96,15 +99,9 @@ def head_metrics(
         and (direct or C * D * itemsize <= _TILE_BYTES)
     )  # fmt: skip
 
-    summary = torch.zeros(2, dtype=torch.float64)
     center = torch.empty(D + 1, dtype=torch.float64) if weights and not by_distance else None
     squares = torch.empty(C, dtype=torch.float64) if center is not None else None
-    if weights or fields & _LAYERWISE:
-        row_workspace = torch.empty(2 * C, dtype=torch.float64)
-        _core.head_summary(
-            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), _address(center), _address(squares)
-        )
-        del row_workspace
+    summary = _summary(target_name, problem, C, weights or bool(fields & _LAYERWISE), center, squares)
     exponent = int(summary[1])
 
     distances = None
@@ -165,12 +162,156 @@ def head_metrics(
             if distances is not None:
                 torch.mm(q, distances, out=spread[:rows])
             else:
-                _mean_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
+                _product_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
             _core.head_chunk_weights(
                 target_name, problem, first, rows, _address(q), C, summary.data_ptr(), _address(center), state.data_ptr(),
                 _address(mean), D, _address(spread), C, scratch.data_ptr(),
             )  # fmt: skip
     return first_bad
+
+
+def head_metrics_backward(
+    target_name: str,
+    problem,
+    c: Tensor,
+    features: Tensor,
+    linear_weight: Tensor,
+    column: Tensor | None,
+    logits: Tensor | None,
+    norm_power: int,
+    field: int,
+    double: bool,
+    threads: int,
+    d_features: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    d_logits: Tensor | None,
+) -> None:
+    """Fill the wanted gradients; ``column`` is the bias where it counts as a column of W.
+
+    Three products for the trace and layerwise, six for neuronwise and the gradient norms: z, q (W - center), directions
+    (W - center)^T, and the gradients of features and weight, the latter in two parts.
+    """
+    dtype = torch.float64 if double else torch.float32
+    itemsize = 8 if double else 4
+    (N, D), C = features.shape, linear_weight.shape[0]
+    bit = 1 << field
+    weights, neuronwise = bool(bit & (_NEURONWISE | _GRADIENT)), bool(bit & _NEURONWISE)
+    direct = linear_weight.dtype == dtype
+    layerwise = bool(bit & _LAYERWISE)
+    center = torch.empty(D + 1, dtype=torch.float64) if weights else None
+    squares = torch.empty(C, dtype=torch.float64) if weights else None
+    summary = _summary(target_name, problem, C, weights or layerwise, center, squares)
+    scale = 2.0 ** int(summary[1])
+    shift = None if center is None else center[:D].to(dtype)
+
+    scratch = torch.empty(_core.head_chunk_scratch(C, D), dtype=torch.float64)
+    fixed = 8 * (3 * C + D) + 8 * scratch.numel()
+    tile_rows = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
+    tile = torch.empty(tile_rows, D, dtype=dtype)
+    fixed += tile.numel() * itemsize
+    per_row = _core.HEAD_ROW_BYTES + _core.HEAD_BACKWARD_ROW_BYTES + (2 if weights else 1) * C * itemsize
+    per_row += 2 * D * itemsize + 8 * D + (2 * D * itemsize if weights else 0)
+    length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
+    length = -(-N // -(-N // length)) if N else 1
+
+    state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
+    numbers = torch.empty(length * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
+    q = torch.empty(length, C, dtype=dtype)
+    cotangent = torch.empty(length, C, dtype=dtype) if weights else None
+    sums, part = torch.empty(length, D, dtype=torch.float64), torch.empty(length, D, dtype=dtype)
+    direction = torch.empty(length, D, dtype=dtype) if weights else None
+    top_row = torch.empty(length, D, dtype=dtype) if neuronwise else None
+    top_bias = torch.empty(length, dtype=torch.float64) if neuronwise else None
+    top = torch.empty(length, dtype=torch.int64) if neuronwise else None
+    rows_of_weight = torch.zeros(C, dtype=torch.float64) if neuronwise else None
+    for gradient in (d_weight, d_bias):
+        if gradient is not None:
+            gradient.zero_()
+    poisoned, share = False, torch.zeros((), dtype=torch.float64)  # share: sum of c
+    with full_precision():
+        for first in range(0, N, length):
+            rows = min(length, N - first)
+            here = slice(first, first + rows)
+            z = q[:rows]
+            if logits is not None:
+                z.copy_(logits[here])
+            else:
+                _logits_into(z, features[here], linear_weight, tile, dtype)
+            _core.head_chunk_statistics(
+                target_name, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), _address(center),
+                _address(squares), state.data_ptr(),
+            )  # fmt: skip
+            g = z
+            if weights:
+                g = cotangent[:rows]
+                _product_into(sums[:rows], part[:rows], z, linear_weight, shift, scale, tile)
+                _core.head_chunk_directions(
+                    target_name, problem, first, rows, c.data_ptr(), summary.data_ptr(), _address(center),
+                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), _address(top_row),
+                    _address(top_bias), _address(top),
+                )  # fmt: skip
+                for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
+                    g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
+            mine = None if d_features is None else d_features[here]
+            _core.head_chunk_cotangent(
+                target_name, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), C, summary.data_ptr(),
+                _address(center), _address(squares), state.data_ptr(), numbers.data_ptr(), _address(mine),
+                _address(d_weight), _address(d_bias), scratch.data_ptr(),
+            )  # fmt: skip
+            numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
+            poisoned |= bool((numbers_here[:, 5].view(torch.int64) == _POISONED).any())
+            share += numbers_here[:, 0].sum()
+            if logits is None:
+                if mine is not None:
+                    _product_into(sums[:rows], part[:rows], g, linear_weight, None, 1.0, tile)
+                    mine += sums[:rows]
+                if d_weight is not None:
+                    d_weight.addmm_(g.T, _kept(features[here], c[here], part[:rows]))
+                if d_bias is not None:
+                    d_bias += g.sum(dim=0, dtype=torch.float64)
+            elif d_logits is not None:
+                d_logits[here] = g
+            if d_weight is not None and weights:
+                d_weight.addmm_(z.T, direction[:rows], alpha=-1 if neuronwise else 1)
+            if neuronwise:
+                rows_of_weight += z.sum(dim=0, dtype=torch.float64)
+                if d_weight is not None:
+                    d_weight.index_add_(0, top[:rows], top_row[:rows])
+                if column is not None and d_bias is not None:
+                    d_bias.index_add_(0, top[:rows], top_bias[:rows])
+                    d_bias -= numbers_here[:, 3] @ z.to(torch.float64)
+    if neuronwise and d_weight is not None:
+        for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
+            factor = rows_of_weight[start : start + centered.shape[0]].to(dtype).unsqueeze(1)
+            d_weight[start : start + centered.shape[0]].addcmul_(factor, centered)
+    if neuronwise and column is not None and d_bias is not None:
+        d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * (column * scale - center[D]))
+    if layerwise and float(summary[0]) > -math.inf:
+        half = (-0.5 * summary[0]).exp()  # in two steps: ||W||_F^-2 alone may leave the range
+        factor = norm_power * share * half
+        if d_weight is not None:
+            for start, block in _tiles(linear_weight, None, 1.0, tile, dtype):
+                d_weight[start : start + block.shape[0]] += block * float(half) * float(factor)
+        if column is not None and d_bias is not None:
+            d_bias += column * half * factor
+    if poisoned:
+        for gradient in (d_weight, d_bias):
+            if gradient is not None:
+                gradient.fill_(math.nan)
+
+
+def _summary(
+    target_name: str, problem, C: int, wanted: bool, center: Tensor | None, squares: Tensor | None
+) -> Tensor:
+    """What is needed of W alone: log ||W||_F^2 and the power of two that brings it into range; fills the others."""
+    summary = torch.zeros(2, dtype=torch.float64)
+    if wanted:
+        row_workspace = torch.empty(2 * C, dtype=torch.float64)
+        _core.head_summary(
+            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), _address(center), _address(squares)
+        )
+    return summary
 
 
 def _address(x: Tensor | None) -> int:
@@ -183,26 +324,46 @@ def _logits_into(out: Tensor, features: Tensor, weight: Tensor, tile: Tensor | N
     if weight.dtype == dtype:
         torch.mm(features, weight.T, out=out)
         return
-    for start in range(0, weight.shape[0], tile.shape[0]):
-        part = weight[start : start + tile.shape[0]]
-        converted = tile[: part.shape[0]].copy_(part)
-        out[:, start : start + part.shape[0]] = features @ converted.T
+    for start, rows in _tiles(weight, None, 1.0, tile, dtype):
+        out[:, start : start + rows.shape[0]] = features @ rows.T
 
 
-def _mean_into(
-    out: Tensor, part: Tensor, q: Tensor, weight: Tensor, center: Tensor, scale: float, tile: Tensor
+def _kept(features: Tensor, c: Tensor, buffer: Tensor) -> Tensor:
+    """The features of a chunk in the compute type, zero in the rows that add nothing: a NaN there must stay out."""
+    none = c == 0
+    if features.dtype == buffer.dtype and not none.any():
+        return features
+    return buffer.copy_(features).masked_fill_(none.unsqueeze(1), 0)
+
+
+def _product_into(
+    out: Tensor, part: Tensor, q: Tensor, weight: Tensor, center: Tensor | None, scale: float, tile: Tensor | None
 ) -> None:
     """out = q (scale W - center), a tile of W at a time, so that no second W exists and a large common row costs no digits.
 
     A tile's product is in the compute type, their sum in float64: over 200,000 classes float32 alone loses 1e-4.
     """
     out.zero_()
-    for start in range(0, weight.shape[0], tile.shape[0]):
-        rows = weight[start : start + tile.shape[0]]
-        centered = tile[: rows.shape[0]]
-        if scale == 1:
-            torch.sub(rows, center, out=centered)
+    for start, rows in _tiles(weight, center, scale, tile, part.dtype):
+        out += torch.mm(q[:, start : start + rows.shape[0]], rows, out=part)
+
+
+def _tiles(
+    weight: Tensor, center: Tensor | None, scale: float, tile: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows of scale W - center (center None: of W) in the compute type, each with its first row's index."""
+    length = _TILE_CLASSES if tile is None else tile.shape[0]
+    for start in range(0, weight.shape[0], length):
+        rows = weight[start : start + length]
+        if center is None and weight.dtype == dtype:
+            yield start, rows
+            continue
+        block = tile[: rows.shape[0]]  # type: ignore[index]
+        if center is None:
+            block.copy_(rows)
+        elif scale == 1:
+            torch.sub(rows, center, out=block)
         else:
-            torch.mul(rows, scale, out=centered)
-            centered.sub_(center)
-        out += torch.mm(q[:, start : start + rows.shape[0]], centered, out=part)
+            torch.mul(rows, scale, out=block)
+            block.sub_(center)
+        yield start, block

@@ -106,6 +106,75 @@ def head_metrics(
     return values, prediction
 
 
+def head_metrics_backward(
+    upstream: Tensor,
+    coefficient: Tensor | None,
+    features: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logits: Tensor | None,
+    target: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    include_bias: bool,
+    norm_power: int,
+    field: int,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the kernels of this stem: the wanted gradients of features, weight, bias and logits, None for the others.
+
+    A row's derivative with respect to its log is ``upstream`` (float64, (N,) or one number) times ``coefficient``
+    (float64, (N,), or None for 1); otherwise as ``reference.head_metrics_backward``.
+    """
+    global last_path
+    phi, w = _readable(features), _readable(linear_weight)
+    z = None if logits is None else _readable(logits)
+    (N, D), C = phi.shape, w.shape[0]
+    double = any(x is not None and x.dtype == torch.float64 for x in (phi, w, z))
+    dtype = torch.float64 if double else torch.float32
+    bias = None if linear_bias is None else _readable(linear_bias).to(torch.float64).contiguous()
+    target = None if target is None else _readable(target).contiguous()
+    upstream = _readable(upstream).to(torch.float64).contiguous()
+    d_features = phi.new_empty((N, D), dtype=dtype) if wanted[0] else None
+    d_weight = w.new_empty((C, D), dtype=dtype) if wanted[1] else None
+    d_bias = w.new_empty((C,), dtype=torch.float64) if wanted[2] else None
+    d_logits = phi.new_empty((N, C), dtype=dtype) if wanted[3] else None
+    target_name, threads, path = _backend.cpu_target or "", torch.get_num_threads(), choose_path(C, D, double)
+    problem = _core.HeadProblem(
+        matrix(phi), matrix(w), matrix(z), 0 if bias is None else bias.data_ptr(),
+        0 if target is None else target.data_ptr(), N, D, C, temperature, ignore_index, include_bias, norm_power,
+        1 << field, double, threads, 0, False, 0,
+    )  # fmt: skip
+    if path == "fused":
+        workspace = torch.empty(_core.head_metrics_backward_workspace(problem), dtype=torch.uint8)
+        _core.head_metrics_backward(
+            target_name, problem, upstream.data_ptr(), upstream.dim(), _address(coefficient), _address(d_features),
+            _address(d_weight), _address(d_bias), _address(d_logits), workspace.data_ptr(),
+        )  # fmt: skip
+    else:
+        c = upstream.expand(N)
+        if coefficient is not None:
+            c = torch.where(c == 0, 0, c * coefficient)
+        _chunked.head_metrics_backward(
+            target_name, problem, c.contiguous(), phi, w, bias if include_bias else None, z, norm_power, field,
+            double, threads,
+            d_features, d_weight, d_bias, d_logits,
+        )  # fmt: skip
+    last_path = path
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("head_metrics_backward N=%d D=%d C=%d: %s, %s", N, D, C, path, _core.cpu_target(target_name))
+    return (
+        None if d_features is None else d_features.to(features.dtype),
+        None if d_weight is None else d_weight.to(linear_weight.dtype),
+        None if d_bias is None else d_bias.to(linear_bias.dtype),  # type: ignore[union-attr]
+        None if d_logits is None else d_logits.to(logits.dtype),  # type: ignore[union-attr]
+    )
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
     """The error for a label that is no class."""
     return ValueError(

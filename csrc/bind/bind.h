@@ -15,8 +15,12 @@ namespace flatcore::bind {
 namespace py = pybind11;
 
 void register_head_metrics(py::module_& module);
+void register_head_metrics_backward(py::module_& module);
 void register_row_norms(py::module_& module);
 void register_unmasked_cross_entropy(py::module_& module);
+
+// A head with its inputs and outputs, built once per call in Python and shared by the kernels that work on it.
+struct Problem : cpu::HeadProblem {};
 
 template <class T>
 T* pointer(uintptr_t address) {

@@ -5,9 +5,6 @@
 namespace flatcore::bind {
 namespace {
 
-// One call's inputs and outputs, built once in Python and shared by the kernels of this stem.
-struct Problem : cpu::HeadProblem {};
-
 Problem make_problem(const py::object& features, const py::object& weight, const py::object& logits, uintptr_t bias,
                      uintptr_t target_labels, int64_t N, int64_t D, int64_t C, double temperature, int64_t ignore_index,
                      bool include_bias, int norm_power, uint32_t fields, bool double_compute, int threads,

@@ -5,7 +5,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled kernels of flatcore; private.";
-  module.attr("ABI") = 2;
+  module.attr("ABI") = 3;
   module.attr("VERSION") = FLATCORE_VERSION;
   module.attr("COMPILER") = FLATCORE_COMPILER;
   module.attr("CUDA") = static_cast<bool>(FLATCORE_WITH_CUDA);
@@ -16,6 +16,7 @@ PYBIND11_MODULE(_core, module) {
   });
   module.def("cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
   flatcore::bind::register_head_metrics(module);
+  flatcore::bind::register_head_metrics_backward(module);
   flatcore::bind::register_row_norms(module);
   flatcore::bind::register_unmasked_cross_entropy(module);
 }

@@ -17,14 +17,9 @@
 
 #include <cstring>
 
-#include "cpu/head_distances.h"
-#include "cpu/head_rows.h"
-#include "cpu/parallel.h"
+#include "cpu/head_tile.h"
 
 namespace flatcore::cpu {
-
-// Rows handled together: two AVX-512 vectors of doubles. The statistics run with rows across lanes.
-constexpr int kTile = 16;
 
 namespace {
 
@@ -33,8 +28,6 @@ struct Layout {
   // byte offsets
   int64_t packed, distances, bias_distances, row_sums, threads, per_thread, total;
 };
-
-inline int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
 inline Layout layout_of(const HeadProblem& problem) {
   Layout layout{};
@@ -63,108 +56,11 @@ inline Layout layout_of(const HeadProblem& problem) {
 namespace FLATCORE_TARGET {
 namespace {
 
-#if defined(FLATCORE_TARGET_avx512)
-constexpr int kRowBlock = 4;  // 4 x 5 accumulators, 4 + 5 loads for 20 multiply-adds: fits 32 registers
-#else
-constexpr int kRowBlock = 2;  // 2 x 5 accumulators of 16 registers
-#endif
-constexpr int kAhead = 4;  // rows fetched ahead, into the second-level cache: the first holds W
-constexpr int kClassBlock = 5;
-constexpr int64_t kVectorsPerBlock = 64;
-
-// Adds neighbouring accumulators pairwise until one vector holds all their sums, in order; `spread` lanes still hold
-// parts of one sum.
-template <class C, int count, int spread>
-FLATCORE_INLINE void fold(typename VectorOf<C>::Type* acc, C* sums) {
-  using V = typename VectorOf<C>::Type;
-  using Index = typename VectorOf<C>::Index;
-  constexpr int lanes = VectorOf<C>::kLanes;
-  if constexpr (spread == 1) {
-#pragma GCC unroll 32
-    for (int i = 0; i < count; ++i) store_unaligned(sums + i * lanes, acc[i]);
-  } else {
-    Index even = {}, odd = {};
-    for (int lane = 0; lane < lanes; ++lane) {
-      even[lane] = 2 * lane;
-      odd[lane] = 2 * lane + 1;
-    }
-    constexpr int half = (count + 1) / 2;
-#pragma GCC unroll 32
-    for (int i = 0; i < half; ++i) {
-      const V a = acc[2 * i];
-      const V b = acc[2 * i + 1 < count ? 2 * i + 1 : 2 * i];
-      acc[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-    }
-    fold<C, half, spread / 2>(acc, sums);
-  }
-}
-
-// Dot products of RB rows of features with CB rows of packed W over `vectors` whole vectors and perhaps a zero-padded
-// tail; `norms` adds the rows' sums of squares. sums: [class][row], squares: [row].
-template <class C, class T, int RB, int CB, bool norms>
-FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, const T* const* next, int64_t vectors,
-                               const C* w, int64_t w_stride, C* sums, C* squares) {
-  using V = typename VectorOf<C>::Type;
-  constexpr int lanes = VectorOf<C>::kLanes;
-  V acc[CB > 0 ? CB * RB : 1] = {};
-  V square[RB] = {};
-  const auto step = [&](const T* const* from, int64_t at, int64_t w_at) __attribute__((always_inline)) {
-    V x[RB];
-#pragma GCC unroll 8
-    for (int r = 0; r < RB; ++r) x[r] = Load<C>::from(from[r] + at);
-    if constexpr (norms) {
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) square[r] += x[r] * x[r];
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < CB; ++c) {
-      const V wc = load_unaligned<V>(w + c * w_stride + w_at);
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) acc[c * RB + r] += x[r] * wc;
-    }
-  };
-  for (int64_t i = 0; i < vectors; ++i) {
-    if constexpr (norms) {
-      // Rows are short streams (2 KiB at D = 512) that the hardware prefetcher meets too late: W1 336 -> 207 ns a row.
-      // Into the second level: prefetched into the first, they push W out of it (280 ns).
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) __builtin_prefetch(next[r] + i * lanes, 0, 2);
-    }
-    step(rows, i * lanes, i * lanes);
-  }
-  if (tails != nullptr) step(tails, 0, vectors * lanes);
-  if constexpr (CB > 0) fold<C, CB * RB, lanes>(acc, sums);
-  if constexpr (norms) fold<C, RB, lanes>(square, squares);
-}
-
-template <class C, class T, bool norms>
-FLATCORE_INLINE void dot_classes(int classes, const T* const* rows, const T* const* tails, const T* const* next,
-                                 int64_t vectors, const C* w, int64_t w_stride, C* sums, C* squares) {
-  switch (classes) {
-    case 5:
-      return dot_block<C, T, kRowBlock, 5, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-    case 4:
-      return dot_block<C, T, kRowBlock, 4, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-    case 3:
-      return dot_block<C, T, kRowBlock, 3, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-    case 2:
-      return dot_block<C, T, kRowBlock, 2, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-    case 1:
-      return dot_block<C, T, kRowBlock, 1, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-    default:
-      return dot_block<C, T, kRowBlock, 0, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
-  }
-}
-
 // One thread's buffers.
-struct Buffers {
-  double* z;       // (C, kTile) logits before the division by T
-  double* u;       // (C, kTile) exp((z_j - r)/T), 0 for the top class
+struct Buffers : TileBuffers {
   double* s;       // (C, kTile) sum_k D_jk u_k
   double* s_bias;  // the same for the bias's distances
   double* row;     // 2 C + D: scratch for explicit rows
-  void* packed;    // (kTile, D) rows whose elements are not adjacent
-  void* tails;     // (kTile, lanes) zero-padded ends of rows
 
   Buffers(const HeadMetrics& call, const Layout& layout, int thread) {
     char* base = static_cast<char*>(call.workspace) + layout.threads + thread * layout.per_thread;
@@ -179,143 +75,6 @@ struct Buffers {
   }
 };
 
-struct TileRows {
-  int64_t first;
-  int count;
-  bool bad[kTile];
-  double log_n[kTile];  // log ||phi||^2
-};
-
-// Logits (unless given) and log ||phi||^2 of a tile.
-template <class C, class T>
-void tile_products(const HeadMetrics& call, const Layout& layout, const Buffers& buffers, TileRows& tile) {
-  constexpr int lanes = VectorOf<C>::kLanes;
-  const C* packed_w = reinterpret_cast<const C*>(static_cast<char*>(call.workspace) + layout.packed);
-  const T* x = static_cast<const T*>(call.features.data);
-  const T* rows[kTile];
-  const T* tails[kTile];
-  const int64_t whole = call.D / lanes;
-  const int64_t rest = call.D - whole * lanes;
-  T* packed = static_cast<T*>(buffers.packed);
-  T* ends = static_cast<T*>(buffers.tails);
-  for (int i = 0; i < kTile; ++i) {
-    // lanes past the end repeat the last row; their results are not written
-    const int64_t n = tile.first + (i < tile.count ? i : tile.count - 1);
-    rows[i] = x + n * call.features.row_stride;
-    if (call.features.column_stride != 1) {
-      T* to = packed + i * call.D;
-      for (int64_t d = 0; d < call.D; ++d) to[d] = rows[i][d * call.features.column_stride];
-      rows[i] = to;
-    }
-    if (rest > 0) {
-      T* to = ends + i * lanes;
-      std::memset(static_cast<void*>(to), 0, lanes * sizeof(T));
-      std::memcpy(static_cast<void*>(to), rows[i] + whole * lanes, static_cast<size_t>(rest) * sizeof(T));
-      tails[i] = to;
-    }
-  }
-  const bool products = call.logits.data == nullptr;
-  double squares[kTile] = {};
-  if (products) std::memset(buffers.z, 0, static_cast<size_t>(call.C) * kTile * sizeof(double));
-  for (int64_t start = 0; start < whole || start == 0; start += kVectorsPerBlock) {
-    const int64_t vectors = whole - start < kVectorsPerBlock ? whole - start : kVectorsPerBlock;
-    const bool last = start + vectors == whole;
-    for (int i = 0; i < kTile; i += kRowBlock) {
-      const T* from[kRowBlock];
-      const T* next[kRowBlock];  // what is read after this block; behind the last row a harmless hint
-      for (int r = 0; r < kRowBlock; ++r) {
-        from[r] = rows[i + r] + start * lanes;
-        const int64_t n = tile.first + i + r + kAhead < call.N ? tile.first + i + r + kAhead : call.N - 1;
-        next[r] = x + n * call.features.row_stride + start * lanes;
-      }
-      const T* const* ends_of_block = last && rest > 0 ? tails + i : nullptr;
-      C sums[kClassBlock * kRowBlock + 2 * lanes] = {};
-      C row_squares[kRowBlock + lanes] = {};
-      int64_t c = 0;
-      do {
-        const int64_t left = products ? call.C - c : 0;
-        const int classes = static_cast<int>(left < kClassBlock ? left : kClassBlock);
-        const C* w = packed_w + c * layout.packed_stride + start * lanes;
-        if (c == 0) {
-          dot_classes<C, T, true>(classes, from, ends_of_block, next, vectors, w, layout.packed_stride, sums,
-                                  row_squares);
-          for (int r = 0; r < kRowBlock; ++r) squares[i + r] += static_cast<double>(row_squares[r]);
-        } else {
-          dot_classes<C, T, false>(classes, from, ends_of_block, next, vectors, w, layout.packed_stride, sums,
-                                   row_squares);
-        }
-        for (int j = 0; j < classes; ++j) {
-          double* to = buffers.z + (c + j) * kTile + i;
-          for (int r = 0; r < kRowBlock; ++r) to[r] += static_cast<double>(sums[j * kRowBlock + r]);
-        }
-        c += kClassBlock;
-      } while (products && c < call.C);
-    }
-  }
-  // Outside these bounds squares may have overflowed or lost digits in C: once more, scaled.
-  constexpr double low = sizeof(C) == 4 ? 1e-30 : 1e-280;
-  constexpr double high = sizeof(C) == 4 ? 1e36 : 1e300;
-  for (int i = 0; i < tile.count; ++i) {
-    tile.log_n[i] = squares[i] > low && squares[i] < high ? 0.0 : log_sum_squares(rows[i], 1, call.D);
-  }
-  for (int i = 0; i < kTile; i += kDoubles) {
-    const DoubleV logs = math::log_nonnegative(load_unaligned<DoubleV>(squares + i));
-    for (int lane = 0; lane < kDoubles; ++lane) {
-      if (squares[i + lane] > low && squares[i + lane] < high) tile.log_n[i + lane] = logs[lane];
-    }
-  }
-  for (int i = 0; i < kTile; ++i) tile.bad[i] = tile.log_n[i] != tile.log_n[i];
-}
-
-void tile_given_logits(const HeadMetrics& call, const Buffers& buffers, TileRows& tile) {
-  with_element(call.logits.dtype, [&](auto* type) {
-    using T = ElementOf<decltype(type)>;
-    const T* logits = static_cast<const T*>(call.logits.data);
-    for (int i = 0; i < kTile; ++i) {
-      const int64_t n = tile.first + (i < tile.count ? i : tile.count - 1);
-      const T* from = logits + n * call.logits.row_stride;
-      for (int64_t j = 0; j < call.C; ++j) {
-        buffers.z[j * kTile + i] = static_cast<double>(widen(from[j * call.logits.column_stride]));
-      }
-    }
-  });
-}
-
-// s_j = sum_k D_jk u_k for all classes j and the rows of a tile, every term >= 0.
-void tile_mean_distances(const double* distances, int64_t C, const double* u, double* s) {
-  constexpr int kJ = 4;
-  constexpr int kV = kTile / kDoubles < 2 ? 1 : 2;
-  for (int v = 0; v < kTile; v += kV * kDoubles) {
-    int64_t j = 0;
-    for (; j + kJ <= C; j += kJ) {
-      DoubleV acc[kJ][kV] = {};
-      for (int64_t k = 0; k < C; ++k) {
-        DoubleV uk[kV];
-#pragma GCC unroll 2
-        for (int i = 0; i < kV; ++i) uk[i] = load_unaligned<DoubleV>(u + k * kTile + v + i * kDoubles);
-#pragma GCC unroll 4
-        for (int a = 0; a < kJ; ++a) {
-          const double d = distances[(j + a) * C + k];
-#pragma GCC unroll 2
-          for (int i = 0; i < kV; ++i) acc[a][i] += uk[i] * d;
-        }
-      }
-      for (int a = 0; a < kJ; ++a) {
-        for (int i = 0; i < kV; ++i) store_unaligned(s + (j + a) * kTile + v + i * kDoubles, acc[a][i]);
-      }
-    }
-    for (; j < C; ++j) {
-      DoubleV acc[kV] = {};
-      for (int64_t k = 0; k < C; ++k) {
-        for (int i = 0; i < kV; ++i) {
-          acc[i] += load_unaligned<DoubleV>(u + k * kTile + v + i * kDoubles) * distances[j * C + k];
-        }
-      }
-      for (int i = 0; i < kV; ++i) store_unaligned(s + j * kTile + v + i * kDoubles, acc[i]);
-    }
-  }
-}
-
 // What a whole call shares.
 struct Shared {
   const double* distances;       // (C, C), times 2^(2 exponent); null if not needed
@@ -328,64 +87,19 @@ struct Shared {
 void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffers& buffers, TileRows& tile,
                      FirstBadRow& bad_label) {
   const int64_t C = call.C;
-  const bool given = call.logits.data != nullptr;
   const double inverse_temperature = 1.0 / call.temperature;
   const double two_log_t = 2.0 * std::log(call.temperature);
-  alignas(64) double t[kTile], m[kTile], r[kTile], u1[kTile], u2[kTile], us[kTile], us_bias[kTile];
-  alignas(64) double margin[kTile], confidence[kTile], eps[kTile], log_eps[kTile], log1p_tau[kTile], log_sum_p2[kTile];
-
-  for (int v = 0; v < kTile; v += kDoubles) {
-    DoubleV top = DoubleV{} - math::kInfinity, rest = top, index = DoubleV{} - 1.0, poison = {};
-    for (int64_t j = 0; j < C; ++j) {
-      DoubleV z = load_unaligned<DoubleV>(buffers.z + j * kTile + v);
-      if (!given) {
-        poison += z * 0.0;  // NaN if the product is not finite: an overflow is not a masked class
-        if (call.bias != nullptr) {
-          z += call.bias[j];
-          store_unaligned(buffers.z + j * kTile + v, z);
-        }
-      }
-      poison = z < math::kInfinity ? poison : DoubleV{} + kNan;
-      const auto higher = z > top;
-      const DoubleV second = z > rest ? z : rest;
-      rest = higher ? top : second;
-      index = higher ? DoubleV{} + static_cast<double>(j) : index;
-      top = higher ? z : top;
-    }
-    poison = top == -math::kInfinity ? DoubleV{} + kNan : poison;
-    const DoubleV anchor = rest == -math::kInfinity ? DoubleV{} : rest;
-    DoubleV sum = {}, squares = {};
-    for (int64_t j = 0; j < C; ++j) {
-      const DoubleV z = load_unaligned<DoubleV>(buffers.z + j * kTile + v);
-      const DoubleV e = math::exp_nonpositive((z - anchor) * inverse_temperature);
-      const DoubleV uj = index == static_cast<double>(j) ? DoubleV{} : e;
-      store_unaligned(buffers.u + j * kTile + v, uj);
-      sum += uj;
-      squares += uj * uj;
-    }
-    const auto split = math::epsilon_split<DoubleV>(top, rest, sum, squares, inverse_temperature);
-    store_unaligned(t + v, top);
-    store_unaligned(r + v, rest);
-    store_unaligned(m + v, index);
-    store_unaligned(u1 + v, sum);
-    store_unaligned(u2 + v, squares);
-    store_unaligned(margin + v, split.margin);
-    store_unaligned(confidence + v, split.confidence);
-    store_unaligned(eps + v, split.eps);
-    store_unaligned(log_eps + v, split.log_eps);
-    store_unaligned(log1p_tau + v, split.log1p_tau);
-    store_unaligned(log_sum_p2 + v, split.log_one_minus_sum_p2);
-    for (int lane = 0; lane < kDoubles; ++lane) tile.bad[v + lane] |= poison[lane] != poison[lane];
-  }
+  alignas(64) double us[kTile], us_bias[kTile];
+  TileSoftmax softmax;
+  tile_softmax(call, buffers, tile, softmax);
+  const auto& [t, m, r, u1, u2, margin, confidence, eps, log_eps, log1p_tau, log_sum_p2] = softmax;
 
   const int64_t n0 = tile.first;
   const int count = tile.count;
   const Values& values = shared.values;
   alignas(64) double log_n_head[kTile], out[kTile];
   for (int i = 0; i < kTile; ++i) {
-    // log(||phi||^2 + 1) from log ||phi||^2, without leaving the range
-    const double x = tile.log_n[i];
-    log_n_head[i] = !call.include_bias ? x : x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+    log_n_head[i] = log_head_norm(tile.log_n[i], call.include_bias);
   }
   const auto put = [&](Field field) {
     for (int i = 0; i < count; ++i) out[i] = tile.bad[i] ? kNan : out[i];
@@ -525,78 +239,26 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
   return;
 }
 
-template <class C, class T>
-void pack_rows(const HeadMetrics& call, const Layout& layout, C* packed, double* row_sums) {
-  const T* w = static_cast<const T*>(call.weight.data);
-  parallel_for(call.C * call.D < (1 << 16) ? 1 : call.threads, call.C, [&](int64_t j, int) {
-    const T* from = w + j * call.weight.row_stride;
-    C* to = packed + j * layout.packed_stride;
-    double largest = 0.0;
-    for (int64_t d = 0; d < call.D; ++d) {
-      to[d] = static_cast<C>(widen(from[d * call.weight.column_stride]));
-      const double a = std::fabs(static_cast<double>(to[d]));
-      largest = a > largest ? a : largest;
-    }
-    for (int64_t d = call.D; d < layout.packed_stride; ++d) to[d] = C{};
-    row_sums[j] = largest;
-  });
-}
-
 template <class C>
 Outcome run(const HeadMetrics& call) {
   const Layout layout = layout_of(call);
   char* base = static_cast<char*>(call.workspace);
   C* packed = reinterpret_cast<C*>(base + layout.packed);
   double* largest_of_row = reinterpret_cast<double*>(base + layout.row_sums);
-  with_element(call.weight.dtype, [&](auto* type) {
-    using T = ElementOf<decltype(type)>;
-    if constexpr (sizeof(T) <= sizeof(C)) pack_rows<C, T>(call, layout, packed, largest_of_row);
-  });
-  double largest = 0.0;
-  for (int64_t j = 0; j < call.C; ++j) largest = largest_of_row[j] > largest ? largest_of_row[j] : largest;
-  if (call.include_bias) {
-    for (int64_t j = 0; j < call.C; ++j) {
-      const double a = std::fabs(call.bias[j]);
-      if (a > largest && a < math::kInfinity) largest = a;
-    }
-  }
-  Shared shared{nullptr, nullptr, scaling_exponent(largest, 1000), 0.0, Values(call)};
+  Shared shared{nullptr, nullptr, pack_weight(call, layout.packed_stride, packed, largest_of_row), 0.0, Values(call)};
   const double scale = std::scalbn(1.0, shared.exponent);
 
   if (shared.values.wants(kLogLayerwise)) {
-    double total = 0.0;
-    for (int64_t j = 0; j < call.C; ++j) {
-      const C* w = packed + j * layout.packed_stride;
-      DoubleV sum = {};
-      for (int64_t d = 0; d < layout.packed_stride; d += kDoubles) {
-        const DoubleV x = Load<double>::from(w + d) * scale;
-        sum += x * x;
-      }
-      total += sum_lanes(sum);
-      if (call.include_bias) total += call.bias[j] * scale * (call.bias[j] * scale);
-    }
+    const double total = sum_of_squares(call, packed, layout.packed_stride, scale);
     shared.log_layer = 0.5 * call.norm_power * (std::log(total) - 2.0 * shared.exponent * kLn2);
   }
   if (call.fields & kWeightFields) {
     double* table = reinterpret_cast<double*>(base + layout.distances);
-    constexpr int64_t rows = 8;
-    const int threads = call.C * call.C * call.D < (1 << 18) ? 1 : call.threads;
-    parallel_for(threads, (call.C + rows - 1) / rows, [&](int64_t task, int) {
-      const int64_t last = (task + 1) * rows < call.C ? (task + 1) * rows : call.C;
-      distance_rows<double, C>(packed, layout.packed_stride, call.C, layout.packed_stride, scale, task * rows, last,
-                               table);
-    });
+    double* with_bias =
+        call.include_bias ? reinterpret_cast<double*>(base + layout.bias_distances) : static_cast<double*>(nullptr);
+    distance_tables(call, packed, layout.packed_stride, scale, table, with_bias);
     shared.distances = table;
-    if (call.include_bias) {
-      double* with_bias = reinterpret_cast<double*>(base + layout.bias_distances);
-      for (int64_t j = 0; j < call.C; ++j) {
-        for (int64_t k = 0; k < call.C; ++k) {
-          const double difference = (call.bias[j] - call.bias[k]) * scale;
-          with_bias[j * call.C + k] = table[j * call.C + k] + difference * difference;
-        }
-      }
-      shared.bias_distances = with_bias;
-    }
+    shared.bias_distances = with_bias;
   }
 
   // Tasks of a few tiles: enough of them to balance threads, large enough (about 20 us) to hide a task's hand-out.
@@ -616,7 +278,7 @@ Outcome run(const HeadMetrics& call) {
       tile.count = static_cast<int>(call.N - tile.first < kTile ? call.N - tile.first : kTile);
       with_element(call.features.dtype, [&](auto* type) {
         using T = ElementOf<decltype(type)>;
-        if constexpr (sizeof(T) <= sizeof(C)) tile_products<C, T>(call, layout, buffers, tile);
+        if constexpr (sizeof(T) <= sizeof(C)) tile_products<C, T>(call, packed, layout.packed_stride, buffers, tile);
       });
       if (call.logits.data != nullptr) tile_given_logits(call, buffers, tile);
       tile_statistics(call, shared, buffers, tile, bad_label);

@@ -127,11 +127,6 @@ void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& t
   }
 }
 
-double log_head_norm(double log_n, bool include_bias) {
-  if (!include_bias) return log_n;
-  return log_n > 0 ? log_n + std::log1p(std::exp(-log_n)) : std::log1p(std::exp(log_n));
-}
-
 template <class C>
 void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, FirstBadRow& bad_label) {
   const int64_t n = call.first + i;
@@ -190,7 +185,7 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
   put(kLogLayerwise, log_trace + 0.5 * call.norm_power * call.summary[0]);
   put(kLoss, loss_of_target);
   if (label == Label::kIgnored) values.put(kLoss, n, 0.0);
-  call.prediction[n] = bad ? -1 : tail.m;
+  if (call.prediction != nullptr) call.prediction[n] = bad ? -1 : tail.m;
 
   if (call.q != nullptr) {
     C* q = static_cast<C*>(call.q) + i * call.q_stride;
@@ -204,30 +199,6 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
             std::scalbn(1.0, static_cast<int>(call.summary[1])),
             bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0, q, state);
   }
-}
-
-// Logits of one row in float64, for the explicit sums.
-void explicit_logits(const HeadChunk& call, int64_t n, double* z) {
-  if (call.logits.data != nullptr) {
-    for (int64_t j = 0; j < call.C; ++j) z[j] = element(call.logits, n, j);
-    return;
-  }
-  with_element(call.features.dtype, [&](auto* x_type) {
-    using X = ElementOf<decltype(x_type)>;
-    with_element(call.weight.dtype, [&](auto* w_type) {
-      using W = ElementOf<decltype(w_type)>;
-      const X* x = static_cast<const X*>(call.features.data) + n * call.features.row_stride;
-      for (int64_t j = 0; j < call.C; ++j) {
-        const W* w = static_cast<const W*>(call.weight.data) + j * call.weight.row_stride;
-        double sum = 0.0;
-        for (int64_t d = 0; d < call.D; ++d) {
-          sum += static_cast<double>(widen(x[d * call.features.column_stride])) *
-                 static_cast<double>(widen(w[d * call.weight.column_stride]));
-        }
-        z[j] = call.bias != nullptr ? sum + call.bias[j] : sum;
-      }
-    });
-  });
 }
 
 // What is needed of q (W - center) and of two rows of W about the same center.

@@ -107,6 +107,36 @@ class FirstBadRow {
   std::atomic<int64_t> row_{-1};
 };
 
+// Logits of one row in float64, for the explicit sums.
+inline void explicit_logits(const HeadProblem& call, int64_t n, double* z) {
+  if (call.logits.data != nullptr) {
+    for (int64_t j = 0; j < call.C; ++j) z[j] = element(call.logits, n, j);
+    return;
+  }
+  with_element(call.features.dtype, [&](auto* x_type) {
+    using X = ElementOf<decltype(x_type)>;
+    with_element(call.weight.dtype, [&](auto* w_type) {
+      using W = ElementOf<decltype(w_type)>;
+      const X* x = static_cast<const X*>(call.features.data) + n * call.features.row_stride;
+      for (int64_t j = 0; j < call.C; ++j) {
+        const W* w = static_cast<const W*>(call.weight.data) + j * call.weight.row_stride;
+        double sum = 0.0;
+        for (int64_t d = 0; d < call.D; ++d) {
+          sum += static_cast<double>(widen(x[d * call.features.column_stride])) *
+                 static_cast<double>(widen(w[d * call.weight.column_stride]));
+        }
+        z[j] = call.bias != nullptr ? sum + call.bias[j] : sum;
+      }
+    });
+  });
+}
+
+// log of ||phi||^2, or of ||phi||^2 + 1, without leaving the range.
+FLATCORE_INLINE double log_head_norm(double log_n, bool include_bias) {
+  if (!include_bias) return log_n;
+  return log_n > 0 ? log_n + std::log1p(std::exp(-log_n)) : std::log1p(std::exp(log_n));
+}
+
 // The sum sum_j p_j (w_j - w_a) over the classes j whose row differs from row a, and sum_j p_j ||w_j - w_a||^2, with
 // p_j = exp(log_scale) u_j and the largest u_j equal to 1: nothing underflows, nothing cancels that need not.
 // z are the C logits; `sum` is D doubles of scratch, `u` C doubles.

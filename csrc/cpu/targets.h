@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/head_metrics.h"
+#include "cpu/head_metrics_backward.h"
 #include "cpu/row_norms.h"
 #include "cpu/unmasked_cross_entropy.h"
 
@@ -18,6 +19,9 @@ struct Target {
   void (*head_distances)(const HeadDistances&);
   Outcome (*head_chunk_statistics)(const HeadChunk&);
   void (*head_chunk_weights)(const HeadChunk&);
+  void (*head_metrics_backward)(const HeadMetricsBackward&);
+  void (*head_chunk_directions)(const HeadBackwardChunk&);
+  void (*head_chunk_cotangent)(const HeadBackwardChunk&);
   void (*row_norms)(const RowNorms&);
   Outcome (*unmasked_cross_entropy)(const UnmaskedCrossEntropy&);
 };

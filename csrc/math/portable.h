@@ -8,8 +8,10 @@
 
 #if defined(__CUDACC__)
 #define FLATCORE_INLINE static __host__ __device__ __forceinline__
+#define FLATCORE_METHOD __host__ __device__ __forceinline__
 #else
 #define FLATCORE_INLINE static inline __attribute__((always_inline))
+#define FLATCORE_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace flatcore::math {

@@ -1,0 +1,75 @@
+// Gradients of one per-sample measure of a softmax head: the plain interfaces of the kernels.
+#pragma once
+
+#include "cpu/head_metrics.h"
+
+namespace flatcore::cpu {
+
+// c_n = upstream_n coefficient_n is the derivative of the result with respect to row n's log value. A row with
+// upstream_n or c_n = 0 adds nothing, whatever stands in it; one that is not finite makes its own gradient NaN, and
+// W's. Of HeadProblem, `fields` holds the one bit of the measure; `values` and `prediction` are not used.
+struct HeadBackwardProblem : HeadProblem {
+  const double* upstream = nullptr;     // (N,), or one number for all rows
+  int64_t upstream_stride = 1;          // 0: one number
+  const double* coefficient = nullptr;  // (N,) or null: 1
+};
+
+// Small heads: every gradient from one fused read of the features. Outputs are of the compute type (float64 if
+// double_compute), contiguous, overwritten; null where not wanted.
+struct HeadMetricsBackward : HeadBackwardProblem {
+  void* workspace = nullptr;   // head_metrics_backward_workspace bytes, aligned to 64
+  void* d_features = nullptr;  // (N, D)
+  void* d_weight = nullptr;    // (C, D)
+  double* d_bias = nullptr;    // (C,)
+  void* d_logits = nullptr;    // (N, C); given logits only
+};
+int64_t head_metrics_backward_workspace(const HeadProblem& problem);
+
+// Numbers of a row kept between the kernels around the third product.
+struct HeadBackwardRow {
+  double c;           // 0: the row adds nothing
+  double inner;       // Var_p(w)/eps; or the norm that belongs to the shares below
+  double direction2;  // ||direction||^2 with the bias's column
+  double bias;        // the direction's entry for the bias's column
+  double delta2;      // ||w_m - w_q||^2
+  int64_t special;    // 0: as the others, 1: poisoned, 2: to be done from explicit differences
+};
+
+// Large heads, between the library's products, for a chunk of rows whose q and row_state head_chunk_statistics left.
+struct HeadBackwardChunk : HeadBackwardProblem {
+  int64_t first = 0;
+  int64_t rows = 0;
+  void* q = nullptr;  // (rows, C): in, softmax over the classes other than the top one; out, factors of the directions
+  int64_t q_stride = 0;
+  const double* summary = nullptr;           // (2,)
+  const double* center = nullptr;            // (D + 1,)
+  const double* centered_squares = nullptr;  // (C,)
+  const HeadRow* row_state = nullptr;        // (rows,)
+  HeadBackwardRow* numbers = nullptr;        // (rows,)
+  // head_chunk_directions: from the mean row of q to the mean row of p, or to the dual direction of the gradient
+  const double* mean = nullptr;  // (rows, D): q (2^e W - center)
+  void* direction = nullptr;     // (rows, D), compute type
+  void* top_row = nullptr;       // (rows, D), compute type: what row `top` of W's gradient gains; neuronwise only
+  double* top_bias = nullptr;    // (rows,): the same of the bias
+  int64_t* top = nullptr;        // (rows,)
+  // head_chunk_cotangent
+  void* g = nullptr;  // (rows, C), compute type: in, direction (2^e W - center)^T (trace: not read); out, dL/dz
+  int64_t g_stride = 0;
+  void* d_features = nullptr;  // (rows, D), contiguous: the part that does not pass through the logits; or null
+  void* d_weight = nullptr;    // (C, D), contiguous: gains the explicit rows' part; or null
+  double* d_bias = nullptr;    // (C,)
+  double* scratch = nullptr;   // head_chunk_scratch doubles
+};
+
+#define FLATCORE_DECLARE(target)                          \
+  namespace target {                                      \
+  void head_metrics_backward(const HeadMetricsBackward&); \
+  void head_chunk_directions(const HeadBackwardChunk&);   \
+  void head_chunk_cotangent(const HeadBackwardChunk&);    \
+  }
+FLATCORE_DECLARE(baseline)
+FLATCORE_DECLARE(avx2)
+FLATCORE_DECLARE(avx512)
+#undef FLATCORE_DECLARE
+
+}  // namespace flatcore::cpu

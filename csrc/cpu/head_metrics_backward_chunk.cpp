@@ -1,0 +1,415 @@
+// head_metrics_backward, large heads: what lies between the library's matrix products, for a chunk of rows at a time.
+//
+// Order of calls, in flatcore/_chunked.py: the library forms z = W phi; head_chunk_statistics turns it into q. For
+// neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one direction per
+// row (the mean row of p, or the dual direction of the gradient), the library forms direction (W - center)^T. Then
+// head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms the gradients.
+//
+// Who allocates: the caller. Nothing here is of size N x C but what a chunk holds.
+//
+// Numerics: as head_metrics_backward.cpp, per row in float64. Where the sums over q (W - center) leave too little of
+// what they were taken from (nearly equal top rows), the row is done from explicit differences, one row at a time.
+#include <cstring>
+
+#include "cpu/head_metrics_backward.h"
+#include "cpu/head_rows.h"
+#include "cpu/parallel.h"
+#include "math/measure_cotangent.h"
+
+namespace flatcore::cpu::FLATCORE_TARGET {
+namespace {
+
+constexpr int64_t kPoisoned = 1, kExplicit = 2;
+
+double upstream_of(const HeadBackwardChunk& call, int64_t n) {
+  const double upstream = call.upstream[n * call.upstream_stride];
+  if (upstream == 0.0) return 0.0;  // by select: 0 times a poisoned row's coefficient stays 0
+  if ((call.fields & kGradientFields) != 0 && label_of(call, n) == Label::kIgnored) return 0.0;
+  return call.coefficient != nullptr ? upstream * call.coefficient[n] : upstream;
+}
+
+// c of the row with what makes it 0 or poison.
+HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
+  const int64_t n = call.first + i;
+  const HeadRow& state = call.row_state[i];
+  const bool is_gradient = (call.fields & kGradientFields) != 0;
+  HeadBackwardRow row{upstream_of(call, n), 1.0, 0.0, 0.0, 0.0, 0};
+  if (row.c == 0.0) return row;
+  if (state.m < 0 || row.c != row.c || (is_gradient && label_of(call, n) != Label::kValid)) {
+    row.special = kPoisoned;
+    return row;
+  }
+  if (is_gradient) return row;
+  const bool no_weight = (call.fields >> kLogLayerwise & 1U) != 0 && call.summary[0] == -math::kInfinity;
+  if (state.log_eps == -math::kInfinity || log_head_norm(state.log_n, call.include_bias) == -math::kInfinity ||
+      no_weight) {
+    row.c = 0.0;
+  }
+  return row;
+}
+
+template <class C, class W>
+void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
+  const int64_t n = call.first + i, D = call.D;
+  HeadBackwardRow& row = call.numbers[i];
+  row = start_row(call, i);
+  C* direction = static_cast<C*>(call.direction) + i * D;
+  C* top_row = call.top_row != nullptr ? static_cast<C*>(call.top_row) + i * D : nullptr;
+  const auto clear = [&] {
+    std::memset(static_cast<void*>(direction), 0, static_cast<size_t>(D) * sizeof(C));
+    if (top_row != nullptr) std::memset(static_cast<void*>(top_row), 0, static_cast<size_t>(D) * sizeof(C));
+    if (call.top != nullptr) call.top[i] = 0;
+    if (call.top_bias != nullptr) call.top_bias[i] = 0.0;
+  };
+  if (row.c == 0.0 || row.special != 0) return clear();
+  const HeadRow& state = call.row_state[i];
+  const double* x = call.mean + i * D;
+  const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+  const W* w = static_cast<const W*>(call.weight.data);
+  const int64_t step = call.weight.column_stride;
+  const W* w_top = w + state.m * call.weight.row_stride;
+  const auto centered = [&](const W* from, int64_t d) {
+    return static_cast<double>(widen(from[d * step])) * scale - call.center[d];
+  };
+
+  if ((call.fields & kGradientFields) == 0) {
+    double delta2 = 0.0, mean2 = 0.0, top2 = 0.0, direction2 = 0.0;
+    for (int64_t d = 0; d < D; ++d) {
+      const double top = centered(w_top, d);
+      const double delta = x[d] - top;
+      const double p_mean = top + state.eps * delta;
+      delta2 += delta * delta;
+      mean2 += x[d] * x[d];
+      top2 += top * top;
+      direction2 += p_mean * p_mean;
+      direction[d] = static_cast<C>(p_mean);
+    }
+    double bias_delta = 0.0;
+    if (call.include_bias) {
+      const double top = call.bias[state.m] * scale - call.center[D];
+      bias_delta = state.bias_mean - top;
+      row.bias = top + state.eps * bias_delta;
+      delta2 += bias_delta * bias_delta;
+      mean2 += state.bias_mean * state.bias_mean;
+      top2 += top * top;
+      direction2 += row.bias * row.bias;
+    }
+    const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
+    const double inner = state.confidence * delta2 + rest, magnitude = state.square_mean + top2;
+    if (magnitude == 0.0) {
+      row.c = 0.0;
+      return clear();
+    }
+    if (!(inner > 0.05 * magnitude) && inner == inner) {
+      row.special = kExplicit;
+      return clear();
+    }
+    row.inner = inner;
+    row.delta2 = delta2;
+    row.direction2 = direction2;
+    const double factor = -2.0 * row.c * state.confidence / inner * scale;
+    for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x[d] - centered(w_top, d)));
+    call.top_bias[i] = factor * bias_delta;
+    call.top[i] = state.m;
+    return;
+  }
+
+  const int64_t y = call.target[n];
+  const W* w_label = w + y * call.weight.row_stride;
+  const bool top_label = y == state.m;
+  const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
+  if (top_label && state.log_eps == -math::kInfinity) {
+    row.c = 0.0;
+    return clear();
+  }
+  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0, ties = 0.0;
+  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x[d] - centered(w_label, d); };
+  for (int64_t d = 0; d < D; ++d) {
+    const double value = gradient(d), a = std::fabs(value), label = centered(w_label, d);
+    norm1 += a;
+    norm2 += a * a;
+    from += label * label + x[d] * x[d];
+    ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
+    largest = a > largest ? a : largest;
+  }
+  if (!(norm2 > 0.01 * from) && norm2 == norm2) {
+    row.special = kExplicit;
+    return clear();
+  }
+  const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
+  row.inner = l2 ? std::sqrt(norm2) : l1 ? norm1 : largest;
+  for (int64_t d = 0; d < D; ++d) {
+    const double value = gradient(d);
+    const double sign = value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0;
+    direction[d] = static_cast<C>(l2 ? value / row.inner : l1 ? sign : std::fabs(value) == largest ? sign / ties : 0.0);
+  }
+}
+
+// 2 c phi/||phi||^2, or zeros, or NaN.
+template <class C, class T>
+void norm_part(const HeadBackwardChunk& call, int64_t i) {
+  const T* x = static_cast<const T*>(call.features.data) + (call.first + i) * call.features.row_stride;
+  const HeadBackwardRow& row = call.numbers[i];
+  C* to = static_cast<C*>(call.d_features) + i * call.D;
+  const bool none = row.c == 0.0 || row.special == kPoisoned || (call.fields & kGradientFields) != 0;
+  if (none) {
+    const C value = row.special == kPoisoned ? static_cast<C>(kNan) : C{};
+    for (int64_t d = 0; d < call.D; ++d) to[d] = value;
+    return;
+  }
+  // in two steps: ||phi||^-2 alone may leave the range
+  const double half = std::exp(-0.5 * log_head_norm(call.row_state[i].log_n, call.include_bias));
+  const double factor = 2.0 * row.c * half;
+  for (int64_t d = 0; d < call.D; ++d) {
+    to[d] = static_cast<C>(factor * (half * static_cast<double>(widen(x[d * call.features.column_stride]))));
+  }
+}
+
+template <class C>
+void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
+  const int64_t classes = call.C;
+  const HeadRow& state = call.row_state[i];
+  const double inverse_temperature = 1.0 / call.temperature;
+  C* q = static_cast<C*>(call.q) + i * call.q_stride;
+  C* g = static_cast<C*>(call.g) + i * call.g_stride;
+  const bool weights = (call.fields & kWeightFields) != 0;
+  if (!weights) call.numbers[i] = start_row(call, i);
+  const HeadBackwardRow& row = call.numbers[i];
+  if (call.d_features != nullptr) {
+    with_element(call.features.dtype, [&](auto* type) { norm_part<C, ElementOf<decltype(type)>>(call, i); });
+  }
+  if (row.c == 0.0 || row.special != 0) {
+    const C value = row.special == kPoisoned ? static_cast<C>(kNan) : C{};
+    for (int64_t j = 0; j < classes; ++j) g[j] = value;
+    if (weights) std::memset(static_cast<void*>(q), 0, static_cast<size_t>(classes) * sizeof(C));
+    return;
+  }
+  const double scale = row.c * inverse_temperature;
+  if (!weights) {
+    DoubleV squares = {};
+    int64_t j = 0;
+    for (; j + kDoubles <= classes; j += kDoubles) {
+      const DoubleV value = Load<double>::from(q + j);
+      squares += value * value;
+    }
+    double s2 = sum_lanes(squares);
+    for (; j < classes; ++j) s2 += static_cast<double>(q[j]) * static_cast<double>(q[j]);
+    const auto form = math::trace_cotangent<double>(state.confidence, state.eps, s2);
+    for (j = 0; j < classes; ++j) g[j] = static_cast<C>(scale * form.rest(static_cast<double>(q[j])));
+    g[state.m] = static_cast<C>(scale * form.top);
+    return;
+  }
+  if ((call.fields & kGradientFields) == 0) {
+    const double inverse = 1.0 / row.inner, variance = state.eps * row.inner;
+    const double w_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+    const double factor = 2.0 * row.c * inverse * w_scale;
+    for (int64_t j = 0; j < classes; ++j) {
+      const double share = static_cast<double>(q[j]);
+      double dot = static_cast<double>(g[j]);
+      if (call.include_bias) dot += row.bias * (call.bias[j] * w_scale - call.center[call.D]);
+      const double distance = call.centered_squares[j] - 2.0 * dot + row.direction2;
+      // by select: the bias of a masked class is -inf
+      g[j] =
+          share == 0.0 ? C{} : static_cast<C>(scale * share * ((distance > 0.0 ? distance : 0.0) - variance) * inverse);
+      q[j] = static_cast<C>(factor * share);
+    }
+    g[state.m] = static_cast<C>(scale * state.confidence * (state.eps * row.delta2 * inverse - 1.0));
+    return;
+  }
+  const int64_t y = call.target[call.first + i];
+  const bool top_label = y == state.m;
+  const double inverse = 1.0 / row.inner;
+  const double w_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+  const double own = static_cast<double>(g[y]);
+  const double p_y = top_label ? state.confidence : state.eps * static_cast<double>(q[y]);
+  const double norm = top_label ? state.eps * row.inner : row.inner;  // ||sum_j p_j (w_j - w_y)||
+  double others = 0.0;
+  for (int64_t j = 0; j < classes; ++j) {
+    const double rest = static_cast<double>(q[j]);
+    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+    double value = share == 0.0 ? 0.0 : scale * share * (static_cast<double>(g[j]) - own - norm) * inverse;
+    if (j == y) value = -scale * p_y;
+    if (j != state.m) others += value;
+    g[j] = static_cast<C>(value);
+    q[j] = static_cast<C>(row.c * w_scale * inverse * share);
+  }
+  // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
+  if (!top_label) g[state.m] = static_cast<C>(-others);
+  q[y] = static_cast<C>(row.c * w_scale * inverse * (top_label ? -1.0 : p_y - 1.0));
+}
+
+// A row from explicit differences to the row of W of the top class (neuronwise) or of the label: docs/mathematics.md,
+// "Derivatives". Writes g, adds to d_weight and d_bias. Costs 6CD operations in float64.
+template <class C, class W>
+void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
+  const int64_t classes = call.C, D = call.D, n = call.first + i;
+  const HeadRow& state = call.row_state[i];
+  const double c = call.numbers[i].c, inverse_temperature = 1.0 / call.temperature;
+  const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+  const bool gradient = (call.fields & kGradientFields) != 0, with_bias = call.include_bias && !gradient;
+  C* g = static_cast<C*>(call.g) + i * call.g_stride;
+  double* z = call.scratch;
+  double* u = z + classes;
+  double* direction = u + classes;  // D, and the bias's entry behind
+  explicit_logits(call, n, z);
+  const int64_t anchor = gradient ? call.target[n] : state.m;
+  const W* w = static_cast<const W*>(call.weight.data);
+  const int64_t step = call.weight.column_stride;
+  const W* wa = w + anchor * call.weight.row_stride;
+  const auto difference = [&](int64_t j, int64_t d) {
+    const W* wj = w + j * call.weight.row_stride;
+    return (static_cast<double>(widen(wj[d * step])) - static_cast<double>(widen(wa[d * step]))) * scale;
+  };
+  const auto bias_difference = [&](int64_t j) { return with_bias ? (call.bias[j] - call.bias[anchor]) * scale : 0.0; };
+  double best = -math::kInfinity;
+  for (int64_t j = 0; j < classes; ++j) {
+    const W* wj = w + j * call.weight.row_stride;
+    bool differs = with_bias && call.bias[j] != call.bias[anchor];
+    for (int64_t d = 0; d < D && !differs; ++d) differs = widen(wj[d * step]) != widen(wa[d * step]);
+    u[j] = differs ? 1.0 : -1.0;
+    if (differs && z[j] > best) best = z[j];
+  }
+  for (int64_t j = 0; j < classes; ++j) g[j] = C{};
+  const auto nothing = [&] {
+    if (call.d_features == nullptr) return;
+    C* to = static_cast<C*>(call.d_features) + i * D;
+    for (int64_t d = 0; d < D; ++d) to[d] = C{};
+  };
+  if (best == -math::kInfinity) return nothing();
+  const double log_share = (best - z[state.m]) * inverse_temperature - state.log1p_tau;
+  const double share = std::exp(log_share);
+  const auto probability = [&](int64_t j) {
+    return math::exp_nonpositive((z[j] - z[state.m]) * inverse_temperature) * state.confidence;
+  };
+  for (int64_t d = 0; d <= D; ++d) direction[d] = 0.0;
+  double square_mean = 0.0;
+  for (int64_t j = 0; j < classes; ++j) {
+    if (u[j] < 0.0) continue;
+    u[j] = math::tail_scale(z[j], best, inverse_temperature);
+    if (u[j] == 0.0) continue;
+    double square = 0.0;
+    for (int64_t d = 0; d < D; ++d) {
+      const double value = difference(j, d);
+      direction[d] += u[j] * value;
+      square += value * value;
+    }
+    const double value = bias_difference(j);
+    direction[D] += u[j] * value;
+    square_mean += u[j] * (square + value * value);
+  }
+  C* d_weight = static_cast<C*>(call.d_weight);
+  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, ties = 0.0;
+  for (int64_t d = 0; d <= D; ++d) {
+    const double a = std::fabs(direction[d]);
+    norm1 += a;
+    norm2 += a * a;
+    ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
+    largest = a > largest ? a : largest;
+  }
+  if (!gradient) {
+    const double inner = square_mean - share * norm2;
+    if (!(inner > 0.0)) return nothing();
+    const double inverse = 1.0 / inner;
+    for (int64_t j = 0; j < classes; ++j) {
+      const double p = u[j] < 0.0 ? probability(j) : 0.0;
+      if (u[j] < 0.0) {
+        g[j] = static_cast<C>(c * inverse_temperature * p * (share * norm2 * inverse - 1.0));
+      } else {
+        if (u[j] == 0.0) continue;
+        double square = 0.0, dot = 0.0;
+        for (int64_t d = 0; d < D; ++d) {
+          const double value = difference(j, d);
+          square += value * value;
+          dot += value * direction[d];
+        }
+        const double value = bias_difference(j);
+        square += value * value;
+        dot += value * direction[D];
+        const double distance = square - 2.0 * share * dot + share * share * norm2;
+        g[j] = static_cast<C>(c * inverse_temperature * u[j] * (distance - share * inner) * inverse);
+      }
+      const double k = 2.0 * c * inverse * scale;
+      if (d_weight != nullptr) {
+        for (int64_t d = 0; d < D; ++d) {
+          const double part = u[j] < 0.0 ? -p * direction[d] : u[j] * (difference(j, d) - share * direction[d]);
+          d_weight[j * D + d] += static_cast<C>(k * part);
+        }
+      }
+      if (with_bias && call.d_bias != nullptr) {
+        call.d_bias[j] += k * (u[j] < 0.0 ? -p * direction[D] : u[j] * (bias_difference(j) - share * direction[D]));
+      }
+    }
+    return;
+  }
+  const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
+  const double norm = l2 ? std::sqrt(norm2) : l1 ? norm1 : largest;
+  if (!(norm > 0.0)) return nothing();
+  for (int64_t d = 0; d < D; ++d) {
+    const double x = direction[d], sign = x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0;
+    // ties over D: the entry behind the last column is 0 and never the largest
+    direction[d] = l2 ? x / norm : l1 ? sign : std::fabs(x) == largest ? sign / ties : 0.0;
+  }
+  double own = 0.0, others = 0.0;
+  const auto add = [&](int64_t j, double factor) {
+    if (d_weight == nullptr || factor == 0.0) return;
+    for (int64_t d = 0; d < D; ++d) d_weight[j * D + d] += static_cast<C>(c * factor * scale * direction[d]);
+  };
+  for (int64_t j = 0; j < classes; ++j) {
+    double factor = 0.0;
+    if (u[j] >= 0.0) {
+      double dot = 0.0;
+      if (u[j] > 0.0) {
+        for (int64_t d = 0; d < D; ++d) dot += difference(j, d) * direction[d];
+      }
+      g[j] = static_cast<C>(c * inverse_temperature * u[j] * (dot - share * norm) / norm);
+      factor = u[j] / norm;
+    } else {
+      const double log_p = (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau;
+      g[j] = static_cast<C>(-c * inverse_temperature * std::exp(log_p));
+      if (j != anchor) factor = std::exp(log_p - log_share) / norm;
+    }
+    if (j != state.m) others += static_cast<double>(g[j]);
+    own -= factor;
+    if (j != anchor) add(j, factor);
+  }
+  add(anchor, own);
+  if (u[state.m] >= 0.0) g[state.m] = static_cast<C>(-others);
+}
+
+}  // namespace
+
+void head_chunk_directions(const HeadBackwardChunk& call) {
+  parallel_for(call.rows * call.D < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int) {
+    with_element(call.weight.dtype, [&](auto* type) {
+      using W = ElementOf<decltype(type)>;
+      if (call.double_compute) {
+        direction_of_row<double, W>(call, i);
+      } else if constexpr (sizeof(W) <= sizeof(float)) {
+        direction_of_row<float, W>(call, i);
+      }
+    });
+  });
+}
+
+void head_chunk_cotangent(const HeadBackwardChunk& call) {
+  parallel_for(call.rows * (call.C + call.D) < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int) {
+    if (call.double_compute) {
+      cotangent_of_row<double>(call, i);
+    } else {
+      cotangent_of_row<float>(call, i);
+    }
+  });
+  for (int64_t i = 0; i < call.rows; ++i) {
+    if (call.numbers[i].special != kExplicit) continue;
+    with_element(call.weight.dtype, [&](auto* type) {
+      using W = ElementOf<decltype(type)>;
+      if (call.double_compute) {
+        explicit_backward<double, W>(call, i);
+      } else if constexpr (sizeof(W) <= sizeof(float)) {
+        explicit_backward<float, W>(call, i);
+      }
+    });
+  }
+}
+
+}  // namespace flatcore::cpu::FLATCORE_TARGET
