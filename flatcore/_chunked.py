@@ -197,7 +197,6 @@ def head_metrics_backward(
     (N, D), C = features.shape, linear_weight.shape[0]
     bit = 1 << field
     weights, neuronwise = bool(bit & (_NEURONWISE | _GRADIENT)), bool(bit & _NEURONWISE)
-    direct = linear_weight.dtype == dtype
     layerwise = bool(bit & _LAYERWISE)
     center = torch.empty(D + 1, dtype=torch.float64) if weights else None
     squares = torch.empty(C, dtype=torch.float64) if weights else None

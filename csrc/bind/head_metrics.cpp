@@ -85,6 +85,31 @@ void register_head_metrics(py::module_& module) {
       },
       py::arg("target"), py::arg("problem"), py::arg("workspace"));
   module.def(
+      "head_reduction",
+      [](const std::string& target_name, uintptr_t logs, uintptr_t weight, uintptr_t labels, int64_t N,
+         int64_t ignore_index, int reduction, bool log, bool count_rows, uintptr_t value, bool double_value,
+         uintptr_t coefficient) {
+        check_size("N", N, 0);
+        cpu::HeadReduction call;
+        call.logs = pointer<const double>(logs);
+        call.weight = pointer<const double>(weight);
+        call.target = pointer<const int64_t>(labels);
+        call.N = N;
+        call.ignore_index = ignore_index;
+        call.reduction = static_cast<cpu::Reduction>(reduction);
+        call.log = log;
+        call.count_rows = count_rows;
+        call.value = pointer<void>(value);
+        call.double_value = double_value;
+        call.coefficient = pointer<double>(coefficient);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        kernels.head_reduction(call);
+      },
+      py::arg("target"), py::arg("logs"), py::arg("weight"), py::arg("labels"), py::arg("N"), py::arg("ignore_index"),
+      py::arg("reduction"), py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"),
+      py::arg("coefficient"));
+  module.def(
       "head_summary",
       [](const std::string& target_name, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,
          uintptr_t center, uintptr_t centered_squares) {

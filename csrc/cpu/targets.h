@@ -6,6 +6,7 @@
 
 #include "cpu/head_metrics.h"
 #include "cpu/head_metrics_backward.h"
+#include "cpu/head_reduction.h"
 #include "cpu/row_norms.h"
 #include "cpu/unmasked_cross_entropy.h"
 
@@ -22,6 +23,7 @@ struct Target {
   void (*head_metrics_backward)(const HeadMetricsBackward&);
   void (*head_chunk_directions)(const HeadBackwardChunk&);
   void (*head_chunk_cotangent)(const HeadBackwardChunk&);
+  void (*head_reduction)(const HeadReduction&);
   void (*row_norms)(const RowNorms&);
   Outcome (*unmasked_cross_entropy)(const UnmaskedCrossEntropy&);
 };

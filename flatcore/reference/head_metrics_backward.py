@@ -50,7 +50,7 @@ def head_metrics_backward(
     wide = torch.float32 if features.device.type == "mps" else torch.float64
     w = linear_weight.detach().to(wide)
     b = None if linear_bias is None else linear_bias.detach().to(wide)
-    (N, D), C = features.shape, w.shape[0]
+    D, C = features.shape[1], w.shape[0]
     c = upstream.detach().to(wide)
     keep = c != 0
     if target is not None and name in _GRADIENT_ORDS:
