@@ -300,9 +300,7 @@ def head_metrics_backward(
                 gradient.fill_(math.nan)
 
 
-def _summary(
-    target_name: str, problem, C: int, wanted: bool, center: Tensor | None, squares: Tensor | None
-) -> Tensor:
+def _summary(target_name: str, problem, C: int, wanted: bool, center: Tensor | None, squares: Tensor | None) -> Tensor:
     """What is needed of W alone: log ||W||_F^2 and the power of two that brings it into range; fills the others."""
     summary = torch.zeros(2, dtype=torch.float64)
     if wanted:
