@@ -4,6 +4,7 @@ ABI: Final[int]
 VERSION: Final[str]
 COMPILER: Final[str]
 CUDA: Final[bool]
+HEAD_BACKWARD_ROW_BYTES: Final[int]
 HEAD_ROW_BYTES: Final[int]
 
 _Matrix = tuple[int, int, int, int]
@@ -34,6 +35,41 @@ class HeadProblem:
 
 def cpu_target(name: str) -> str: ...
 def cpu_targets() -> tuple[str, ...]: ...
+def head_chunk_cotangent(
+    target: str,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    q: int,
+    g: int,
+    g_stride: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+    numbers: int,
+    d_features: int,
+    d_weight: int,
+    d_bias: int,
+    scratch: int,
+) -> None: ...
+def head_chunk_directions(
+    target: str,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    numbers: int,
+    mean: int,
+    direction: int,
+    top_row: int,
+    top_bias: int,
+    top: int,
+) -> None: ...
 def head_chunk_scratch(C: int, D: int) -> int: ...
 def head_chunk_statistics(
     target: str,
@@ -67,6 +103,33 @@ def head_chunk_weights(
 ) -> None: ...
 def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
 def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
+def head_metrics_backward(
+    target: str,
+    problem: HeadProblem,
+    upstream: int,
+    upstream_stride: int,
+    coefficient: int,
+    d_features: int,
+    d_weight: int,
+    d_bias: int,
+    d_logits: int,
+    workspace: int,
+) -> None: ...
+def head_metrics_backward_workspace(problem: HeadProblem) -> int: ...
+def head_reduction(
+    target: str,
+    logs: int,
+    weight: int,
+    labels: int,
+    N: int,
+    ignore_index: int,
+    reduction: int,
+    log: bool,
+    count_rows: bool,
+    value: int,
+    double_value: bool,
+    coefficient: int,
+) -> None: ...
 def head_summary(
     target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
 ) -> None: ...

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import _backend, _ops
 from ._arrays import as_tensor, returner
-from ._reduction import reduce, sample_weights
 from ._validate import (
     INTEGERS,
     check_device,
@@ -24,7 +23,6 @@ from ._validate import (
 )
 from .reference import FIELDS
 
-_BIT = {name: 1 << bit for bit, name in enumerate(FIELDS)}
 _LABEL_FREE = ("confidence", "margin", "log_one_minus_confidence", "log_feature_norm", "log_hessian_trace",
                "log_layerwise", "log_neuronwise")  # fmt: skip
 _LABELLED = ("loss", "log_feature_gradient_norm")
@@ -105,20 +103,38 @@ class _Inputs(NamedTuple):
     leading: torch.Size
     dtype: torch.dtype
 
-    def run(self, names: tuple[str, ...], *, include_bias: bool = False, norm_power: int = 2, wide_result: bool):
-        """Compute the named fields: (K, N), and the prediction (N,)."""
-        hard = self.target if self.target is not None and not self.target.is_floating_point() else None
-        return _ops.head_metrics(
-            self.features, self.linear_weight, self.linear_bias, self.logits, hard, self.temperature,
-            self.ignore_index, include_bias, norm_power, sum(_BIT[name] for name in names), wide_result,
-        )  # fmt: skip
+    def measure(
+        self,
+        name: str,
+        like: Any,
+        *,
+        reduction: str,
+        log: bool,
+        weight: Tensor | None = None,
+        include_bias: bool = False,
+        norm_power: int = 2,
+    ) -> Any:
+        """Compute the named log, reduce it, and give it back in the caller's form."""
+        measure = _ops.Measure(
+            self.temperature,
+            self.ignore_index,
+            include_bias,
+            norm_power,
+            FIELDS.index(name),
+            reduction,
+            log,
+            self.dtype,
+        )
+        value = _ops.head_measure(
+            self.features, self.linear_weight, self.linear_bias, self.logits, self.target, weight, measure
+        )
+        return returner(like)(value.reshape(self.leading) if reduction == "none" else value)
 
 
 def _floating(value: Any, name: str) -> Tensor:
     tensor = as_tensor(value, name)
     check_tensor(tensor, name)
     check_floating(tensor, name)
-    check_no_grad(tensor, name)
     return tensor
 
 
@@ -211,6 +227,7 @@ def _class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
     if target is None:
         raise ValueError("weight (class weights) needs a target, got target=None")
     tensor = _floating(weight, "weight")
+    check_no_grad(tensor, "weight")
     check_device(tensor, "weight", inputs.features, "features")
     classes = inputs.linear_weight.shape[0]
     if tensor.shape != (classes,):
@@ -230,12 +247,6 @@ def _check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
             "include_bias=True needs a finite linear_bias, got an entry of -inf: the norms would be infinite"
         )
     return True
-
-
-def _reduced(inputs: _Inputs, logs: Tensor, weight: Tensor | None, reduction: str, log: bool, like: Any) -> Any:
-    s, d = sample_weights(inputs.target, weight, inputs.ignore_index)
-    value = reduce(logs, s, d, reduction, log, inputs.dtype)
-    return returner(like)(value.reshape(inputs.leading) if reduction == "none" else value)
 
 
 def hessian_trace(
@@ -308,8 +319,9 @@ def hessian_trace(
     include_bias = _check_include_bias(include_bias, inputs)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
-    logs, _ = inputs.run(("log_hessian_trace",), include_bias=include_bias, wide_result=True)
-    return _reduced(inputs, logs[0], weight, reduction, log, features)
+    return inputs.measure(
+        "log_hessian_trace", features, reduction=reduction, log=log, weight=weight, include_bias=include_bias
+    )
 
 
 def relative_flatness(
@@ -374,8 +386,10 @@ def relative_flatness(
         raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
-    logs, _ = inputs.run((f"log_{measure}",), include_bias=include_bias, norm_power=int(norm_power), wide_result=True)
-    return _reduced(inputs, logs[0], weight, reduction, log, features)
+    return inputs.measure(
+        f"log_{measure}", features, reduction=reduction, log=log, weight=weight, include_bias=include_bias,
+        norm_power=int(norm_power),
+    )  # fmt: skip
 
 
 def feature_gradient_norms(
@@ -426,8 +440,7 @@ def feature_gradient_norms(
     name = _GRADIENT_NORMS[float(check_option(ord, "ord", (1, 2, math.inf)))]
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
-    logs, _ = inputs.run((name,), wide_result=True)
-    return _reduced(inputs, logs[0], None, reduction, log, features)
+    return inputs.measure(name, features, reduction=reduction, log=log)
 
 
 def head_metrics(
@@ -465,7 +478,13 @@ def head_metrics(
     """
     inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
     names = _LABEL_FREE if inputs.target is None else _LABEL_FREE + _LABELLED
-    values, prediction = inputs.run(names, wide_result=False)
+    for name in ("features", "linear_weight", "linear_bias", "logits"):
+        if (tensor := getattr(inputs, name)) is not None:
+            check_no_grad(tensor, name)
+    values, prediction = _ops.head_metrics(
+        inputs.features, inputs.linear_weight, inputs.linear_bias, inputs.logits, inputs.target, inputs.temperature,
+        inputs.ignore_index, False, 2, sum(1 << FIELDS.index(field) for field in names), False,
+    )  # fmt: skip
     give = returner(features)
     columns = dict(zip(names, (give(row.reshape(inputs.leading)) for row in values.unbind(0)), strict=True))
     return HeadMetrics(

@@ -171,6 +171,33 @@ def head_metrics_backward(
     )
 
 
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+def head_reduction(
+    logs: Tensor,
+    s: Tensor | None,
+    target: Tensor | None,
+    count_rows: bool,
+    ignore_index: int,
+    reduction: str,
+    log: bool,
+    dtype: torch.dtype,
+    with_coefficient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the kernel; arguments and results as in ``_reduction.reduce`` and ``reduce_with_coefficient``."""
+    N = logs.shape[0]
+    value = logs.new_empty((N,) if reduction == "none" else (), dtype=dtype)
+    coefficient = logs.new_empty((N,)) if with_coefficient else None
+    weight = None if s is None else _readable(s).contiguous()
+    labels = None if target is None or s is not None else _readable(target).contiguous()
+    _core.head_reduction(
+        _backend.cpu_target or "", logs.data_ptr(), _address(weight), _address(labels), N, ignore_index,
+        _REDUCTIONS[reduction], log, count_rows, value.data_ptr(), dtype == torch.float64, _address(coefficient),
+    )  # fmt: skip
+    return value, coefficient
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _native, reference
+from ._reduction import reduce, reduce_with_coefficient, sample_weights
 from ._validate import check_device, check_matrix, storage_covers
-from .reference import FIELDS
+from .reference import DIFFERENTIABLE, FIELDS
 
 _HEAD_METRICS = (
     "head_metrics(Tensor features, Tensor linear_weight, Tensor? linear_bias, Tensor? logits, Tensor? target, "
     "float temperature, int ignore_index, bool include_bias, int norm_power, int fields, bool wide_result) "
     "-> (Tensor, Tensor)"
 )
+_HEAD_BACKWARD = (
+    "head_metrics_backward(Tensor upstream, Tensor features, Tensor linear_weight, Tensor? linear_bias, Tensor? logits, "
+    "Tensor? target, float temperature, int ignore_index, bool include_bias, int norm_power, int field, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LABELLED = tuple(name for name in DIFFERENTIABLE if "gradient" in name)
 _ROW_NORMS = "row_norms(Tensor x, float[] ord) -> Tensor"
 _UNMASKED = "unmasked_cross_entropy(Tensor logits, Tensor target, int ignore_index) -> (Tensor, Tensor, Tensor)"
 _UNMASKED_BACKWARD = "unmasked_cross_entropy_backward(Tensor upstream, Tensor cotangent, Tensor logits) -> Tensor"
@@ -29,6 +37,20 @@ def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[T
     if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
         _check_labels(target, linear_weight.shape[0], ignore_index)
     return reference.head_metrics(features, linear_weight, *rest)
+
+
+def _run_head_metrics_backward(
+    upstream: Tensor, coefficient: Tensor | None, arguments: tuple[Any, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of features, weight, bias and logits where wanted; a row's upstream is ``upstream * coefficient``."""
+    features = arguments[0]
+    if _backend.uses_native(features.device.type):
+        return _native.head_metrics_backward(upstream, coefficient, *arguments, wanted)
+    c = upstream.double().expand(features.shape[0])
+    if coefficient is not None:
+        c = torch.where(c == 0, 0, c * coefficient)
+    gradients = reference.head_metrics_backward(c, *arguments)
+    return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
 
 
 def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
@@ -60,6 +82,14 @@ def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, tem
     return values, features.new_empty((n,), dtype=torch.int64)
 
 
+def _fake_head_metrics_backward(upstream, features, linear_weight, linear_bias, logits, target, temperature,
+                                ignore_index, include_bias, norm_power, field, wanted):  # fmt: skip
+    return tuple(
+        x.new_empty(x.shape if want and x is not None else (0,)) if x is not None else features.new_empty((0,))
+        for x, want in zip((features, linear_weight, linear_bias, logits), wanted, strict=True)
+    )
+
+
 def _fake_row_norms(x, ord):
     return x.new_empty((len(ord), x.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -74,8 +104,8 @@ def _fake_unmasked_backward(upstream, cotangent, logits):
     return torch.empty_like(cotangent)
 
 
-def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest):
-    """What the dispatcher calls: arguments that did not pass a public function are held to the same sizes and types."""
+def _check_head(features, linear_weight, linear_bias, logits, target, include_bias, norm_power) -> None:
+    """Hold arguments that did not pass a public function to the same sizes and types: kernels get addresses."""
     check_matrix(features, "features", (None, None))
     check_matrix(linear_weight, "linear_weight", (None, features.shape[1]))
     (N, _), C = features.shape, linear_weight.shape[0]
@@ -95,14 +125,38 @@ def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest
     ):
         if x is not None:
             check_device(x, name, features, "features")
-    _, _, include_bias, norm_power, fields, _ = rest
     if include_bias and linear_bias is None:
         raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
-    if norm_power not in (1, 2) or not 0 <= fields < 1 << len(FIELDS):
-        raise ValueError(
-            f"norm_power must be 1 or 2 and fields a mask of {len(FIELDS)} bits, got {norm_power} and {fields}"
-        )
+    if norm_power not in (1, 2):
+        raise ValueError(f"norm_power must be 1 or 2, got {norm_power}")
+
+
+def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest):
+    _, _, include_bias, norm_power, fields, _ = rest
+    _check_head(features, linear_weight, linear_bias, logits, target, include_bias, norm_power)
+    if not 0 <= fields < 1 << len(FIELDS):
+        raise ValueError(f"fields must be a mask of {len(FIELDS)} bits, got {fields}")
     return _run_head_metrics(features, linear_weight, linear_bias, logits, target, *rest)
+
+
+def _op_head_metrics_backward(upstream, features, linear_weight, linear_bias, logits, target, *rest):
+    *options, field, wanted = rest
+    _, _, include_bias, norm_power = options
+    _check_head(features, linear_weight, linear_bias, logits, target, include_bias, norm_power)
+    check_matrix(upstream, "upstream", (features.shape[0],), (torch.float32, torch.float64))
+    check_device(upstream, "upstream", features, "features")
+    if not 0 <= field < len(FIELDS) or FIELDS[field] not in DIFFERENTIABLE:
+        raise ValueError(f"field must be that of one of {', '.join(DIFFERENTIABLE)}, got {field}")
+    if target is None and FIELDS[field] in _LABELLED:
+        raise ValueError(f"{FIELDS[field]} needs a target, got target=None")
+    inputs = (features, linear_weight, linear_bias, logits)
+    if len(wanted) != len(inputs) or any(want and x is None for want, x in zip(wanted, inputs, strict=True)):
+        raise ValueError(f"wanted must hold four flags, False where there is no input, got {wanted}")
+    if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
+        _check_labels(target, linear_weight.shape[0], options[1])
+    arguments = (*inputs, target, *options, field)
+    gradients = _run_head_metrics_backward(upstream, None, arguments, tuple(wanted))
+    return tuple(features.new_empty((0,)) if x is None else x for x in gradients)
 
 
 def _op_row_norms(x, ord):
@@ -145,6 +199,26 @@ def _backward_unmasked(ctx, upstream, *_):
     return _unmasked_backward(upstream, *ctx.saved_tensors), None, None
 
 
+def _setup_head_metrics(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_head_metrics(ctx, upstream, _):
+    *options, fields, _wide = ctx.options
+    field = fields.bit_length() - 1
+    if fields.bit_count() != 1 or FIELDS[field] not in DIFFERENTIABLE:
+        raise RuntimeError(
+            "flatcore.head_metrics has no derivative: pass its inputs with .detach(), or take hessian_trace, "
+            "relative_flatness or feature_gradient_norms, which have one"
+        )
+    wanted = list(ctx.needs_input_grad[:4])
+    gradients = _head_metrics_backward(upstream[0], *ctx.saved_tensors, *options, field, wanted)
+    found = (x if want else None for x, want in zip(gradients, wanted, strict=True))
+    return (*found, *(None,) * (len(ctx.options) + 1))
+
+
 def _refuse_second_derivative(ctx, *gradients):
     raise RuntimeError(
         "flatcore.unmasked_cross_entropy cannot be differentiated twice: its backward gives the loss's gradient at "
@@ -153,8 +227,15 @@ def _refuse_second_derivative(ctx, *gradients):
     )
 
 
+def _refuse_second_derivative_of_a_measure(ctx, *gradients):
+    raise RuntimeError(
+        "flatcore's measures cannot be differentiated twice: their gradient is a closed form of which no derivative is "
+        "known here; write the penalty with the measure itself, not with its gradient, or detach the gradient"
+    )
+
+
 def _refuse_backward(ctx, *gradients):
-    raise RuntimeError("flatcore's operators have no derivative yet: pass their inputs with .detach()")
+    raise RuntimeError("flatcore.row_norms has no derivative: pass its input with .detach()")
 
 
 def _vmap_head_metrics(info, in_dims, *arguments):
@@ -166,15 +247,34 @@ def _vmap_head_metrics(info, in_dims, *arguments):
             None if x is None else _batch_first(x, dim, info.batch_size).flatten(0, 1)
             for x, dim in ((features, features_dim), (logits, logits_dim), (target, target_dim))
         ]
-        values, prediction = torch.ops.flatcore.head_metrics(rows[0], weight, bias, rows[1], rows[2], *rest)
+        values, prediction = _head_metrics(rows[0], weight, bias, rows[1], rows[2], *rest)
         return (values.unflatten(1, (info.batch_size, -1)), prediction.unflatten(0, (info.batch_size, -1))), (1, 0)
     several = [None if x is None else _batch_first(x, dim, info.batch_size)
                for x, dim in zip(arguments[:5], in_dims[:5], strict=True)]  # fmt: skip
+    results = [_head_metrics(*(None if x is None else x[i] for x in several), *rest) for i in range(info.batch_size)]
+    return (torch.stack([v for v, _ in results]), torch.stack([p for _, p in results])), (0, 0)
+
+
+def _vmap_head_metrics_backward(info, in_dims, *arguments):
+    """Fold the batch into N where the head is shared and its gradient not wanted; otherwise a loop over the batch."""
+    tensors, (*rest, wanted) = arguments[:6], arguments[6:]
+    several = [
+        None if x is None else _batch_first(x, dim, info.batch_size)
+        for x, dim in zip(tensors, in_dims[:6], strict=True)
+    ]
+    if in_dims[2] is None and in_dims[3] is None and not (wanted[1] or wanted[2]):
+        upstream, features, _, _, logits, target = (None if x is None else x.flatten(0, 1) for x in several)
+        folded = (upstream, features, tensors[2], tensors[3], logits, target)
+        gradients = _head_metrics_backward(*folded, *rest, wanted)
+        shape = (info.batch_size, -1)
+        return tuple(x.unflatten(0, shape) if want else x for x, want in zip(gradients, wanted, strict=True)), tuple(
+            0 if want else None for want in wanted
+        )
     results = [
-        torch.ops.flatcore.head_metrics(*(None if x is None else x[i] for x in several), *rest)
+        _head_metrics_backward(*(None if x is None else x[i] for x in several), *rest, wanted)
         for i in range(info.batch_size)
     ]
-    return (torch.stack([v for v, _ in results]), torch.stack([p for _, p in results])), (0, 0)
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 4
 
 
 def _vmap_row_norms(info, in_dims, x, ord):
@@ -200,8 +300,35 @@ def _vmap_unmasked_backward(info, in_dims, *arguments):
     return result.unflatten(0, (info.batch_size, -1)), 0
 
 
-class _Unmasked(torch.autograd.Function):
+class _HeadMetrics(torch.autograd.Function):
     """The operator and its derivative for torch.func's transforms, which do not take a derivative from torch.library."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.flatcore.head_metrics(*arguments)
+
+    setup_context = staticmethod(_setup_head_metrics)
+    backward = staticmethod(_backward_head_metrics)
+    vmap = staticmethod(_vmap_head_metrics)
+
+
+class _HeadMetricsBackward(torch.autograd.Function):
+    """Likewise for the operator that its backward calls."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.flatcore.head_metrics_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept: there is no second derivative."""
+
+    backward = staticmethod(_refuse_second_derivative_of_a_measure)
+    vmap = staticmethod(_vmap_head_metrics_backward)
+
+
+class _Unmasked(torch.autograd.Function):
+    """Likewise."""
 
     @staticmethod
     def forward(logits, target, ignore_index):
@@ -231,6 +358,16 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _head_metrics(*arguments):
+    call = _HeadMetrics.apply if _transformed() else torch.ops.flatcore.head_metrics
+    return call(*arguments)
+
+
+def _head_metrics_backward(*arguments):
+    call = _HeadMetricsBackward.apply if _transformed() else torch.ops.flatcore.head_metrics_backward
+    return call(*arguments)
+
+
 def _unmasked(logits, target, ignore_index):
     call = _Unmasked.apply if _transformed() else torch.ops.flatcore.unmasked_cross_entropy
     return call(logits, target, ignore_index)
@@ -254,11 +391,26 @@ def _register() -> torch.library.Library | None:
         if "same name" not in str(error) and "multiple times" not in str(error):
             raise
         return None
-    for schema in (_ROW_NORMS, _UNMASKED, _UNMASKED_BACKWARD):
+    for schema in (_HEAD_BACKWARD, _ROW_NORMS, _UNMASKED, _UNMASKED_BACKWARD):
         library.define(schema)
     backward = "unmasked_cross_entropy_backward"
     for name, run, fake, vmap, derivative, setup in (
-        ("head_metrics", _op_head_metrics, _fake_head_metrics, _vmap_head_metrics, _refuse_backward, None),
+        (
+            "head_metrics",
+            _op_head_metrics,
+            _fake_head_metrics,
+            _vmap_head_metrics,
+            _backward_head_metrics,
+            _setup_head_metrics,
+        ),
+        (
+            "head_metrics_backward",
+            _op_head_metrics_backward,
+            _fake_head_metrics_backward,
+            _vmap_head_metrics_backward,
+            _refuse_second_derivative_of_a_measure,
+            None,
+        ),
         ("row_norms", _op_row_norms, _fake_row_norms, _vmap_row_norms, _refuse_backward, None),
         ("unmasked_cross_entropy", _op_unmasked, _fake_unmasked, _vmap_unmasked, _backward_unmasked, _setup_unmasked),
         (
@@ -280,7 +432,7 @@ def _register() -> torch.library.Library | None:
 _LIBRARY = _register()  # the operators live as long as this object
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call may read the tensors' addresses without going through the dispatcher.
 
     Anything that changes what a tensor means (a subclass, a mode, a transform, tracing, a tangent, a lazy negation, a
@@ -296,7 +448,6 @@ def is_direct(*tensors: Tensor | None) -> bool:
         or torch.version.hip is not None
     ):
         return False
-    grad = torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
@@ -304,13 +455,116 @@ def is_direct(*tensors: Tensor | None) -> bool:
             (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
             or x.layout is not torch.strided
             or x.device.type not in ("cpu", "cuda")
-            or (grad and x.requires_grad)
             or x.is_neg()
             or x.is_conj()
             or not storage_covers(x)
         ):
             return False
     return True
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether a call without a derivative may read addresses: the tensors are plain, and none requires gradient."""
+    return is_plain(*tensors) and not needs_gradient(*tensors)
+
+
+class Measure(NamedTuple):
+    """What is asked for: one field of the head's statistics, reduced over the rows."""
+
+    temperature: float
+    ignore_index: int
+    include_bias: bool
+    norm_power: int
+    field: int
+    reduction: str
+    log: bool
+    dtype: torch.dtype
+
+    def logs(self, features, linear_weight, linear_bias, logits, target) -> tuple[Any, ...]:
+        """Arguments of head_metrics that give the rows' logs."""
+        return (features, linear_weight, linear_bias, logits, target, self.temperature, self.ignore_index,
+                self.include_bias, self.norm_power, 1 << self.field, True)  # fmt: skip
+
+    @property
+    def reduced(self) -> tuple[Any, ...]:
+        """What the reduction needs."""
+        return self.ignore_index, self.reduction, self.log, self.dtype
+
+
+class _Measure(torch.autograd.Function):
+    """A measure of plain tensors: one native call forward and one backward, nothing between them but N numbers."""
+
+    @staticmethod
+    def forward(ctx, features, linear_weight, linear_bias, logits, target, s, count_rows, measure):
+        value, coefficient = _run_measure(
+            features, linear_weight, linear_bias, logits, target, s, count_rows, measure, with_coefficient=True
+        )
+        ctx.save_for_backward(features, linear_weight, linear_bias, logits, target, coefficient)
+        ctx.measure = measure
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        *inputs, coefficient = ctx.saved_tensors
+        measure, wanted = ctx.measure, ctx.needs_input_grad[:4]
+        arguments = (*inputs, *measure[:5])
+        if is_direct(upstream, *inputs):
+            gradients = _run_head_metrics_backward(upstream, coefficient, arguments, wanted)
+        else:  # a graph is asked for, a vmap over upstreams, a trace
+            c = upstream.to(torch.float64)
+            c = torch.where(c == 0, 0, c * coefficient)
+            gradients = _head_metrics_backward(c, *arguments, list(wanted))
+        found = (x if want else None for x, want in zip(gradients, wanted, strict=True))
+        return (*found, None, None, None, None)
+
+
+def _run_measure(
+    features: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logits: Tensor | None,
+    target: Tensor | None,
+    s: Tensor | None,
+    count_rows: bool,
+    measure: Measure,
+    *,
+    with_coefficient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The value and, if wanted, its derivative by each row's log."""
+    values, _ = _run_head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
+    options = (values[0], s, target, count_rows, *measure.reduced)
+    if _backend.uses_native(features.device.type):
+        return _native.head_reduction(*options, with_coefficient)
+    return reduce_with_coefficient(*options) if with_coefficient else (reduce(*options), None)
+
+
+def head_measure(
+    features: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logits: Tensor | None,
+    target: Tensor | None,
+    weight: Tensor | None,
+    measure: Measure,
+) -> Tensor:
+    """One measure of 2-D inputs, reduced; ``target`` hard or soft, ``weight`` class weights. Differentiable."""
+    hard, s, count_rows = target, None, False
+    if target is not None and target.is_floating_point():
+        hard, count_rows = None, True
+    if weight is not None or count_rows:
+        s = sample_weights(target, weight, measure.ignore_index)
+    inputs = (features, linear_weight, linear_bias, logits)
+    if is_plain(*inputs, hard, s):
+        if needs_gradient(*inputs):
+            return _Measure.apply(*inputs, hard, s, count_rows, measure)
+        return _run_measure(*inputs, hard, s, count_rows, measure, with_coefficient=False)[0]
+    values, _ = _head_metrics(*measure.logs(*inputs, hard))
+    return reduce(values[0], s, hard, count_rows, *measure.reduced)
 
 
 def head_metrics(
@@ -331,7 +585,7 @@ def head_metrics(
                  norm_power, fields, wide_result)  # fmt: skip
     if is_direct(features, linear_weight, linear_bias, logits, target):
         return _run_head_metrics(*arguments)
-    return torch.ops.flatcore.head_metrics(*arguments)
+    return _head_metrics(*arguments)
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

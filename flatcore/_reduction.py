@@ -13,36 +13,53 @@ import torch
 from torch import Tensor
 
 
-def sample_weights(
-    target: Tensor | None, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return s_n and d_n for every row, each None where all are 1."""
-    if target is None:
-        return None, None
+def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return s_n of soft targets (N, C), or of labels (N,) under class weights."""
     if target.is_floating_point():
         scaled = target.double() if weight is None else target.double() * weight.double()
-        return scaled.sum(dim=1), None
+        return scaled.sum(dim=1)
     valid = target != ignore_index
     if weight is None:
-        s = valid.double()
-    else:
-        s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)
-        s = torch.where(s < 0, math.nan, s)
-    return s, s
+        return valid.double()
+    s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)
+    return torch.where(s < 0, math.nan, s)
 
 
-def reduce(logs: Tensor, s: Tensor | None, d: Tensor | None, reduction: str, log: bool, dtype: torch.dtype) -> Tensor:
-    """Reduce per-sample logs (N,), float64, to the value asked for."""
+def reduce(
+    logs: Tensor,
+    s: Tensor | None,
+    target: Tensor | None,
+    count_rows: bool,
+    ignore_index: int,
+    reduction: str,
+    log: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Reduce per-sample logs (N,), float64, to the value asked for; autograd follows.
+
+    ``s`` None: 1, or 0 where ``target`` is ignored. ``count_rows``: the mean's divisor is N, not the sum of s.
+    """
+    if s is None and target is not None:
+        s = sample_weights(target, None, ignore_index)
     if s is not None:
         # by select, so that a NaN in a row of weight 0 stays out
         logs = torch.where(s == 0, -math.inf, logs + s.log())
     if reduction == "none":
         return (logs if log else logs.exp()).to(dtype)
     if log:
-        value = logs.logsumexp(dim=0) if logs.shape[0] else logs.new_full((), -math.inf)
+        value = logs.logsumexp(dim=0) if logs.shape[0] else logs.new_full((), -math.inf) + logs.sum()
     else:
         value = logs.exp().sum()
     if reduction == "mean":
-        count = logs.new_tensor(float(logs.shape[0])) if d is None else d.sum()
+        count = logs.new_tensor(float(logs.shape[0])) if s is None or count_rows else s.sum()
         value = torch.where(count == 0, math.nan, value - count.log() if log else value / count)
     return value.to(dtype)
+
+
+def reduce_with_coefficient(logs: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """Reduce as :func:`reduce`, and the derivative of the value by each row's log (N,), float64."""
+    with torch.enable_grad():
+        leaf = logs.detach().requires_grad_()
+        value = reduce(leaf, *options)
+        (coefficient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), torch.where(leaf.detach() == -math.inf, 0, coefficient)

@@ -79,7 +79,7 @@ def check_no_grad(tensor: Tensor, name: str) -> None:
     """Refuse a tensor that requires gradient while grad mode is on: nothing is detached silently."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} requires gradient, which flatcore does not propagate yet: "
+            f"{name} requires gradient, which this function does not propagate: "
             f"pass {name}.detach(), or call under torch.no_grad()"
         )
 

@@ -4,7 +4,16 @@ Imports torch and nothing else of flatcore.
 """
 
 from .head_metrics import FIELDS, head_metrics
+from .head_metrics_backward import DIFFERENTIABLE, head_metrics_backward
 from .row_norms import row_norms
 from .unmasked_cross_entropy import soft_cross_entropy_cotangent, unmasked_cross_entropy
 
-__all__ = ["FIELDS", "head_metrics", "row_norms", "soft_cross_entropy_cotangent", "unmasked_cross_entropy"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "FIELDS",
+    "head_metrics",
+    "head_metrics_backward",
+    "row_norms",
+    "soft_cross_entropy_cotangent",
+    "unmasked_cross_entropy",
+]
