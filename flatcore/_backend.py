@@ -14,7 +14,7 @@ except ImportError as error:
         raise
     _core = None  # type: ignore[assignment]
 
-ABI = 3
+ABI = 4
 """Counts the changes of the extension's call signatures; the sources and the binary must agree."""
 if _core is not None and _core.ABI != ABI:
     raise ImportError(

@@ -31,6 +31,7 @@ class HeadProblem:
         double_values: bool,
         prediction: int,
     ) -> None: ...
+    def measure_workspace(self) -> int: ...
     def workspace(self) -> int: ...
 
 def cpu_target(name: str) -> str: ...
@@ -102,6 +103,18 @@ def head_chunk_weights(
     scratch: int,
 ) -> None: ...
 def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
+def head_measure(
+    target: str,
+    problem: HeadProblem,
+    workspace: int,
+    weight: int,
+    reduction: int,
+    log: bool,
+    count_rows: bool,
+    value: int,
+    double_value: bool,
+    coefficient: int,
+) -> int: ...
 def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
 def head_metrics_backward(
     target: str,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _backend, _ops
 from ._arrays import as_tensor, returner
+from ._reduction import Measure
 from ._validate import (
     INTEGERS,
     check_device,
@@ -20,6 +21,8 @@ from ._validate import (
     check_option,
     check_temperature,
     check_tensor,
+    is_exact,
+    is_wrapped,
 )
 from .reference import FIELDS
 
@@ -115,7 +118,7 @@ class _Inputs(NamedTuple):
         norm_power: int = 2,
     ) -> Any:
         """Compute the named log, reduce it, and give it back in the caller's form."""
-        measure = _ops.Measure(
+        measure = Measure(
             self.temperature,
             self.ignore_index,
             include_bias,
@@ -176,7 +179,7 @@ def _inputs(
         if z.shape != (*leading, classes):
             raise ValueError(f"logits must have shape {(*leading, classes)} (features' leading dimensions and C), "
                              f"got {tuple(z.shape)}")  # fmt: skip
-        z = z.reshape(n, classes)
+        z = _rows(z)
     y = None
     if target is not None:
         y = as_tensor(target, "target")
@@ -184,11 +187,16 @@ def _inputs(
         check_device(y, "target", phi, "features")
         y = _target(y, leading, n, classes, soft)
 
-    inputs = [x for x in (phi, w, z) if x is not None]
+    double = any(x is not None and x.dtype is torch.float64 for x in (phi, w, z))
     return _Inputs(
-        phi.reshape(n, width), w, b, z, y, check_temperature(temperature), check_integer(ignore_index, "ignore_index"),
-        leading, torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32,
+        _rows(phi), w, b, z, y, check_temperature(temperature), check_integer(ignore_index, "ignore_index"), leading,
+        torch.float64 if double else torch.float32,
     )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The leading dimensions as one."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _target(y: Tensor, leading: torch.Size, n: int, classes: int, soft: bool) -> Tensor:
@@ -214,9 +222,9 @@ def _target(y: Tensor, leading: torch.Size, n: int, classes: int, soft: bool) ->
 
 def _may_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: not while tracing, and on a device, where it synchronises, only when asked."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not is_exact(tensor):
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._len_torch_dispatch_stack() > 0:
+    if is_wrapped(tensor) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return tensor.device.type == "cpu" or (tensor.device.type != "meta" and _backend.validate_on_device)
 
@@ -292,11 +300,17 @@ def hessian_trace(
     Raises:
         TypeError: an argument that is no array; a dtype that is not floating (features, weight, bias, logits) or neither
             integer nor floating (target); a quantized or nested tensor or a DTensor shard; a flag or number of another type.
-        ValueError: shapes that do not fit; C = 0; tensors on different devices or not strided; a tensor that requires
-            gradient while grad mode is on, or carries a tangent; a label outside 0..C-1 that is not ``ignore_index``;
-            negative class weights or soft targets; ``weight`` without target; ``include_bias`` without bias; a temperature
-            that is not finite and above 0; an unknown ``reduction``. On CUDA devices values are checked only with
-            ``FLATCORE_VALIDATE=1``.
+        ValueError: shapes that do not fit; C = 0; tensors on different devices or not strided; a tensor that carries a
+            forward-mode tangent; class weights or soft targets that require gradient while grad mode is on; a label
+            outside 0..C-1 that is not ``ignore_index``; negative class weights or soft targets; ``weight`` without target;
+            ``include_bias`` without bias; a temperature that is not finite and above 0; an unknown ``reduction``. On CUDA
+            devices values are checked only with ``FLATCORE_VALIDATE=1``.
+        RuntimeError: a second derivative, when backward reaches it.
+
+    Gradients: with respect to features, linear_weight, linear_bias and logits, in closed form, in their dtypes. Given
+        logits are an input of their own: what they were computed from gets its share through them. The gradient of
+        ``log=True`` does not shrink as confidence grows; a row whose value is 0 and an ignored row have gradient 0; a row
+        with NaN has gradient NaN, and so has the weight. They cannot be differentiated a second time.
 
     Numerics: :math:`\log\mathrm{Tr}\,H = \log\|\phi\|^2 + \log\varepsilon + \log(2 - \varepsilon(1+\sum_j q_j^2)) - 2\log T`
     with :math:`\varepsilon = 1 - p_{max}` taken from the other classes' logits, never from 1 - p: right at every
@@ -360,8 +374,10 @@ def relative_flatness(
         mean of its samples' values.
 
     Raises:
-        TypeError, ValueError: as :func:`flatcore.hessian_trace`; an unknown ``measure``; ``norm_power`` other than 1 or 2,
-            or other than 2 with neuronwise.
+        TypeError, ValueError, RuntimeError: as :func:`flatcore.hessian_trace`; an unknown ``measure``; ``norm_power``
+            other than 1 or 2, or other than 2 with neuronwise.
+
+    Gradients: as :func:`flatcore.hessian_trace`; through the curvature and the weight's norm both.
 
     Numerics: as :func:`flatcore.hessian_trace`; Var_p(w) is a sum of terms of one sign over squared distances formed from
     differences of rows. For heads too large for a (C, C) table the mean row is taken out first, and rows where the rest
@@ -422,6 +438,11 @@ def feature_gradient_norms(
     Raises:
         TypeError: as :func:`flatcore.hessian_trace`; a soft target.
         ValueError: as :func:`flatcore.hessian_trace`; no target; an ``ord`` other than 1, 2, inf.
+        RuntimeError: a second derivative, when backward reaches it.
+
+    Gradients: as :func:`flatcore.hessian_trace`; for ``ord=inf`` the mean over entries that tie. Where a confident row's
+        label has an exact duplicate among W's rows, or is wrong, terms below 1e-16 of the largest are lost: they are
+        differences of numbers near 1.
 
     Numerics: the usual p - e_y vanishes in float32 from a logit gap of 17 on; here the sum runs over differences of rows
     with the largest term's weight split off as a log, so that the norm is right at every confidence.
@@ -465,7 +486,8 @@ def head_metrics(
         a target.
 
     Raises:
-        TypeError, ValueError: as :func:`flatcore.feature_gradient_norms`, but a target is not needed.
+        TypeError, ValueError: as :func:`flatcore.feature_gradient_norms`, but a target is not needed; and any input that
+            requires gradient while grad mode is on, for this function has no derivative.
 
     Numerics and sources: as :func:`flatcore.hessian_trace`, :func:`flatcore.relative_flatness` and
     :func:`flatcore.feature_gradient_norms`. Everything is in the log domain, so nothing underflows.

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import _backend, _chunked
 from ._backend import _core
+from ._reduction import Measure
+from .reference import FIELDS
 
 FUSED_CLASSES = 256
 FUSED_WEIGHT_BYTES = 1 << 20
@@ -71,39 +73,123 @@ def head_metrics(
     wide_result: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem; arguments and results as in ``reference.head_metrics``."""
-    global last_path
-    features, linear_weight = _readable(features), _readable(linear_weight)
-    logits = None if logits is None else _readable(logits)
-    (N, D), C = features.shape, linear_weight.shape[0]
-    double = any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
-    bias = None if linear_bias is None else _readable(linear_bias).to(torch.float64).contiguous()
-    target = None if target is None else _readable(target).contiguous()
+    N = features.shape[0]
+    double = _is_double(features, linear_weight, logits)
     values = features.new_empty(
         (fields.bit_count(), N), dtype=torch.float64 if double or wide_result else torch.float32
     )
     prediction = features.new_empty((N,), dtype=torch.int64)
-    path = choose_path(C, D, double)
-    if N == 0:
-        last_path = path
-        return values, prediction
-
-    target_name, threads = _backend.cpu_target or "", torch.get_num_threads()
-    problem = _core.HeadProblem(
-        matrix(features), matrix(linear_weight), matrix(logits), 0 if bias is None else bias.data_ptr(),
-        0 if target is None else target.data_ptr(), N, D, C, temperature, ignore_index, include_bias, norm_power, fields,
-        double, threads, values.data_ptr(), values.dtype == torch.float64, prediction.data_ptr(),
+    call = _Call(
+        features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
+        fields, double, values, prediction,
     )  # fmt: skip
-    if path == "fused":
-        workspace = torch.empty(problem.workspace(), dtype=torch.uint8)
-        bad_row = _core.head_metrics(target_name, problem, workspace.data_ptr())
-    else:
-        bad_row = _chunked.head_metrics(target_name, problem, features, linear_weight, logits, fields, double, threads)
-    if bad_row >= 0:
-        raise bad_label(int(target[bad_row]), bad_row, C, ignore_index)  # type: ignore[index]
-    last_path = path
-    if _log.isEnabledFor(logging.DEBUG):
-        _log.debug("head_metrics N=%d D=%d C=%d: %s, %s", N, D, C, path, _core.cpu_target(target_name))
+    if N:
+        call.run()
     return values, prediction
+
+
+class _Call:
+    """A head as the kernels take it, with the tensors whose memory it names."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        logits: Tensor | None,
+        target: Tensor | None,
+        temperature: float,
+        ignore_index: int,
+        include_bias: bool,
+        norm_power: int,
+        fields: int,
+        double: bool,
+        values: Tensor | None = None,
+        prediction: Tensor | None = None,
+    ):
+        global last_path
+        self.features, self.weight = _readable(features), _readable(linear_weight)
+        self.logits = None if logits is None else _readable(logits)
+        self.bias = None if linear_bias is None else _as(_readable(linear_bias), torch.float64).contiguous()
+        self.target = None if target is None else _readable(target).contiguous()
+        self.values, self.prediction = values, prediction
+        (self.N, self.D), self.C = features.shape, linear_weight.shape[0]
+        self.ignore_index, self.fields, self.double = ignore_index, fields, double
+        self.cpu_target, self.threads = _backend.cpu_target or "", torch.get_num_threads()
+        last_path = self.path = choose_path(self.C, self.D, double)
+        self.problem = _core.HeadProblem(
+            matrix(self.features), matrix(self.weight), matrix(self.logits), _address(self.bias),
+            _address(self.target), self.N, self.D, self.C, temperature, ignore_index, include_bias, norm_power, fields,
+            double, self.threads, _address(values), values is None or values.dtype is torch.float64,
+            _address(prediction),
+        )  # fmt: skip
+        if _log.isEnabledFor(logging.DEBUG):
+            names = ", ".join(name for bit, name in enumerate(FIELDS) if fields >> bit & 1)
+            _log.debug(
+                "head of N=%d D=%d C=%d (%s): %s, %s",
+                self.N, self.D, self.C, names, self.path, _core.cpu_target(self.cpu_target),
+            )  # fmt: skip
+
+    def run(self) -> None:
+        """Fill values and prediction."""
+        if self.path == "fused":
+            workspace = torch.empty(self.problem.workspace(), dtype=torch.uint8)
+            bad_row = _core.head_metrics(self.cpu_target, self.problem, workspace.data_ptr())
+        else:
+            bad_row = _chunked.head_metrics(
+                self.cpu_target, self.problem, self.features, self.weight, self.logits, self.fields, self.double,
+                self.threads,
+            )  # fmt: skip
+        self.check_label(bad_row)
+
+    def check_label(self, row: int) -> None:
+        """Refuse the label of a row, if a kernel has found one that is no class."""
+        if row >= 0:
+            raise bad_label(int(self.target[row]), row, self.C, self.ignore_index)  # type: ignore[index]
+
+
+def _is_double(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.dtype is torch.float64 for x in tensors)
+
+
+def head_measure(
+    features: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logits: Tensor | None,
+    target: Tensor | None,
+    s: Tensor | None,
+    count_rows: bool,
+    measure: Measure,
+    with_coefficient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One field, reduced: the value and, if wanted, its derivative by each row's log.
+
+    Arguments as in ``_reduction``; one call of the extension where the head is small, for it takes no longer than 10 us.
+    """
+    N = features.shape[0]
+    double = _is_double(features, linear_weight, logits)
+    wide = measure.dtype is torch.float64
+    if choose_path(linear_weight.shape[0], features.shape[1], double) != "fused":
+        values, _ = head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
+        return head_reduction(values[0], s, target, count_rows, *measure.reduced, with_coefficient)
+    call = _Call(
+        features, linear_weight, linear_bias, logits, target, measure.temperature, measure.ignore_index,
+        measure.include_bias, measure.norm_power, 1 << measure.field, double,
+    )  # fmt: skip
+    value = torch.empty(
+        (N,) if measure.reduction == "none" else (), dtype=torch.float64 if wide else torch.float32, device="cpu"
+    )
+    coefficient = torch.empty(N, dtype=torch.float64, device="cpu") if with_coefficient else None
+    workspace = torch.empty(call.problem.measure_workspace(), dtype=torch.uint8, device="cpu")
+    weight = None if s is None else _readable(s).contiguous()
+    call.check_label(
+        _core.head_measure(
+            call.cpu_target, call.problem, workspace.data_ptr(), _address(weight), _REDUCTIONS[measure.reduction],
+            measure.log, count_rows, value.data_ptr(), wide, _address(coefficient),
+        )
+    )  # fmt: skip
+    return value, coefficient
 
 
 def head_metrics_backward(
@@ -126,49 +212,44 @@ def head_metrics_backward(
     A row's derivative with respect to its log is ``upstream`` (float64, (N,) or one number) times ``coefficient``
     (float64, (N,), or None for 1); otherwise as ``reference.head_metrics_backward``.
     """
-    global last_path
-    phi, w = _readable(features), _readable(linear_weight)
-    z = None if logits is None else _readable(logits)
-    (N, D), C = phi.shape, w.shape[0]
-    double = any(x is not None and x.dtype == torch.float64 for x in (phi, w, z))
+    (N, D), C = features.shape, linear_weight.shape[0]
+    double = _is_double(features, linear_weight, logits)
     dtype = torch.float64 if double else torch.float32
-    bias = None if linear_bias is None else _readable(linear_bias).to(torch.float64).contiguous()
-    target = None if target is None else _readable(target).contiguous()
-    upstream = _readable(upstream).to(torch.float64).contiguous()
-    d_features = phi.new_empty((N, D), dtype=dtype) if wanted[0] else None
-    d_weight = w.new_empty((C, D), dtype=dtype) if wanted[1] else None
-    d_bias = w.new_empty((C,), dtype=torch.float64) if wanted[2] else None
-    d_logits = phi.new_empty((N, C), dtype=dtype) if wanted[3] else None
-    target_name, threads, path = _backend.cpu_target or "", torch.get_num_threads(), choose_path(C, D, double)
-    problem = _core.HeadProblem(
-        matrix(phi), matrix(w), matrix(z), 0 if bias is None else bias.data_ptr(),
-        0 if target is None else target.data_ptr(), N, D, C, temperature, ignore_index, include_bias, norm_power,
-        1 << field, double, threads, 0, False, 0,
+    upstream = _as(_readable(upstream), torch.float64).contiguous()
+    call = _Call(
+        features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
+        1 << field, double,
     )  # fmt: skip
-    if path == "fused":
-        workspace = torch.empty(_core.head_metrics_backward_workspace(problem), dtype=torch.uint8)
+    d_features = torch.empty(N, D, dtype=dtype, device="cpu") if wanted[0] else None
+    d_weight = torch.empty(C, D, dtype=dtype, device="cpu") if wanted[1] else None
+    d_bias = torch.empty(C, dtype=torch.float64, device="cpu") if wanted[2] else None
+    d_logits = torch.empty(N, C, dtype=dtype, device="cpu") if wanted[3] else None
+    if call.path == "fused":
+        workspace = torch.empty(_core.head_metrics_backward_workspace(call.problem), dtype=torch.uint8, device="cpu")
         _core.head_metrics_backward(
-            target_name, problem, upstream.data_ptr(), upstream.dim(), _address(coefficient), _address(d_features),
-            _address(d_weight), _address(d_bias), _address(d_logits), workspace.data_ptr(),
+            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), _address(coefficient),
+            _address(d_features), _address(d_weight), _address(d_bias), _address(d_logits), workspace.data_ptr(),
         )  # fmt: skip
     else:
         c = upstream.expand(N)
         if coefficient is not None:
             c = torch.where(c == 0, 0, c * coefficient)
         _chunked.head_metrics_backward(
-            target_name, problem, c.contiguous(), phi, w, bias if include_bias else None, z, norm_power, field,
-            double, threads,
-            d_features, d_weight, d_bias, d_logits,
+            call.cpu_target, call.problem, c.contiguous(), call.features, call.weight,
+            call.bias if include_bias else None, call.logits, norm_power, field, double, call.threads, d_features,
+            d_weight, d_bias, d_logits,
         )  # fmt: skip
-    last_path = path
-    if _log.isEnabledFor(logging.DEBUG):
-        _log.debug("head_metrics_backward N=%d D=%d C=%d: %s, %s", N, D, C, path, _core.cpu_target(target_name))
     return (
-        None if d_features is None else d_features.to(features.dtype),
-        None if d_weight is None else d_weight.to(linear_weight.dtype),
-        None if d_bias is None else d_bias.to(linear_bias.dtype),  # type: ignore[union-attr]
-        None if d_logits is None else d_logits.to(logits.dtype),  # type: ignore[union-attr]
+        None if d_features is None else _as(d_features, features.dtype),
+        None if d_weight is None else _as(d_weight, linear_weight.dtype),
+        None if d_bias is None else _as(d_bias, linear_bias.dtype),  # type: ignore[union-attr]
+        None if d_logits is None else _as(d_logits, logits.dtype),  # type: ignore[union-attr]
     )
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in another type; a conversion that has nothing to do takes 1 us nevertheless."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -248,4 +329,4 @@ def unmasked_cross_entropy(
 
 def _readable(x: Tensor) -> Tensor:
     """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
-    return x.detach().resolve_neg()
+    return x if type(x) is Tensor and not (x.requires_grad or x.is_neg()) else x.detach().resolve_neg()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _native, reference
-from ._reduction import reduce, reduce_with_coefficient, sample_weights
-from ._validate import check_device, check_matrix, storage_covers
+from ._reduction import Measure, reduce, reduce_with_coefficient, sample_weights
+from ._validate import check_device, check_matrix, is_exact, is_wrapped, storage_covers
 from .reference import DIFFERENTIABLE, FIELDS
 
 _HEAD_METRICS = (
@@ -452,11 +452,12 @@ def is_plain(*tensors: Tensor | None) -> bool:
         if x is None:
             continue
         if (
-            (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+            not is_exact(x)
             or x.layout is not torch.strided
-            or x.device.type not in ("cpu", "cuda")
+            or not (x.is_cpu or x.is_cuda)
             or x.is_neg()
             or x.is_conj()
+            or is_wrapped(x)
             or not storage_covers(x)
         ):
             return False
@@ -473,36 +474,13 @@ def is_direct(*tensors: Tensor | None) -> bool:
     return is_plain(*tensors) and not needs_gradient(*tensors)
 
 
-class Measure(NamedTuple):
-    """What is asked for: one field of the head's statistics, reduced over the rows."""
-
-    temperature: float
-    ignore_index: int
-    include_bias: bool
-    norm_power: int
-    field: int
-    reduction: str
-    log: bool
-    dtype: torch.dtype
-
-    def logs(self, features, linear_weight, linear_bias, logits, target) -> tuple[Any, ...]:
-        """Arguments of head_metrics that give the rows' logs."""
-        return (features, linear_weight, linear_bias, logits, target, self.temperature, self.ignore_index,
-                self.include_bias, self.norm_power, 1 << self.field, True)  # fmt: skip
-
-    @property
-    def reduced(self) -> tuple[Any, ...]:
-        """What the reduction needs."""
-        return self.ignore_index, self.reduction, self.log, self.dtype
-
-
 class _Measure(torch.autograd.Function):
     """A measure of plain tensors: one native call forward and one backward, nothing between them but N numbers."""
 
     @staticmethod
     def forward(ctx, features, linear_weight, linear_bias, logits, target, s, count_rows, measure):
         value, coefficient = _run_measure(
-            features, linear_weight, linear_bias, logits, target, s, count_rows, measure, with_coefficient=True
+            features, linear_weight, linear_bias, logits, target, s, count_rows, measure, True
         )
         ctx.save_for_backward(features, linear_weight, linear_bias, logits, target, coefficient)
         ctx.measure = measure
@@ -532,14 +510,15 @@ def _run_measure(
     s: Tensor | None,
     count_rows: bool,
     measure: Measure,
-    *,
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The value and, if wanted, its derivative by each row's log."""
+    if _backend.uses_native(features.device.type):
+        return _native.head_measure(
+            features, linear_weight, linear_bias, logits, target, s, count_rows, measure, with_coefficient
+        )
     values, _ = _run_head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
     options = (values[0], s, target, count_rows, *measure.reduced)
-    if _backend.uses_native(features.device.type):
-        return _native.head_reduction(*options, with_coefficient)
     return reduce_with_coefficient(*options) if with_coefficient else (reduce(*options), None)
 
 
@@ -562,7 +541,7 @@ def head_measure(
     if is_plain(*inputs, hard, s):
         if needs_gradient(*inputs):
             return _Measure.apply(*inputs, hard, s, count_rows, measure)
-        return _run_measure(*inputs, hard, s, count_rows, measure, with_coefficient=False)[0]
+        return _run_measure(*inputs, hard, s, count_rows, measure, False)[0]
     values, _ = _head_metrics(*measure.logs(*inputs, hard))
     return reduce(values[0], s, hard, count_rows, *measure.reduced)
 

@@ -8,9 +8,33 @@ targets or none. Everything is summed in float64; the log of a mean is a log-sum
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Measure(NamedTuple):
+    """What is asked for: one field of the head's statistics, reduced over the rows."""
+
+    temperature: float
+    ignore_index: int
+    include_bias: bool
+    norm_power: int
+    field: int
+    reduction: str
+    log: bool
+    dtype: torch.dtype
+
+    def logs(self, features, linear_weight, linear_bias, logits, target) -> tuple[Any, ...]:
+        """Arguments of head_metrics that give the rows' logs."""
+        return (features, linear_weight, linear_bias, logits, target, self.temperature, self.ignore_index,
+                self.include_bias, self.norm_power, 1 << self.field, True)  # fmt: skip
+
+    @property
+    def reduced(self) -> tuple[Any, ...]:
+        """What the reduction needs."""
+        return self.ignore_index, self.reduction, self.log, self.dtype
 
 
 def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -21,7 +45,9 @@ def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> 
     valid = target != ignore_index
     if weight is None:
         return valid.double()
-    s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)
+    # a label that is no class looks anything up: the kernels refuse it, or make its row NaN
+    label = torch.where(valid, target, 0).clamp(0, weight.shape[0] - 1)
+    s = torch.where(valid, weight.double()[label], 0.0)
     return torch.where(s < 0, math.nan, s)
 
 

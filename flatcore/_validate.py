@@ -24,7 +24,8 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 def check_tensor(tensor: Tensor, name: str) -> None:
     """Refuse by name the kinds of tensor whose numbers could not be read rightly."""
-    if _is_dtensor(tensor):
+    exact = is_exact(tensor)
+    if not exact and _is_dtensor(tensor):
         raise TypeError(
             f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()"
         )
@@ -32,7 +33,7 @@ def check_tensor(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a nested tensor; pass its rows with {name}.values()")
     if tensor.is_quantized:
         raise TypeError(f"{name} must not be quantized, got {tensor.dtype}; pass {name}.dequantize()")
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must have a strided layout, got {tensor.layout}; pass {name}.to_dense()")
     if torch.compiler.is_compiling():
         return
@@ -41,19 +42,35 @@ def check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} carries a forward-mode tangent, which flatcore does not propagate; "
             "pass torch.autograd.forward_ad.unpack_dual(...).primal"
         )
-    if type(tensor) in (Tensor, torch.nn.Parameter) and not storage_covers(tensor):
+    if exact and not storage_covers(tensor):
         raise ValueError(
             f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
             f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)"
         )
 
 
+def is_exact(tensor: Tensor) -> bool:
+    """Whether this is a tensor or a parameter, not one of their subclasses, which may mean something else."""
+    kind = type(tensor)
+    return kind is Tensor or kind is torch.nn.Parameter
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether this stands for several tensors or a value of a transform, and has no memory of its own.
+
+    Of torch.func, or of the older vmap that ``torch.autograd.grad(is_grads_batched=True)`` runs.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
+
+
 def storage_covers(tensor: Tensor) -> bool:
     """Whether the storage holds every element of the view (FSDP frees a storage and keeps its views)."""
-    if tensor.numel() == 0 or tensor.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    count = tensor.numel()
+    if count == 0 or tensor.is_meta or is_wrapped(tensor):
         return True
-    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + count) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def check_matrix(

@@ -153,6 +153,8 @@ FLOATING_KINDS = {
     "int64": (lambda x: x.long(), TypeError, (FLOATS, "got torch.int64")),
     "uint8": (lambda x: x.abs().to(torch.uint8), TypeError, (FLOATS, "got torch.uint8")),
     "numpy-int": (_numpy(np.int32), TypeError, (FLOATS, "got torch.int32")),
+}
+LEARNING_KINDS = {
     "requires-grad": (
         lambda x: x.clone().requires_grad_(),
         ValueError,
@@ -174,15 +176,29 @@ def test_no_tensor_of_another_kind(name: str, kind: str, engine: str) -> None:
 @CHECKED_FIRST
 @pytest.mark.parametrize("name", FLOATING)
 @pytest.mark.parametrize("kind", FLOATING_KINDS)
-def test_floating_arguments_take_floats_without_gradient(name: str, kind: str, engine: str) -> None:
+def test_floating_arguments_take_floats(name: str, kind: str, engine: str) -> None:
     change, error, words = FLOATING_KINDS[kind]
     refuses(error, (name, *words), trace_with(name, change))
 
 
 @CHECKED_FIRST
-@pytest.mark.parametrize("kind", (*KINDS, *FLOATING_KINDS))
+@pytest.mark.parametrize("kind", LEARNING_KINDS)
+def test_what_has_no_derivative_takes_no_tensor_that_requires_gradient(kind: str, engine: str) -> None:
+    change, error, words = LEARNING_KINDS[kind]
+    refuses(error, ("weight", *words), trace_with("weight", change))
+    right = arguments()
+    soft = change(torch.full((N, C), 1.0 / C))
+    refuses(error, ("target", *words), lambda: flatcore.hessian_trace(**(right | {"target": soft})))
+    given = {name: right[name] for name in ("features", "linear_weight", "target", "linear_bias", "logits")}
+    for name in ("features", "linear_weight", "linear_bias", "logits"):
+        learning = given | {name: change(given[name])}
+        refuses(error, (name, *words), lambda learning=learning: flatcore.head_metrics(**learning))
+
+
+@CHECKED_FIRST
+@pytest.mark.parametrize("kind", (*KINDS, *FLOATING_KINDS, *LEARNING_KINDS))
 def test_row_norms_refuses_the_same(kind: str, engine: str) -> None:
-    change, error, words = (KINDS | FLOATING_KINDS)[kind]
+    change, error, words = (KINDS | FLOATING_KINDS | LEARNING_KINDS)[kind]
     x = change(arguments()["features"])
     refuses(error, ("x ", *words), lambda: flatcore.row_norms(x))
 
@@ -192,16 +208,10 @@ def test_features_and_head_are_needed(name: str, engine: str) -> None:
     refuses(TypeError, (name, ARRAY, "NoneType"), trace_with(name, lambda x: None))
 
 
-def test_no_gradient_is_dropped_silently_and_none_is_needed_under_no_grad(engine: str) -> None:
+def test_no_gradient_is_needed_under_no_grad(engine: str) -> None:
     right = arguments()
     expected = flatcore.hessian_trace(**right)
     learning = {name: right[name].clone().requires_grad_() for name in FLOATING}
-    for name in FLOATING:
-        refuses(
-            ValueError,
-            (f"{name} requires gradient", f"{name}.detach()"),
-            lambda name=name: flatcore.hessian_trace(**(right | {name: learning[name]})),
-        )
     with torch.no_grad():
         assert torch.equal(flatcore.hessian_trace(**(right | learning)), expected)
     with torch.inference_mode():
@@ -209,6 +219,8 @@ def test_no_gradient_is_dropped_silently_and_none_is_needed_under_no_grad(engine
     detached = {name: value.detach() for name, value in learning.items()}
     got = flatcore.hessian_trace(**(right | detached))
     assert torch.equal(got, expected) and not got.requires_grad
+    for name in ("features", "linear_weight", "linear_bias"):
+        assert flatcore.hessian_trace(**(right | {"logits": None, name: learning[name]})).requires_grad
 
 
 @FORWARD_AD
@@ -228,14 +240,13 @@ def test_no_forward_tangent_is_dropped(name: str, engine: str) -> None:
 
 
 @FORWARD_AD
-def test_transforms_that_need_a_derivative_are_refused() -> None:
+def test_forward_mode_derivatives_are_refused() -> None:
     right = arguments()
 
     def trace(features: Tensor) -> Tensor:
         return flatcore.hessian_trace(**(right | {"features": features}))
 
     phi = right["features"]
-    refuses(ValueError, ("features", "requires gradient", ".detach()"), lambda: torch.func.grad(trace)(phi))
     refuses(ValueError, ("features", "tangent"), lambda: torch.func.jvp(trace, (phi,), (phi,)))
 
 

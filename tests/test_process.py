@@ -68,7 +68,9 @@ FORK = """
     x, w, y = torch.randn(5000, 64, generator=g), torch.randn(30, 64, generator=g), torch.randint(30, (5000,), generator=g)
     def work():
         with flatcore.backend("native"), _native.forced(path="fused"):
-            return [*flatcore.head_metrics(x, w, y), flatcore.row_norms(x)]
+            a, b = x.detach().requires_grad_(), w.detach().requires_grad_()  # a clone is torch's own parallel region
+            gradients = torch.autograd.grad(flatcore.relative_flatness(a, b, measure="neuronwise"), (a, b))
+            return [*flatcore.head_metrics(x, w, y), flatcore.row_norms(x), *gradients]
     if "used" in {when!r}:
         before = work()
     child = os.fork()
@@ -131,7 +133,9 @@ def test_concurrent_calls_do_not_disturb_each_other(kernels: str) -> None:
 
     def call(seed: int) -> list[torch.Tensor]:
         x, w, y = problem(seed)
-        return [*flatcore.head_metrics(x, w, y), flatcore.row_norms(x)]
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        gradients = torch.autograd.grad(flatcore.feature_gradient_norms(a, b, y, reduction="mean"), (a, b))
+        return [*flatcore.head_metrics(x, w, y), flatcore.row_norms(x), *gradients]
 
     alone = [call(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:

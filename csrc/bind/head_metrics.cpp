@@ -41,6 +41,24 @@ Problem make_problem(const py::object& features, const py::object& weight, const
 // The first row whose label is no class, or -1.
 int64_t bad_row(const Outcome& outcome) { return outcome.status == Status::kBadLabel ? outcome.row : -1; }
 
+cpu::HeadReduction make_reduction(uintptr_t logs, uintptr_t weight, uintptr_t labels, int64_t N, int64_t ignore_index,
+                                  int reduction, bool log, bool count_rows, uintptr_t value, bool double_value,
+                                  uintptr_t coefficient) {
+  cpu::HeadReduction call;
+  call.logs = pointer<const double>(logs);
+  call.weight = pointer<const double>(weight);
+  call.target = pointer<const int64_t>(labels);
+  call.N = N;
+  call.ignore_index = ignore_index;
+  call.reduction = static_cast<cpu::Reduction>(reduction);
+  call.log = log;
+  call.count_rows = count_rows;
+  call.value = pointer<void>(value);
+  call.double_value = double_value;
+  call.coefficient = pointer<double>(coefficient);
+  return call;
+}
+
 cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, uintptr_t z, int64_t z_stride,
                           uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
                           uintptr_t centered_squares, uintptr_t row_state) {
@@ -70,7 +88,9 @@ void register_head_metrics(py::module_& module) {
            py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("temperature"), py::arg("ignore_index"),
            py::arg("include_bias"), py::arg("norm_power"), py::arg("fields"), py::arg("double_compute"),
            py::arg("threads"), py::arg("values"), py::arg("double_values"), py::arg("prediction"))
-      .def("workspace", [](const Problem& problem) { return cpu::head_metrics_workspace(problem); });
+      .def("workspace", [](const Problem& problem) { return cpu::head_metrics_workspace(problem); })
+      .def("measure_workspace",  // rows' logs behind it
+           [](const Problem& problem) { return cpu::head_metrics_workspace(problem) + 8 * problem.N + 64; });
   module.attr("HEAD_ROW_BYTES") = sizeof(cpu::HeadRow);
   module.def("head_chunk_scratch", &cpu::head_chunk_scratch, py::arg("C"), py::arg("D"));
   module.def(
@@ -90,18 +110,8 @@ void register_head_metrics(py::module_& module) {
          int64_t ignore_index, int reduction, bool log, bool count_rows, uintptr_t value, bool double_value,
          uintptr_t coefficient) {
         check_size("N", N, 0);
-        cpu::HeadReduction call;
-        call.logs = pointer<const double>(logs);
-        call.weight = pointer<const double>(weight);
-        call.target = pointer<const int64_t>(labels);
-        call.N = N;
-        call.ignore_index = ignore_index;
-        call.reduction = static_cast<cpu::Reduction>(reduction);
-        call.log = log;
-        call.count_rows = count_rows;
-        call.value = pointer<void>(value);
-        call.double_value = double_value;
-        call.coefficient = pointer<double>(coefficient);
+        const cpu::HeadReduction call = make_reduction(logs, weight, labels, N, ignore_index, reduction, log,
+                                                       count_rows, value, double_value, coefficient);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         kernels.head_reduction(call);
@@ -109,6 +119,28 @@ void register_head_metrics(py::module_& module) {
       py::arg("target"), py::arg("logs"), py::arg("weight"), py::arg("labels"), py::arg("N"), py::arg("ignore_index"),
       py::arg("reduction"), py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"),
       py::arg("coefficient"));
+  module.def(
+      "head_measure",
+      [](const std::string& target_name, const Problem& problem, uintptr_t workspace, uintptr_t weight, int reduction,
+         bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t coefficient) {
+        if (!problem.double_values) throw std::invalid_argument("a measure is reduced from float64 logs");
+        cpu::HeadMetrics call;
+        static_cast<cpu::HeadProblem&>(call) = problem;
+        const uintptr_t base = (workspace + 63) & ~uintptr_t{63};
+        call.workspace = pointer<void>(base);
+        const uintptr_t logs = base + static_cast<uintptr_t>(cpu::head_metrics_workspace(problem));
+        call.values = pointer<void>(logs);
+        const cpu::HeadReduction reduce =
+            make_reduction(logs, weight, reinterpret_cast<uintptr_t>(problem.target), problem.N, problem.ignore_index,
+                           reduction, log, count_rows, value, double_value, coefficient);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        const int64_t bad = problem.N > 0 ? bad_row(kernels.head_metrics(call)) : -1;
+        if (bad < 0) kernels.head_reduction(reduce);
+        return bad;
+      },
+      py::arg("target"), py::arg("problem"), py::arg("workspace"), py::arg("weight"), py::arg("reduction"),
+      py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("coefficient"));
   module.def(
       "head_summary",
       [](const std::string& target_name, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,

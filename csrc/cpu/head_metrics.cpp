@@ -125,7 +125,9 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     for (int i = 0; i < kTile; ++i) out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t + shared.log_layer;
     put(kLogLayerwise);
   }
-  for (int i = 0; i < count; ++i) call.prediction[n0 + i] = tile.bad[i] ? -1 : static_cast<int64_t>(m[i]);
+  if (call.prediction != nullptr) {
+    for (int i = 0; i < count; ++i) call.prediction[n0 + i] = tile.bad[i] ? -1 : static_cast<int64_t>(m[i]);
+  }
 
   Label labels[kTile];
   int64_t y[kTile];

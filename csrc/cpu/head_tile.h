@@ -317,12 +317,27 @@ void pack_rows(const HeadProblem& call, int64_t packed_stride, C* packed, double
     const T* from = w + j * call.weight.row_stride;
     C* to = packed + j * packed_stride;
     double largest = 0.0;
-    for (int64_t d = 0; d < call.D; ++d) {
+    int64_t d = 0;
+    if (call.weight.column_stride == 1) {
+      // W is packed once a call: with the maximum taken one element after the other that alone is 10 us at 10 x 512
+      constexpr int lanes = VectorOf<C>::kLanes;
+      typename VectorOf<C>::Type most = {};
+      for (; d + lanes <= call.D; d += lanes) {
+        const auto x = Load<C>::from(from + d);
+        store_unaligned(to + d, x);
+        most = magnitude(x) > most ? magnitude(x) : most;  // a NaN is not larger
+      }
+      for (int lane = 0; lane < lanes; ++lane) {
+        const double a = static_cast<double>(most[lane]);
+        largest = a > largest ? a : largest;
+      }
+    }
+    for (; d < call.D; ++d) {
       to[d] = static_cast<C>(widen(from[d * call.weight.column_stride]));
       const double a = std::fabs(static_cast<double>(to[d]));
       largest = a > largest ? a : largest;
     }
-    for (int64_t d = call.D; d < packed_stride; ++d) to[d] = C{};
+    for (; d < packed_stride; ++d) to[d] = C{};
     largest_of_row[j] = largest;
   });
 }
