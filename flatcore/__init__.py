@@ -16,12 +16,14 @@ from ._head_metrics import (
     relative_flatness,
 )
 from ._input_gradients import InputGradients, input_gradient_norms, input_gradients
+from ._probe import Probe
 from ._row_norms import row_norms
 from ._unmasked_cross_entropy import unmasked_cross_entropy
 
 __all__ = [
     "HeadMetrics",
     "InputGradients",
+    "Probe",
     "__version__",
     "backend",
     "cuda",
