@@ -5,6 +5,9 @@ from pkgutil import extend_path
 # In a source tree the compiled extension lies in the installed package: let both be one package.
 __path__ = extend_path(__path__, __name__)
 
+import importlib
+from types import ModuleType
+
 from . import cuda
 from ._backend import backend
 from ._config import __version__, show_config
@@ -19,6 +22,13 @@ from ._input_gradients import InputGradients, input_gradient_norms, input_gradie
 from ._probe import Probe
 from ._row_norms import row_norms
 from ._unmasked_cross_entropy import unmasked_cross_entropy
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "metrics":  # loaded when asked for: torchmetrics is an extra
+        return importlib.import_module("flatcore.metrics")
+    raise AttributeError(f"module 'flatcore' has no attribute {name!r}")
+
 
 __all__ = [
     "HeadMetrics",

@@ -29,7 +29,7 @@ from .reference import FIELDS
 _LABEL_FREE = ("confidence", "margin", "log_one_minus_confidence", "log_feature_norm", "log_hessian_trace",
                "log_layerwise", "log_neuronwise")  # fmt: skip
 _LABELLED = ("loss", "log_feature_gradient_norm")
-_GRADIENT_NORMS = {
+GRADIENT_NORMS = {
     1.0: "log_feature_gradient_norm_1",
     2.0: "log_feature_gradient_norm",
     math.inf: "log_feature_gradient_norm_inf",
@@ -141,7 +141,7 @@ def _floating(value: Any, name: str) -> Tensor:
     return tensor
 
 
-def _inputs(
+def checked_inputs(
     features: Any,
     linear_weight: Any,
     target: Any,
@@ -229,7 +229,7 @@ def _may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.device.type != "meta" and _backend.validate_on_device)
 
 
-def _class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
+def checked_class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
     if weight is None:
         return None
     if target is None:
@@ -245,7 +245,7 @@ def _class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
     return tensor
 
 
-def _check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
+def check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
     if not check_flag(include_bias, "include_bias"):
         return False
     if inputs.linear_bias is None:
@@ -328,9 +328,9 @@ def hessian_trace(
         >>> f"{flatcore.hessian_trace(10 * features, head, log=True).item():.4f}"
         '-187.7939'
     """
-    inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
-    weight = _class_weight(weight, inputs, target)
-    include_bias = _check_include_bias(include_bias, inputs)
+    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
+    weight = checked_class_weight(weight, inputs, target)
+    include_bias = check_include_bias(include_bias, inputs)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
     return inputs.measure(
@@ -393,9 +393,9 @@ def relative_flatness(
         >>> " ".join(f"{v:.5e}" for v in values)
         '8.24461e-06 4.12231e-06'
     """
-    inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
-    weight = _class_weight(weight, inputs, target)
-    include_bias = _check_include_bias(include_bias, inputs)
+    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
+    weight = checked_class_weight(weight, inputs, target)
+    include_bias = check_include_bias(include_bias, inputs)
     check_option(measure, "measure", ("layerwise", "neuronwise"))
     check_option(norm_power, "norm_power", (1, 2))
     if measure == "neuronwise" and norm_power != 2:
@@ -457,8 +457,8 @@ def feature_gradient_norms(
     """
     if target is None:
         raise ValueError("target must hold integer class labels, got None")
-    inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
-    name = _GRADIENT_NORMS[float(check_option(ord, "ord", (1, 2, math.inf)))]
+    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
+    name = GRADIENT_NORMS[float(check_option(ord, "ord", (1, 2, math.inf)))]
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
     return inputs.measure(name, features, reduction=reduction, log=log)
@@ -498,7 +498,7 @@ def head_metrics(
         >>> f"{metrics.loss.item():.0f} {metrics.log_hessian_trace.item():.3f} {metrics.feature_gradient_norm.item():.4f}"
         '190 -178.708 1.4142'
     """
-    inputs = _inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
+    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
     names = _LABEL_FREE if inputs.target is None else _LABEL_FREE + _LABELLED
     for name in ("features", "linear_weight", "linear_bias", "logits"):
         if (tensor := getattr(inputs, name)) is not None:
