@@ -16,28 +16,23 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import gzip
 import math
 import pickle
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import eagerpy as ep
     import foolbox as fb
-    import numpy as np
     import torch
+    from image_data import FASHION_MNIST, Data, choose, network, threads
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from sklearn.datasets import load_digits
     from torch import Tensor, nn
     from tqdm import tqdm
 
@@ -50,7 +45,6 @@ except ImportError as error:
         "pip install -c constraints.txt '.[examples]' brings what this example needs."
     )
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 SCALES = (0.25, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 QUICK_SCALES = (0.25, 1.0, 10.0, 100.0)
 STEPS = 10
@@ -58,85 +52,11 @@ REL_STEPSIZE = 0.25  # of epsilon: ten steps can cross the ball; at foolbox's de
 BATCH = 250  # images at a time, in attacks and gradients
 
 
-class Data(NamedTuple):
-    """Images (N, 1, S, S) in [0, 1] and labels, with what training and attacking them takes."""
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    epochs: int
-    batch: int
-    epsilon_linf: float
-    epsilon_l2: float
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Bytes of one gzipped IDX file, in its own shape."""
-    start = 4 * (1 + dimensions)
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        content = b""
-    header = np.frombuffer(content[:start].ljust(start, b"\0"), ">i4")
-    if header[0] != 0x0800 + dimensions or len(content) != start + header[1:].prod():
-        raise OSError(0, f"it is no gzipped IDX file of bytes in {dimensions} dimensions", str(path))
-    return np.frombuffer(content, np.uint8, offset=start).reshape(header[1:])
-
-
-def fashion_mnist(folder: Path) -> Data:
-    """Read the data set from its four files.
-
-    Raises:
-        OSError: A file is missing, cannot be read, or is no IDX file.
-    """
-    arrays = []
-    for part in ("train", "t10k"):
-        images = _read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
-        labels = _read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
-        arrays += [torch.tensor(images / np.float32(255)).unsqueeze(1), torch.tensor(labels.astype(np.int64))]
-    return Data("Fashion-MNIST", *arrays, epochs=6, batch=128, epsilon_linf=0.05, epsilon_l2=1.0)
-
-
-def digits(seed: int) -> Data:
-    """scikit-learn's 1,797 digits of 8x8 pixels, 540 of them for testing."""
-    bundle = load_digits()
-    images = torch.tensor(bundle.images / 16, dtype=torch.float32).unsqueeze(1)
-    labels = torch.tensor(bundle.target, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    test, rest = order.split([540, len(labels) - 540])
-    return Data(
-        "digits", images[rest], labels[rest], images[test], labels[test],
-        epochs=20, batch=64, epsilon_linf=0.2, epsilon_l2=1.0,
-    )  # fmt: skip
-
-
-def network(size: int) -> nn.Sequential:
-    """Two convolutions and two linear layers for one-channel images of ``size`` x ``size`` pixels; the last is the head."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def train(data: Data, seed: int) -> nn.Sequential:
     """Train with Adam and one cycle of the learning rate; the caller's random state is left as it was."""
     # batches of digits are too small to share: threads would spend the time waiting for one another
     number = 1 if data.train_images.shape[-1] < 16 else torch.get_num_threads()
-    with _threads(number), torch.random.fork_rng(devices=[]):
+    with threads(number), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network(data.train_images.shape[-1])
         per_epoch = -(-len(data.train_labels) // data.batch)
@@ -383,13 +303,7 @@ def run(
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    if quick:
-        data = digits(seed)
-    elif folder or FASHION_MNIST.is_dir():
-        data = fashion_mnist(folder or FASHION_MNIST)
-    else:
-        print(f"There is no {FASHION_MNIST} (Debian's package dataset-fashion-mnist): scikit-learn's digits instead.")
-        data = digits(seed)
+    data = choose(folder, quick, seed)
     data = data._replace(
         epsilon_linf=epsilon_linf or data.epsilon_linf, epsilon_l2=epsilon_l2 or data.epsilon_l2
     )  # fmt: skip

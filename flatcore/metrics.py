@@ -22,7 +22,9 @@ from ._validate import check_flag, check_integer, check_number, check_option, ch
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("flatcore.metrics needs torchmetrics: pip install 'flatcore[torchmetrics]'") from error
+    raise ImportError(
+        "flatcore.metrics needs torchmetrics: pip install 'flatcore[torchmetrics]'", name="torchmetrics"
+    ) from error
 
 __all__ = ["FeatureGradientNorm", "HessianTrace", "RelativeFlatness"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import image_data
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,11 @@ def _load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def attacking() -> ModuleType:
     return _load("attack_scaling")
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return _load("train_with_flatness")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +153,7 @@ def test_without_fashion_mnist_the_digits_are_taken_and_it_says_so(
     attacking: ModuleType, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(attacking, "FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(image_data, "FASHION_MNIST", tmp_path / "absent")
     assert attacking.main(["--images", "2", "--epsilon-linf", "0.125", "--out", str(outcome.out)]) == 0
     text = capsys.readouterr().out
     assert f"There is no {tmp_path / 'absent'}" in text
@@ -160,12 +166,12 @@ def _write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
-def test_fashion_mnist_files_are_read(attacking: ModuleType, tmp_path: Path) -> None:
+def test_fashion_mnist_files_are_read(tmp_path: Path) -> None:
     images, labels = np.arange(2 * 28 * 28).reshape(2, 28, 28) % 256, np.array([3, 9])
     for part in ("train", "t10k"):
         _write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
         _write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
-    data = attacking.fashion_mnist(tmp_path)
+    data = image_data.fashion_mnist(tmp_path)
     for x, y in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         assert (x.shape, x.dtype, y.tolist()) == ((2, 1, 28, 28), torch.float32, [3, 9])
         np.testing.assert_array_equal((x * 255).round().squeeze(1).numpy(), images)
@@ -193,10 +199,16 @@ def test_data_that_cannot_be_read_is_a_sentence(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(("name", "arguments"), [
-    ("attacking", ["--images", "0"]), ("attacking", ["--seed", "-1"]),
-    ("attacking", ["--epsilon-l2", "nan"]), ("attacking", ["--epsilon-linf", "0"]), ("seeing", ["--no-such-option"]),
-])  # fmt: skip
+WRONG_USAGE = {
+    "attacking": (["--images", "0"], ["--seed", "-1"], ["--epsilon-l2", "nan"], ["--epsilon-linf", "0"]),
+    "training": (
+        ["--lambdas", "1,x"], ["--lambdas", "nan"], ["--lambdas", "1,1"], ["--lambdas", "1,2,3,4,5,6"], ["--epochs", "0"],
+    ),
+    "seeing": (["--no-such-option"],),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(n, a) for n, several in WRONG_USAGE.items() for a in several])
 def test_wrong_usage_is_status_2(
     name: str, arguments: list[str], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,11 +216,54 @@ def test_wrong_usage_is_status_2(
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("example", "package"), [("attack_scaling", "foolbox"), ("saliency", "skimage")])
+@pytest.mark.parametrize(("example", "package"), [
+    ("attack_scaling", "foolbox"), ("saliency", "skimage"), ("train_with_flatness", "rich"),
+])  # fmt: skip
 def test_a_missing_package_is_a_sentence(example: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=f"^{example}: {package} cannot be imported .*pip install"):
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def regularised(training: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    out = tmp_path_factory.mktemp("training") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        text: list[str] = []
+        patch.setattr(sys.stdout, "write", lambda part: text.append(part) or len(part))
+        assert training.main(["--quick", "--seeds", "2", "--epochs", "6", "--out", str(out)]) == 0
+    columns = _columns(out / "train_with_flatness.csv")
+    return Outcome(out, "".join(text), {name: np.array(values, float) for name, values in columns.items()})
+
+
+def test_lambda_moves_the_measure_as_its_sign_says(regularised: Outcome) -> None:
+    table = regularised.table
+    assert list(table) == ["lambda", "seed", "epoch", "accuracy", "log_flatness", "log_median", "heaviest_share"]
+    assert len(table["epoch"]) == 3 * 2 * 6
+    last = table["epoch"] == 6
+    flatness = {weight: table["log_flatness"][last & (table["lambda"] == weight)] for weight in (-0.03, 0.0, 0.03)}
+    # of any seeds: the worst of one sign against the best of the next
+    assert flatness[-0.03].min() > flatness[0.0].max() and flatness[0.0].min() > flatness[0.03].max()
+    assert (table["accuracy"][last] > 0.5).all()
+    assert ((table["heaviest_share"] > 0.01) & (table["heaviest_share"] < 1)).all()
+
+
+def test_training_output_and_picture(regularised: Outcome) -> None:
+    picture = imread(regularised.out / "train_with_flatness.png")
+    assert picture.shape[0] > 300 and np.ptp(picture[..., :3]) > 0.5
+    for words in ("digits: 3 x 2 trainings of 6 epochs", "heaviest 1 %", "ms without the regulariser and"):
+        assert words in regularised.text
+    assert str(regularised.out / "train_with_flatness.csv") in regularised.text.replace("\n", "")
+
+
+def test_a_loss_that_leaves_the_numbers_is_a_sentence(
+    training: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main(["--quick", "--lambdas", "1e39", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "with lambda = 1e+39 the loss became inf in epoch 1: take a smaller one." in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "train_with_flatness.csv").exists()
 
 
 def _saturated() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -222,7 +277,7 @@ def _saturated() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 def test_only_our_attacks_move_a_confident_image_and_stay_in_the_ball(attacking: ModuleType) -> None:
     model, images, labels = _saturated()
-    data = attacking.Data(
+    data = image_data.Data(
         "square", images, labels, images, labels, epochs=0, batch=1, epsilon_linf=0.11, epsilon_l2=0.15
     )
     found = {}
