@@ -17,7 +17,7 @@ from flatcore import _backend
 from flatcore.reference import FIELDS
 
 ROOT = Path(__file__).parents[1]
-STEMS = ("head_metrics", "row_norms", "unmasked_cross_entropy")
+STEMS = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
 LAYERS = (
     "flatcore/_{}.py",
     "flatcore/reference/{}.py",
@@ -31,7 +31,9 @@ LAYERS = (
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_stands_in_every_layer(stem):
-    missing = [path for path in (layer.format(stem) for layer in LAYERS) if not (ROOT / path).is_file()]
+    # a derivative has no public function of its own
+    layers = LAYERS[1:] if stem.endswith("_backward") else LAYERS
+    missing = [path for path in (layer.format(stem) for layer in layers) if not (ROOT / path).is_file()]
     assert not missing
 
 
