@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _VALUES = ("tests/test_head_metrics.py",)
+_BACKWARD = ("tests/test_head_metrics_backward.py", "-k", "gradcheck and fused")
 _FUSED = (*_VALUES, "-k", "fused")
 _CHUNKED = (*_VALUES, "-k", "chunked")
 
@@ -66,21 +67,21 @@ PLANTS = (
     ),
     Plant(
         "top and runner-up swapped",
-        "csrc/cpu/head_metrics.cpp",
+        "csrc/cpu/head_tile.h",
         "math::epsilon_split<DoubleV>(top, rest, sum, squares, inverse_temperature)",
         "math::epsilon_split<DoubleV>(rest, top, sum, squares, inverse_temperature)",
         _FUSED,
     ),
     Plant(
         "runner-up lost when a new top comes",
-        "csrc/cpu/head_metrics.cpp",
+        "csrc/cpu/head_tile.h",
         "rest = higher ? top : second;",
         "rest = second;",
         _FUSED,
     ),
     Plant(
         "feature tail off by one",
-        "csrc/cpu/head_metrics.cpp",
+        "csrc/cpu/head_tile.h",
         "const int64_t rest = call.D - whole * lanes;",
         "const int64_t rest = call.D - whole * lanes - 1;",
         ("tests/test_shapes.py", "-k", "ragged"),
@@ -95,8 +96,8 @@ PLANTS = (
     Plant(
         "missing centring of the squares, chunked",
         "csrc/cpu/head_metrics_chunk.cpp",
-        "row_squares(w + j * rows, step, D, call.center, 1.0, static_cast<double*>(nullptr)) + b * b;",
-        "row_squares(w + j * rows, step, D, nullptr, 1.0, static_cast<double*>(nullptr)) + b * b;",
+        "row_squares(w + j * rows, step, D, call.center, scale, static_cast<double*>(nullptr)) + b * b;",
+        "row_squares(w + j * rows, step, D, nullptr, scale, static_cast<double*>(nullptr)) + b * b;",
         _CHUNKED,
     ),
     Plant(
@@ -108,7 +109,7 @@ PLANTS = (
     ),
     Plant(
         "32-bit offset",
-        "csrc/cpu/head_metrics.cpp",
+        "csrc/cpu/head_tile.h",
         "rows[i] = x + n * call.features.row_stride;",
         "rows[i] = x + static_cast<int32_t>(n * call.features.row_stride);",
         ("tests/test_shapes.py", "-k", "beyond_32_bits"),
@@ -129,7 +130,7 @@ PLANTS = (
     ),
     Plant(
         "NaN logits not noticed",
-        "csrc/cpu/head_metrics.cpp",
+        "csrc/cpu/head_tile.h",
         "poison = z < math::kInfinity ? poison : DoubleV{} + kNan;",
         "",
         ("tests/test_edges.py",),
@@ -137,7 +138,7 @@ PLANTS = (
     Plant(
         "class weight forgotten",
         "flatcore/_reduction.py",
-        "s = torch.where(valid, weight.double()[torch.where(valid, target, 0)], 0.0)",
+        "s = torch.where(valid, weight.double()[label], 0.0)",
         "s = valid.double()",
         (*_VALUES, "-k", "mean or weights"),
     ),
@@ -151,8 +152,8 @@ PLANTS = (
     Plant(
         "row tail off by one",
         "csrc/cpu/row_norms.cpp",
-        "for (; k < count; ++k) add_scalar(",
-        "for (; k + 1 < count; ++k) add_scalar(",
+        "for (; k < count; ++k) {",
+        "for (; k + 1 < count; ++k) {",
         ("tests/test_row_norms.py",),
     ),
     Plant(
@@ -182,6 +183,20 @@ PLANTS = (
         "} else if (!(total.squares > 1e-280 && total.squares < 1e300) && total.largest > 0.0) {",
         "} else if (total.squares < 0.0) {",
         ("tests/test_row_norms.py",),
+    ),
+    Plant(
+        "gradient of the top logit without its cancelling part",
+        "csrc/math/measure_cotangent.h",
+        "-confidence * (confidence - eps * s2) * twice_inverse",
+        "-confidence * confidence * twice_inverse",
+        _BACKWARD,
+    ),
+    Plant(
+        "weight's gradient of neuronwise on one side only",
+        "csrc/cpu/head_metrics_backward.cpp",
+        "(sum.pairs[j * layout.classes_stride + k] + sum.pairs[k * layout.classes_stride + j]) * scale;",
+        "2.0 * sum.pairs[j * layout.classes_stride + k] * scale;",
+        _BACKWARD,
     ),
 )
 # what the copy without a change must pass before a red one means anything
