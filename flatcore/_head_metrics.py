@@ -245,6 +245,14 @@ def checked_class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | 
     return tensor
 
 
+def check_measure(measure: Any, norm_power: Any) -> None:
+    """Require a measure of relative flatness, and a power of ||W||_F that it has."""
+    check_option(measure, "measure", ("layerwise", "neuronwise"))
+    check_option(norm_power, "norm_power", (1, 2))
+    if measure == "neuronwise" and norm_power != 2:
+        raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
+
+
 def check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
     if not check_flag(include_bias, "include_bias"):
         return False
@@ -396,10 +404,7 @@ def relative_flatness(
     inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
     weight = checked_class_weight(weight, inputs, target)
     include_bias = check_include_bias(include_bias, inputs)
-    check_option(measure, "measure", ("layerwise", "neuronwise"))
-    check_option(norm_power, "norm_power", (1, 2))
-    if measure == "neuronwise" and norm_power != 2:
-        raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
+    check_measure(measure, norm_power)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
     return inputs.measure(

@@ -144,7 +144,7 @@ class _Call:
 
     def check_label(self, row: int) -> None:
         """Refuse the label of a row, if a kernel has found one that is no class."""
-        if row >= 0:
+        if row >= 0:  # only a kernel that was given labels finds one
             raise bad_label(int(self.target[row]), row, self.C, self.ignore_index)  # type: ignore[index]
 
 
@@ -239,6 +239,7 @@ def head_metrics_backward(
             call.bias if include_bias else None, call.logits, norm_power, field, double, call.threads, d_features,
             d_weight, d_bias, d_logits,
         )  # fmt: skip
+    # a gradient is wanted only of an input that is there
     return (
         None if d_features is None else _as(d_features, features.dtype),
         None if d_weight is None else _as(d_weight, linear_weight.dtype),

@@ -117,10 +117,10 @@ class Probe:
         self.temperature = check_temperature(temperature)
         self.verify = check_flag(verify, "verify")
         self._names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._capture = _Capture()
         self._chosen = None if head is None else self._find(head)
         if not self._names:
             raise ValueError("model must contain a torch.nn.Linear, got none: there is no head to probe")
-        self._capture = _Capture()
         self._verified: set[bool] = set()
         self._detach: weakref.finalize | None = None
 
@@ -169,7 +169,7 @@ class Probe:
     def detach(self) -> None:
         """Take all hooks away; what was captured stays readable. Without effect where none are attached."""
         if self.is_attached:
-            self._detach()  # type: ignore[misc]
+            self._detach()  # type: ignore[misc]  # attached: there is one
             self._recompile()
 
     def _recompile(self) -> None:
@@ -373,7 +373,7 @@ class Probe:
 
     def _listed(self) -> str:
         """The linear layers, those that ran marked."""
-        ran = list(dict.fromkeys(getattr(self, "_capture", _Capture()).ran))
+        ran = self._capture.ran
         entries = [
             f"{name!r} ({module.in_features} -> {module.out_features}{', ran' if module in ran else ''})"
             for module, name in self._names.items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head_metrics import GRADIENT_NORMS, check_include_bias, checked_class_weight, checked_inputs
+from ._head_metrics import GRADIENT_NORMS, check_include_bias, check_measure, checked_class_weight, checked_inputs
 from ._reduction import sample_weights
 from ._validate import check_flag, check_integer, check_number, check_option, check_temperature
 
@@ -274,10 +274,8 @@ class RelativeFlatness(_HeadMetric):
         **options: Any,
     ):
         super().__init__(temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, **options)
-        self.measure = check_option(measure, "measure", ("layerwise", "neuronwise"))
-        self.norm_power = check_option(norm_power, "norm_power", (1, 2))
-        if measure == "neuronwise" and norm_power != 2:
-            raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
+        check_measure(measure, norm_power)
+        self.measure, self.norm_power = measure, int(norm_power)
         self.include_bias = check_flag(include_bias, "include_bias")
 
     def update(
