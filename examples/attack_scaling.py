@@ -17,7 +17,6 @@ import argparse
 import copy
 import csv
 import math
-import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ try:
     import eagerpy as ep
     import foolbox as fb
     import torch
-    from image_data import FASHION_MNIST, Data, choose, network, threads
+    from image_data import FASHION_MNIST, Data, choose, trained
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from rich import box
@@ -50,48 +49,6 @@ QUICK_SCALES = (0.25, 1.0, 10.0, 100.0)
 STEPS = 10
 REL_STEPSIZE = 0.25  # of epsilon: ten steps can cross the ball; at foolbox's default, 1/30, they end a third of the way
 BATCH = 250  # images at a time, in attacks and gradients
-
-
-def train(data: Data, seed: int) -> nn.Sequential:
-    """Train with Adam and one cycle of the learning rate; the caller's random state is left as it was."""
-    # batches of digits are too small to share: threads would spend the time waiting for one another
-    number = 1 if data.train_images.shape[-1] < 16 else torch.get_num_threads()
-    with threads(number), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = network(data.train_images.shape[-1])
-        per_epoch = -(-len(data.train_labels) // data.batch)
-        optimiser = torch.optim.Adam(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=data.epochs * per_epoch)
-        # disable=None: no bar where stderr is no terminal
-        with tqdm(total=data.epochs * per_epoch, desc="training", disable=None) as bar:
-            for _ in range(data.epochs):
-                for batch in torch.randperm(len(data.train_labels)).split(data.batch):
-                    optimiser.zero_grad()
-                    nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch]).backward()
-                    optimiser.step()
-                    schedule.step()
-                    bar.update()
-    return model
-
-
-def trained(data: Data, seed: int, out: Path) -> nn.Sequential:
-    """Load the weights of an earlier run from ``out``; without any, train and keep them there."""
-    path = out / f"{data.name.lower()}-cnn-{data.epochs}-epochs-seed-{seed}.pt"
-    model = network(data.train_images.shape[-1])
-    if path.exists():
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True))
-            print(f"Weights of an earlier run: {path}")
-            return model.eval().requires_grad_(False)
-        except (RuntimeError, EOFError, AttributeError, TypeError, pickle.UnpicklingError):
-            print(f"{path} holds no weights of this network: training anew.")
-    start = time.perf_counter()
-    model = train(data, seed)
-    print(f"Trained for {data.epochs} epochs in {time.perf_counter() - start:.1f} s; weights: {path}")
-    unfinished = path.with_suffix(".part")
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(path)
-    return model.eval().requires_grad_(False)
 
 
 def sharpened(model: nn.Sequential, scale: float) -> nn.Sequential:

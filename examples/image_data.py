@@ -1,10 +1,12 @@
-"""The images that the examples train on, and the small network that learns them; no example itself."""
+"""The images that the examples train on, the small network that learns them, and its training; no example itself."""
 
 from __future__ import annotations
 
 import gzip
+import pickle
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from tqdm import tqdm
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
@@ -90,6 +93,57 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def train(data: Data, seed: int, perturb: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None) -> nn.Sequential:
+    """Train with Adam and one cycle of the learning rate; the caller's random state is left as it was.
+
+    ``perturb`` (model, images, labels) returns the images to train on in their place, as adversarial training does.
+    """
+    # batches of digits are too small to share: threads would spend the time waiting for one another
+    number = 1 if data.train_images.shape[-1] < 16 else torch.get_num_threads()
+    with threads(number), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network(data.train_images.shape[-1])
+        per_epoch = -(-len(data.train_labels) // data.batch)
+        optimiser = torch.optim.Adam(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=data.epochs * per_epoch)
+        # disable=None: no bar where stderr is no terminal
+        with tqdm(total=data.epochs * per_epoch, desc="training", disable=None) as bar:
+            for _ in range(data.epochs):
+                for batch in torch.randperm(len(data.train_labels)).split(data.batch):
+                    images, labels = data.train_images[batch], data.train_labels[batch]
+                    if perturb is not None:
+                        images = perturb(model, images, labels)
+                    optimiser.zero_grad()
+                    nn.functional.cross_entropy(model(images), labels).backward()
+                    optimiser.step()
+                    schedule.step()
+                    bar.update()
+    return model
+
+
+def trained(
+    data: Data, seed: int, out: Path,
+    perturb: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, kind: str = "cnn",
+) -> nn.Sequential:  # fmt: skip
+    """Load the weights of an earlier run from ``out``; without any, train and keep them there."""
+    path = out / f"{data.name.lower()}-{kind}-{data.epochs}-epochs-seed-{seed}.pt"
+    model = network(data.train_images.shape[-1])
+    if path.exists():
+        try:
+            model.load_state_dict(torch.load(path, weights_only=True))
+            print(f"Weights of an earlier run: {path}")
+            return model.eval().requires_grad_(False)
+        except (RuntimeError, EOFError, AttributeError, TypeError, pickle.UnpicklingError):
+            print(f"{path} holds no weights of this network: training anew.")
+    start = time.perf_counter()
+    model = train(data, seed, perturb)
+    print(f"Trained for {data.epochs} epochs in {time.perf_counter() - start:.1f} s; weights: {path}")
+    unfinished = path.with_suffix(".part")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.replace(path)
+    return model.eval().requires_grad_(False)
 
 
 def choose(folder: Path | None, quick: bool, seed: int) -> Data:

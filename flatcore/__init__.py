@@ -25,8 +25,8 @@ from ._unmasked_cross_entropy import unmasked_cross_entropy
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "metrics":  # loaded when asked for: torchmetrics is an extra
-        return importlib.import_module("flatcore.metrics")
+    if name in ("metrics", "robustness"):  # loaded when asked for: metrics needs an extra
+        return importlib.import_module(f"flatcore.{name}")
     raise AttributeError(f"module 'flatcore' has no attribute {name!r}")
 
 

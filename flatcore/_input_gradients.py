@@ -227,10 +227,10 @@ class _Call:
             yield self._chunk(self.inputs[start:stop], self.target[start:stop])
 
     def _chunk(self, inputs: Tensor, target: Tensor) -> InputGradients:
-        with torch.inference_mode(False), torch.enable_grad(), _frozen(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # a leaf of its own over the same memory; a tensor made in inference mode has to be copied out of it
             x = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-            logits = _logits_of(self.model(x), inputs)
+            logits = logits_of(self.model(x), inputs)
             cotangent, log_scale = self._seed(logits.detach(), target)
             autocast = torch.is_autocast_enabled(inputs.device.type)
             with torch.autocast(inputs.device.type, enabled=False) if autocast else nullcontext():
@@ -265,7 +265,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _logits_of(output: Any, inputs: Tensor) -> Tensor:
+def logits_of(output: Any, inputs: Tensor) -> Tensor:
     """Logits (N, C) of a model's output, refused by name where they are none or have no derivative."""
     if isinstance(output, Tensor):
         logits = output
@@ -336,7 +336,7 @@ _FROZEN: dict[int, int] = {}  # by id: calls that hold the parameter frozen, so 
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Let the parameters not require gradient, so that neither pass works or stores for theirs; then as before.
 
     Flags, not ``torch.func.functional_call``: that takes 10 us per parameter, fails on scripted modules and leaves out
