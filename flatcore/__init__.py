@@ -11,6 +11,8 @@ from types import ModuleType
 from . import cuda
 from ._backend import backend
 from ._config import __version__, show_config
+from ._distribution import Statistics
+from ._evaluate import evaluate
 from ._head_metrics import (
     HeadMetrics,
     feature_gradient_norms,
@@ -20,6 +22,7 @@ from ._head_metrics import (
 )
 from ._input_gradients import InputGradients, input_gradient_norms, input_gradients
 from ._probe import Probe
+from ._report import Group, Report
 from ._row_norms import row_norms
 from ._unmasked_cross_entropy import unmasked_cross_entropy
 
@@ -31,12 +34,16 @@ def __getattr__(name: str) -> ModuleType:
 
 
 __all__ = [
+    "Group",
     "HeadMetrics",
     "InputGradients",
     "Probe",
+    "Report",
+    "Statistics",
     "__version__",
     "backend",
     "cuda",
+    "evaluate",
     "feature_gradient_norms",
     "head_metrics",
     "hessian_trace",

@@ -230,7 +230,7 @@ class _Call:
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # a leaf of its own over the same memory; a tensor made in inference mode has to be copied out of it
             x = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-            logits = logits_of(self.model(x), inputs)
+            logits = differentiable_logits_of(self.model(x), inputs)
             cotangent, log_scale = self._seed(logits.detach(), target)
             autocast = torch.is_autocast_enabled(inputs.device.type)
             with torch.autocast(inputs.device.type, enabled=False) if autocast else nullcontext():
@@ -266,7 +266,7 @@ def _kind(value: Any) -> str:
 
 
 def logits_of(output: Any, inputs: Tensor) -> Tensor:
-    """Logits (N, C) of a model's output, refused by name where they are none or have no derivative."""
+    """Logits (N, C) of a model's output, refused by name where they are none."""
     if isinstance(output, Tensor):
         logits = output
     elif isinstance(output, Mapping) and "logits" in output:
@@ -287,6 +287,12 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
             "several positions per sample have a loss and a scale each; select one, or flatten them into N"
         )
     check_device(logits, "the model's logits", inputs, "inputs")
+    return logits
+
+
+def differentiable_logits_of(output: Any, inputs: Tensor) -> Tensor:
+    """The same, refused also where they have no derivative."""
+    logits = logits_of(output, inputs)
     if not logits.requires_grad:
         raise ValueError(
             "the model's logits carry no gradient to inputs: the model detaches them or runs under torch.no_grad() or "

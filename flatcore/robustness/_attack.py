@@ -10,10 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from .._head_metrics import HeadMetrics
-from .._input_gradients import frozen, input_gradients, logits_of
+from .._input_gradients import differentiable_logits_of, frozen, input_gradients
 from .._probe import Probe
 from .._row_norms import row_norms
-from .._validate import FLOATS, INTEGERS, check_device, check_flag, check_integer, check_number, check_option, check_tensor
+from .._validate import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_option,
+    check_tensor,
+)
 
 GRADIENTS = ("exact", "usual")
 
@@ -43,7 +52,7 @@ class Attack(NamedTuple):
             moved = torch.randn(inputs.shape, **draw)
             size = moved[0].numel() if len(moved) else 1
             radius = self.eps * torch.rand(len(moved), **draw) ** (1 / max(size, 1))
-            moved = moved * per_row(radius / row_norms(moved.flatten(1)).clamp_min(1e-30), moved)
+            moved = moved * per_row(radius / row_norms(moved.flatten(1), ord=2).clamp_min(1e-30), moved)
         return self._within(inputs, moved)
 
     def advance(self, inputs: Tensor, here: Tensor, direction: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ class Attack(NamedTuple):
             # divided by the largest entry first: a usual gradient of 1e-42 has few digits left, but it has a direction
             largest = direction.flatten(1).abs().amax(dim=1) if direction[:1].numel() else direction.flatten(1).sum(1)
             ahead = direction / per_row(largest.clamp_min(torch.finfo(wide).tiny), direction)
-            norms = row_norms(ahead.flatten(1))
+            norms = row_norms(ahead.flatten(1), ord=2)
             ahead = ahead / per_row(torch.where(norms > 0, norms, 1), ahead)
         # a NaN gradient moves nothing; that row's metrics say NaN
         ahead = torch.where(ahead.isnan(), 0, ahead)
@@ -66,7 +75,7 @@ class Attack(NamedTuple):
         if self.norm == math.inf:
             moved = moved.clamp(-self.eps, self.eps)
         else:
-            norms = row_norms(moved.flatten(1))
+            norms = row_norms(moved.flatten(1), ord=2)
             moved = moved * per_row(torch.where(norms > self.eps, self.eps / norms, 1), moved)
         there = inputs.to(moved.dtype) + moved
         return (there if self.clip is None else there.clamp(*self.clip)).to(inputs.dtype)
@@ -196,8 +205,8 @@ def pgd(
         >>> _ = model.weight.data.copy_(300 * torch.eye(2))
         >>> x, y = torch.tensor([[0.75, 0.25]]), torch.tensor([0])
         >>> options = {"norm": float("inf"), "eps": 0.5, "step": 0.25, "steps": 3}
-        >>> flatcore.robustness.pgd(model, x, y, **options), flatcore.robustness.pgd(model, x, y, gradient="usual", **options)
-        (tensor([[0.2500, 0.7500]]), tensor([[0.7500, 0.2500]]))
+        >>> [flatcore.robustness.pgd(model, x, y, gradient=kind, **options).tolist() for kind in ("exact", "usual")]
+        [[[0.25, 0.75]], [[0.75, 0.25]]]
     """
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
     check_attacked(model, inputs, target, attack.clip)
@@ -223,7 +232,7 @@ def points(
     here = attack.start(inputs)
     for k in range(attack.steps + 1):
         found = input_gradients(probe.model, here, target)  # its one forward pass is what the probe sees
-        norms = row_norms(found.direction.flatten(1)).double().log() + found.log_scale
+        norms = row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale
         yield here, probe.head_metrics(target), norms.to(found.log_scale.dtype), probe.features.detach()
         if k < attack.steps:
             usual = attack.gradient == "usual"
@@ -235,5 +244,5 @@ def usual_gradient(model: Any, inputs: Tensor, target: Tensor) -> Tensor:
     """Gradient of torch's cross-entropy to the inputs, as everyone takes it: (N, ...)."""
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         x = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(logits_of(model(x), inputs), target.long(), reduction="sum")
+        loss = nn.functional.cross_entropy(differentiable_logits_of(model(x), inputs), target.long(), reduction="sum")
         return torch.autograd.grad(loss, x)[0]

@@ -1,0 +1,369 @@
+"""The report on a model: what was counted, and its ways out to files and pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from ._distribution import Distribution, Statistics
+
+MEASURES = {
+    "loss": "cross-entropy",
+    "hessian_trace": "Hessian trace",
+    "layerwise": "relative flatness, layerwise",
+    "neuronwise": "relative flatness, neuronwise",
+    "feature_gradient_norm": "feature gradient norm",
+    "input_gradient_norm": "input gradient norm",
+}
+"""The measures that are summarised, and what pages call them; those that were not measured are absent."""
+_CLASSES = 1000  # up to so many classes the statistics are split by class: some 3 KB for each
+_SAMPLE = 8192  # points of a scatter plot
+
+
+class Group(NamedTuple):
+    """Some of the rows: ``rows``, ``correct`` of them, and :class:`Statistics` of each measure by its name."""
+
+    rows: int
+    correct: int
+    statistics: dict[str, Statistics]
+
+    @property
+    def accuracy(self) -> float:
+        """correct / rows; NaN without rows."""
+        return self.correct / self.rows if self.rows else math.nan
+
+    @property
+    def accuracy_standard_error(self) -> float:
+        """sqrt(a (1 - a) / rows)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.rows) if self.rows else math.nan
+
+
+class Tally:
+    """Counts and distributions of rows by class and by whether they are classified right."""
+
+    def __init__(self, measures: tuple[str, ...]):
+        names = [name.removeprefix("log_") for name in measures]
+        self.distributions = {name: Distribution() for name in MEASURES if name in names}
+        self.counts: dict[int, list[int]] = {}  # by class: rows, correct
+
+    def add(self, table: Mapping[str, np.ndarray]) -> None:
+        """Take in rows of the per-sample table."""
+        target, correct = table["target"], table["correct"]
+        for label, rows, right in zip(*_counts(target, correct), strict=True):
+            count = self.counts.setdefault(int(label), [0, 0])
+            count[0] += int(rows)
+            count[1] += int(right)
+        group = 2 * np.where(target < _CLASSES, target, _CLASSES) + correct
+        for name, distribution in self.distributions.items():
+            if name == "loss":
+                with np.errstate(divide="ignore"):
+                    logs = np.log(table["loss"].astype(np.float64))
+            else:
+                logs = table[f"log_{name}"].astype(np.float64)
+            distribution.add(logs, group)
+
+    def merge(self, other: Tally) -> None:
+        """Take in the rows of another."""
+        for label, (rows, right) in other.counts.items():
+            count = self.counts.setdefault(label, [0, 0])
+            count[0] += rows
+            count[1] += right
+        for name, distribution in other.distributions.items():
+            self.distributions[name].merge(distribution)
+
+    @property
+    def rows(self) -> int:
+        """All rows so far."""
+        return sum(rows for rows, _ in self.counts.values())
+
+    def groups(self) -> dict[str, Group]:
+        """All rows, those classified right and wrong."""
+        rows, right = self.rows, sum(right for _, right in self.counts.values())
+        label = range(_CLASSES + 1)
+        return {
+            "all": Group(rows, right, self._statistics(None)),
+            "correct": Group(right, right, self._statistics([2 * k + 1 for k in label])),
+            "wrong": Group(rows - right, 0, self._statistics([2 * k for k in label])),
+        }
+
+    def classes(self) -> dict[int, Group]:
+        """Each class by its label; those from 1000 on have no statistics."""
+        found = {}
+        for label, (rows, right) in sorted(self.counts.items()):
+            known = label < _CLASSES
+            found[label] = Group(rows, right, self._statistics([2 * label, 2 * label + 1]) if known else {})
+        return found
+
+    def _statistics(self, groups: list[int] | None) -> dict[str, Statistics]:
+        return {name: distribution.statistics(groups) for name, distribution in self.distributions.items()}
+
+
+def _counts(target: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    labels, place = np.unique(target, return_inverse=True)
+    return labels, np.bincount(place, minlength=len(labels)), np.bincount(place, correct, len(labels))
+
+
+def joined(parts: list[Any]) -> dict[str, np.ndarray]:
+    """Tables of rows as one, in the order of their numbers."""
+    parts = [part for part in parts if part]
+    if not parts:
+        return {}
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(table["row"], kind="stable")  # positions of a row are in order already
+    return {name: column[order] for name, column in table.items()}
+
+
+def thinned(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A sample of rows for pictures: every 2^k-th row's by its number, k so that few thousand are left."""
+    names = ("row", "correct", "log_one_minus_confidence", "log_layerwise")
+    held = [part for part in parts if part]
+    if not held:
+        return {}
+    table = {name: np.concatenate([part[name] for part in held]) for name in names}
+    # a fixed hash of the number, so that data in order (of class, of length) are sampled evenly
+    mixed = (table["row"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    order = np.argsort(mixed, kind="stable")[:_SAMPLE]
+    return {name: column[order] for name, column in table.items()}
+
+
+def write_rows(file: TextIO, table: Mapping[str, np.ndarray], header: bool = True) -> None:
+    """Write a table of rows as CSV; numbers with the fewest digits that read back the same, booleans as 0 and 1."""
+    writer = csv.writer(file)
+    if header:
+        writer.writerow(table)
+    columns = [(c.astype(np.int64) if c.dtype == bool else c).astype(str) for c in table.values()]
+    writer.writerows(zip(*columns, strict=True))
+
+
+class Report:
+    """What :func:`flatcore.evaluate` found.
+
+    ``groups``: ``"all"``, ``"correct"`` and ``"wrong"`` rows; ``classes``: each label's rows (statistics for labels below
+    1000). Each is a :class:`Group`: ``rows``, ``correct``, ``accuracy``, ``accuracy_standard_error`` and, by measure, a
+    :class:`Statistics` with ``mean``, ``standard_error``, ``median``, ``heaviest_share`` (of the heaviest 1 %) and their logs.
+    ``report["layerwise"]`` is short for ``report.groups["all"].statistics["layerwise"]``. Measures are ``loss``,
+    ``hessian_trace``, ``layerwise``, ``neuronwise``, ``feature_gradient_norm`` and, if asked for, ``input_gradient_norm``.
+
+    ``rows`` is the per-sample table, a dictionary of NumPy columns, or None if it was not kept: ``row`` (the number in the
+    loader's order; ``position`` too for sequences), ``target``, ``prediction``, ``correct`` and :class:`flatcore.HeadMetrics`'s
+    fields. ``info`` says what was measured; ``complete`` is False after an interrupt.
+
+    Nothing is lost where a file cannot be written: the report stays, and files are replaced only when they are whole.
+    """
+
+    def __init__(
+        self,
+        tally: Tally,
+        info: dict[str, Any],
+        rows: dict[str, np.ndarray] | None,
+        sample: dict[str, np.ndarray],
+        complete: bool,
+    ):
+        self.info, self.rows, self.complete = info, rows, complete
+        self.groups, self.classes = tally.groups(), tally.classes()
+        self.distributions, self.sample = tally.distributions, sample
+
+    def __getitem__(self, measure: str) -> Statistics:
+        found = self.groups["all"].statistics
+        if measure not in found:
+            raise KeyError(f"the report has {', '.join(found)}, not {measure!r}")
+        return found[measure]
+
+    def __repr__(self) -> str:
+        whole = self.groups["all"]
+        lines = [
+            f"flatcore.Report({self.info.get('model')}, head {self.info.get('head')!r}: {whole.rows} rows, "
+            f"accuracy {whole.accuracy:.4f} +- {whole.accuracy_standard_error:.4f}"
+            + ("" if self.complete else ", INTERRUPTED")
+            + ")"
+        ]
+        for name, s in whole.statistics.items():
+            spoilt = f", {s.nan_rows} rows NaN" if s.nan_rows else ""
+            lines.append(
+                f"  {MEASURES[name]:<29} mean {number(s.log_mean):>9} +- {100 * s.relative_standard_error:.1f} %, "
+                f"median {number(s.log_median):>9}, heaviest 1 % hold {100 * s.heaviest_share:.0f} %{spoilt}"
+            )
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------------------------------------------- to files
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the per-sample table.
+
+        Raises:
+            ValueError: it was not kept (``evaluate(rows=False)``, or a path, where it is already).
+            OSError: the file cannot be written.
+        """
+        if self.rows is None:
+            raise ValueError("the per-sample table was not kept in memory: evaluate(..., rows=True) keeps it")
+        text = io.StringIO(newline="")
+        write_rows(text, self.rows)
+        write(path, text.getvalue())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the per-sample table, in plain Python types."""
+
+        def plain(group: Group) -> dict[str, Any]:
+            return {
+                "rows": group.rows, "correct": group.correct, "accuracy": group.accuracy,
+                "accuracy_standard_error": group.accuracy_standard_error,
+                "statistics": {
+                    name: {**s._asdict(), "mean": s.mean, "standard_error": s.standard_error, "median": s.median}
+                    for name, s in group.statistics.items()
+                },
+            }  # fmt: skip
+
+        return {
+            "complete": self.complete,
+            "info": self.info,
+            "groups": {name: plain(group) for name, group in self.groups.items()},
+            "classes": {str(label): plain(group) for label, group in self.classes.items()},
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_dict` as standard JSON: NaN as null, infinities as the strings "inf" and "-inf".
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write(path, dumps(self.to_dict()))
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str = "Flatness report") -> None:
+        """Write one page with the tables and the pictures in it, readable without a network and on a phone.
+
+        Raises:
+            ImportError: matplotlib or Jinja2 is missing.
+            OSError: the file cannot be written.
+        """
+        try:
+            import jinja2
+        except ImportError as error:
+            raise ImportError("to_html needs Jinja2: pip install 'flatcore[lab]'") from error
+        environment = jinja2.Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        environment.filters |= {"number": number, "percent": percent}
+        template = environment.from_string(Path(__file__).with_name("_report.html").read_text(encoding="utf-8"))
+        pictures = [(caption, _png(figure)) for caption, figure in self._figures()]
+        write(path, template.render(title=title, report=self, measures=MEASURES, pictures=pictures, nan=math.isnan))
+
+    # ---------------------------------------------------------------------------------------------------- to pictures
+    def plot_distributions(self) -> Any:
+        """Histograms of the measures' logs, correct and wrong rows: a matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        return _pictures().distributions(self)
+
+    def plot_confidence(self) -> Any:
+        """Layerwise flatness against 1 - confidence, a point a row (8,192 of them at most): a matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        return _pictures().confidence(self)
+
+    def plot_concentration(self) -> Any:
+        """How much of each mean the heaviest rows carry: a matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        return _pictures().concentration(self)
+
+    def plot_classes(self) -> Any:
+        """Median and mean layerwise flatness of each class, the 30 sharpest of more: a matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        return _pictures().classes(self)
+
+    def _figures(self) -> list[tuple[str, Any]]:
+        if self.groups["all"].rows == 0:
+            return []
+        return [
+            (
+                "How the rows' values are distributed, in logs: correct and wrong predictions.",
+                self.plot_distributions(),
+            ),
+            ("Layerwise relative flatness over 1 - confidence, a point a row.", self.plot_confidence()),
+            ("The share of each mean that the heaviest rows carry.", self.plot_concentration()),
+            ("Layerwise relative flatness by class: median and mean.", self.plot_classes()),
+        ]
+
+
+def _pictures() -> Any:
+    from . import _pictures as module
+
+    return module
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=160, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def number(log: float) -> str:
+    """A value by its log, as a short text: also where it is beyond the range of floats."""
+    if math.isnan(log):
+        return "NaN"
+    if math.isinf(log):
+        return "0" if log < 0 else "inf"
+    if -9 < log < 9:
+        return f"{math.exp(log):.3g}"
+    exponent = math.floor(log / math.log(10))
+    digits = f"{math.exp(log - exponent * math.log(10)):.2f}"
+    if digits == "10.00":
+        exponent, digits = exponent + 1, "1.00"
+    return f"{digits}e{exponent:+03d}"
+
+
+def percent(share: float) -> str:
+    """A share as a short text."""
+    return "NaN" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def dumps(value: Any) -> str:
+    """Standard JSON, numbers that it does not have replaced."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(part) for key, part in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(part) for part in item]
+        if isinstance(item, float) and not math.isfinite(item):
+            return None if math.isnan(item) else str(item)
+        return item
+
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file in one piece: it is replaced when the new one is whole, and left alone if that fails."""
+    goal = Path(path)
+    if goal.is_dir() or (goal.exists() and not goal.is_file()):
+        goal.write_text(text, encoding="utf-8")  # a folder raises what it should, a device takes it
+        return
+    handle, name = tempfile.mkstemp(dir=goal.absolute().parent, prefix=f".{goal.name}.")
+    try:
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(goal.stat().st_mode & 0o777 if goal.exists() else 0o666 & ~umask)
+        Path(name).replace(goal)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
