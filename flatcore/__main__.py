@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import __version__, show_config
 
@@ -15,6 +17,11 @@ examples:
   python -m flatcore demo                          train on digits, measure, and write flatcore-demo/
   python -m flatcore demo --out /tmp/run --seed 3  another network, another folder
   python -m flatcore config                        what was compiled and what runs here
+
+A factory is a function of yours that returns (model, loader), named package.module:function:
+  python -m flatcore evaluate mine:trained --out report
+  python -m flatcore attack-path mine:trained --norm inf --eps 0.03
+  python -m flatcore sweep mine:trained --norm 2 --eps 0.5 --scales 1 10 100
 
 exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted
 """
@@ -48,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small network on scikit-learn's digits and report on its test images",
         description="Train a small network on scikit-learn's digits until a fifth of its test images have a top-two "
-        "logit gap above 15, measure it, print a table, and write digits.csv and digits.png (seconds on 2 cores). "
-        "Needs the packages of flatcore[demo].",
+        "logit gap above 15, measure it, print a table, and write digits.csv, digits.png and the report digits.html "
+        "(seconds on 2 cores). Needs the packages of flatcore[demo].",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("flatcore-demo"), metavar="DIR",
@@ -63,12 +70,100 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs-max", type=_integer(1, 100_000), default=500, metavar="N",
         help="stop the training after so many epochs at the latest (default: %(default)s)",
     )  # fmt: skip
+    _add_model_commands(commands)
     commands.add_parser(
         "config",
         help="print what was compiled, what is usable here and what would run",
         description="Print flatcore.show_config(): what was compiled, what is usable here and what would run.",
     )
     return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
+    return value
+
+
+def _norm(text: str) -> float:
+    if text not in ("2", "inf"):
+        raise argparse.ArgumentTypeError(f"must be 2 or inf, got {text!r}")
+    return float(text)
+
+
+def _add_model_commands(commands: Any) -> None:
+    def add(name: str, out: str, brief: str, description: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name, help=brief, description=description + " Needs the packages of flatcore[lab]."
+        )
+        parser.add_argument(
+            "factory", metavar="package.module:function", help="a function that returns (model, loader); the loader "
+            "yields (inputs, target)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--out", type=Path, default=Path(out), metavar="DIR", help="folder for the files (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--head", metavar="NAME", help="name of the head (default: the last linear layer that runs)"
+        )
+        parser.add_argument("--device", metavar="NAME", help="a device that the model must be on (default: its own)")
+        return parser
+
+    parser = add(
+        "evaluate", "flatcore-report", "measure a model of yours on a data set and write a report",
+        "Measure a model on a data set, print a summary, and write report.html, report.json and rows.csv. Under torchrun "
+        "every process takes its share.",
+    )  # fmt: skip
+    parser.add_argument("--input-gradients", action="store_true", help="measure input-gradient norms too")
+    parser.add_argument(
+        "--temperature", type=_positive, default=1.0, metavar="T", help="the model divides its logits by T (default: 1)"
+    )
+    parser.add_argument(
+        "--ignore-index", type=int, default=-100, metavar="LABEL", help="label of rows left out (default: %(default)s)"
+    )
+    attacks = (
+        add(
+            "attack-path", "flatcore-attack-path", "follow flatness along an attack on a model of yours",
+            "Attack the first samples of a loader by projected gradient descent and follow flatness, loss and gradients; "
+            "print medians, and write attack_path.csv and attack_path.png.",
+        ),
+        add(
+            "sweep", "flatcore-sweep", "attack a model of yours at several scales of its head",
+            "Scale the head without training again, attack with the usual and with the exact gradient, print what looks "
+            "robust, and write scaling_sweep.json and scaling_sweep.png.",
+        ),
+    )  # fmt: skip
+    for parser in attacks:
+        parser.add_argument("--norm", type=_norm, required=True, metavar="2|inf", help="norm of the attack")
+        parser.add_argument("--eps", type=_positive, required=True, help="radius, in the inputs' units")
+        parser.add_argument("--step", type=_positive, help="length of a step (default: 2.5 eps / steps)")
+        parser.add_argument("--steps", type=_integer(1, 100_000), default=10, help="(default: %(default)s)")
+        parser.add_argument("--random-start", action="store_true", help="start at a random point of the ball")
+        parser.add_argument(
+            "--clip", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+            help="range of the inputs (default: 0 1)",
+        )  # fmt: skip
+        parser.add_argument("--no-clip", action="store_true", help="inputs have no range")
+        parser.add_argument(
+            "--samples", type=_integer(1, 10**9), default=1000, metavar="N", help="(default: %(default)s)"
+        )
+        parser.add_argument(
+            "--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="(default: %(default)s)"
+        )
+    path, sweep = attacks
+    path.add_argument("--gradient", choices=("exact", "usual"), default="exact", help="(default: %(default)s)")
+    path.add_argument("--chunk", type=_integer(1, 10**9), default=250, metavar="N", help="samples at a time")
+    sweep.add_argument(
+        "--scales", type=_positive, nargs="+", default=[0.25, 1.0, 5.0, 10.0, 50.0, 100.0], metavar="S",
+        help="(default: 0.25 1 5 10 50 100)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--gradients", choices=("exact", "usual"), nargs="+", default=["usual", "exact"], help="(default: both)"
+    )
 
 
 def _print_config() -> int:
@@ -93,17 +188,29 @@ def _fail(sentence: str) -> int:
     return 1
 
 
-def _run_demo(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    name, extra = ("the demo", "demo") if arguments.command == "demo" else (arguments.command, "lab")
     try:
-        from ._demo import run
+        from . import _commands
+
+        if arguments.command == "demo":
+            from . import _demo
+
+            _demo.run(arguments.out, arguments.seed, arguments.epochs_max)
+            return 0
     except ImportError as error:
         package = (error.name or "a package").partition(".")[0]
         return _fail(
-            f"the demo needs {_DISTRIBUTIONS.get(package, package)}, which cannot be imported ({error}); "
-            "pip install 'flatcore[demo]' brings it."
+            f"{name} needs {_DISTRIBUTIONS.get(package, package)}, which cannot be imported ({error}); "
+            f"pip install 'flatcore[{extra}]' brings it."
         )
-    run(arguments.out, arguments.seed, arguments.epochs_max)
-    return 0
+    run = {
+        "evaluate": _commands.run_evaluate, "attack-path": _commands.run_attack_path, "sweep": _commands.run_sweep
+    }[arguments.command]  # fmt: skip
+    try:
+        return run(arguments)
+    except (_commands.CommandError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        return _fail(f"{str(error).rstrip('.')}.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version (0) and wrong usage (2): argparse has printed what there is to say
         return int(stop.code or 0)
     try:
-        status = _run_demo(arguments) if arguments.command == "demo" else _print_config()
+        status = _print_config() if arguments.command == "config" else _run(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:

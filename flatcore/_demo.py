@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import errno
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from . import __version__, head_metrics, show_config
+from . import __version__, evaluate, head_metrics, show_config
+from ._commands import check_writable
 
 _TEST_IMAGES = 540  # of 1797
 _GAP = 15.0  # the top-two gap from which float32's 1 - p has lost its last good digits
@@ -65,6 +64,8 @@ class Trained(NamedTuple):
     target: Tensor  # (N,)
     epochs: int
     confident: int  # test images with a gap above _GAP
+    model: nn.Module
+    images: Tensor  # (N, 64)
 
 
 def train(seed: int, epochs_max: int) -> Trained:
@@ -103,7 +104,8 @@ def train(seed: int, epochs_max: int) -> Trained:
                 if surest > _GAP:
                     break
     return Trained(
-        features, head.weight.detach(), head.bias.detach(), labels[test], epoch, int((gap > _GAP).sum())
+        features, head.weight.detach(), head.bias.detach(), labels[test], epoch, int((gap > _GAP).sum()),
+        nn.Sequential(body, head), images[test],
     )  # fmt: skip
 
 
@@ -213,27 +215,16 @@ def picture(columns: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _check_writable(path: Path) -> None:
-    """Raise OSError now rather than after the training."""
-    if path.parent.exists() and not path.parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
-    path.open("ab").close()
-    if not existed:
-        path.unlink()
-
-
 def run(out: Path, seed: int, epochs_max: int) -> None:
-    """Train, measure, write ``digits.csv`` and ``digits.png`` into ``out``, and print the tables.
+    """Train, measure, write ``digits.csv``, ``digits.png`` and ``digits.html`` into ``out``, and print the tables.
 
     Raises:
         OSError: ``out`` or a file in it cannot be written; known before the training starts, except for a full disk.
     """
     # absolute(), not resolve(): the path as the user knows it, symbolic links kept
-    table_path, picture_path = (out.absolute() / name for name in ("digits.csv", "digits.png"))
-    for path in (table_path, picture_path):
-        _check_writable(path)
+    table_path, picture_path, page_path = (out.absolute() / f"digits.{kind}" for kind in ("csv", "png", "html"))
+    for path in (table_path, picture_path, page_path):
+        check_writable(path)
 
     start = time.perf_counter()
     trained = train(seed, epochs_max)
@@ -241,6 +232,9 @@ def run(out: Path, seed: int, epochs_max: int) -> None:
     columns = measure(trained)
     _write_csv(table_path, columns)
     picture(columns).savefig(picture_path, dpi=150)
+    loader = [(trained.images, trained.target)]
+    report = evaluate(trained.model, loader, input_gradient_norms=True, progress=False)
+    report.to_html(page_path, title="Flatness on handwritten digits")
 
     images = len(trained.target)
     found = (
@@ -261,4 +255,4 @@ def run(out: Path, seed: int, epochs_max: int) -> None:
     console.print(_measured_table(columns))
     print("A few images carry the mean; the median is the typical one.")
     console.print(_naive_table(columns))
-    print(f"Values per image: {table_path}\nPicture: {picture_path}")
+    print(f"Values per image: {table_path}\nPicture: {picture_path}\nReport: {page_path}")

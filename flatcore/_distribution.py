@@ -19,8 +19,8 @@ class Statistics(NamedTuple):
     """Summary of one measure over rows, in logs, right also where the values underflow.
 
     ``rows``; ``nan_rows`` (of them, counted in ``rows``); ``log_mean``, the log of the mean; ``relative_standard_error``,
-    the mean's standard error over the mean; ``log_median``; ``heaviest_share``, the share of the sum that the heaviest 1 % of
-    the rows hold, in [0, 1]. With NaN rows all are NaN but the counts; without rows too.
+    the mean's standard error over the mean; ``log_median``; ``heaviest_share``, the share of the sum that the heaviest
+    1 % of the rows hold, in [0, 1]. With NaN rows all are NaN but the counts; without rows too.
     """
 
     rows: int
@@ -133,7 +133,7 @@ class Distribution:
         return (index[finite] + 0.5) * _WIDTH, sums[0][finite]
 
     def concentration(self) -> tuple[np.ndarray, np.ndarray]:
-        """Share of the sum (K,) that the heaviest share of the rows (K,) holds, both ascending; without zeros, infinities."""
+        """Share of the sum (K,) that the heaviest share of the rows (K,) holds, both ascending; finite logs alone."""
         index, (rows, values, _) = self.bins()
         finite = np.abs(index) <= _LIMIT
         if not finite.any():

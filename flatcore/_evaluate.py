@@ -62,9 +62,9 @@ def evaluate(
 
     Raises:
         TypeError: a model that is no module; a loader that yields something else; a target that is not integer.
-        ValueError: an empty loader; no rows but ignored ones; a model on several devices or another one; a target whose shape
-            is not the features'; as :class:`flatcore.Probe`; in a distributed run a loader that draws at random, or a path
-            as ``rows``.
+        ValueError: an empty loader; no rows but ignored ones; a model on several devices or another one; a target whose
+            shape is not the features'; as :class:`flatcore.Probe`; in a distributed run a loader that draws at random, or a
+            path as ``rows``.
         RuntimeError: as :class:`flatcore.Probe`, where the model's output is not its head's.
         OSError: the file of ``rows`` cannot be written.
         KeyboardInterrupt: Ctrl-C in a distributed run, where the others would wait for this process.

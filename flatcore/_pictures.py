@@ -68,7 +68,7 @@ def confidence(report: Any) -> Any:
         ("wrong", WRONG, "D", ~sample["correct"]),
     ):
         chosen = rows & finite
-        size = 20 if chosen.sum() < 1000 else 6
+        size = 20 if len(x) < 1000 else 6
         ax.scatter(x[chosen], y[chosen], s=size, c=colour, marker=marker, alpha=0.5, linewidths=0, label=label)
     if finite.any():
         ax.legend(frameon=False, markerscale=1.5)

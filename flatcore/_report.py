@@ -150,13 +150,13 @@ class Report:
 
     ``groups``: ``"all"``, ``"correct"`` and ``"wrong"`` rows; ``classes``: each label's rows (statistics for labels below
     1000). Each is a :class:`Group`: ``rows``, ``correct``, ``accuracy``, ``accuracy_standard_error`` and, by measure, a
-    :class:`Statistics` with ``mean``, ``standard_error``, ``median``, ``heaviest_share`` (of the heaviest 1 %) and their logs.
+    :class:`Statistics` with ``mean``, ``standard_error``, ``median`` and ``heaviest_share`` (of the heaviest 1 %).
     ``report["layerwise"]`` is short for ``report.groups["all"].statistics["layerwise"]``. Measures are ``loss``,
     ``hessian_trace``, ``layerwise``, ``neuronwise``, ``feature_gradient_norm`` and, if asked for, ``input_gradient_norm``.
 
     ``rows`` is the per-sample table, a dictionary of NumPy columns, or None if it was not kept: ``row`` (the number in the
-    loader's order; ``position`` too for sequences), ``target``, ``prediction``, ``correct`` and :class:`flatcore.HeadMetrics`'s
-    fields. ``info`` says what was measured; ``complete`` is False after an interrupt.
+    loader's order; ``position`` too for sequences), ``target``, ``prediction``, ``correct`` and the fields of
+    :class:`flatcore.HeadMetrics`. ``info`` says what was measured; ``complete`` is False after an interrupt.
 
     Nothing is lost where a file cannot be written: the report stays, and files are replaced only when they are whole.
     """
