@@ -12,6 +12,7 @@ Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -136,7 +137,7 @@ def transfer(net: Networks, other: nn.Module) -> dict[str, float]:
 
 
 def valley(net: Networks) -> tuple[dict[str, Any], robustness.AttackPath]:
-    """Flatness along the attack in small steps: does it rise until the flip, and fall behind it?"""
+    """Flatness along the attack in small steps: whether it rises until the flip and falls behind it."""
     attack = net.strong | {"step": net.strong["eps"] / 20, "steps": 20}
     path = robustness.attack_path(net.normal, net.images, net.labels, chunk_size=BATCH, **attack)
     flip = path.flip_step
@@ -168,10 +169,10 @@ def basin(net: Networks) -> dict[str, Any]:
         values = path.log_layerwise[:, right]
         ridge = (values > values.amax(dim=0) - math.log(2)).sum(dim=0).double()
         found[name] = {
-            "median_steps_to_flip": flip.median().item(),
+            "median_steps_to_flip": flip.clamp_max(BASIN_STEPS + 1).median().item(),  # the last: not within BASIN_STEPS
             "not_flipped": int((flip == math.inf).sum()),
             "median_ridge": ridge.median().item(),
-            "steps": flip.tolist(),
+            "steps": [None if step == math.inf else step for step in flip.tolist()],
         }
     found["ratio"] = found["robust"]["median_steps_to_flip"] / found["normal"]["median_steps_to_flip"]
     found["ridge_ratio"] = found["robust"]["median_ridge"] / found["normal"]["median_ridge"]
@@ -182,7 +183,7 @@ def detection(net: Networks) -> dict[str, Any]:
     """A stump on flatness tells attacked images from clean ones, at several strengths of the attack."""
     found: dict[str, Any] = {}
     for name, model in (("normal", net.normal), ("robust", net.robust)):
-        for factor in (0.25, 0.5, 1.0):
+        for factor in (0.25, 0.5, 1.0, 2.0, 3.0):
             eps = factor * net.strong["eps"]
             path = robustness.attack_path(
                 model, net.images, net.labels, chunk_size=BATCH, **net.strong | {"eps": eps, "step": eps / 4}
@@ -222,7 +223,7 @@ def lipschitz_bound(model: nn.Sequential, images: Tensor) -> float:
 
 
 def bounds(net: Networks) -> dict[str, Any]:
-    """Do the bounds hold under attack, and how far are they from what the attack reaches?"""
+    """Whether the bounds hold under attack, and how far they are from what the attack reaches."""
     found: dict[str, Any] = {}
     for name, model in (("normal", net.normal), ("robust", net.robust)):
         with torch.no_grad(), flatcore.Probe(model) as probe:
@@ -268,8 +269,6 @@ def bounds(net: Networks) -> dict[str, Any]:
 
 
 def _double(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).double()
 
 
@@ -325,10 +324,10 @@ def pictures(results: list[dict[str, Any]], paths: list[robustness.AttackPath]) 
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     for name, colour in (("normal", RED), ("robust", BLUE)):
-        steps = sorted(x for r in results for x in r["basin"][name]["steps"])
-        share = [(k + 1) / len(steps) for k in range(len(steps))]
-        inside = [(x, y) for x, y in zip(steps, share, strict=True) if x < math.inf]
-        axes.step(*zip(*inside, strict=True), where="post", color=colour, label=f"{name} training")
+        steps = [x for r in results for x in r["basin"][name]["steps"]]
+        flipped = sorted(x for x in steps if x is not None)
+        share = [(k + 1) / len(steps) for k in range(len(flipped))]
+        axes.step(flipped, share, where="post", color=colour, label=f"{name} training")
     axes.set_xlabel(rf"steps of $\ell_\infty$ {BASIN_STEP:g}")
     axes.set_ylabel("share of images flipped by then")
     axes.set_ylim(0, 1.02)
@@ -412,7 +411,7 @@ def run(out: Path, folder: Path | None, images: int, seeds: int, quick: bool) ->
     for name, figure in pictures(results, paths).items():
         figure.savefig(out / f"{name}.png", dpi=110)
     about = {"data": data.name, "images": images, "flatcore": flatcore.__version__, "torch": torch.__version__}
-    text = json.dumps({"about": about, "summary": lines, "seeds": results}, default=str).replace("Infinity", "null")
+    text = json.dumps({"about": about, "summary": lines, "seeds": results}, allow_nan=False)
     (out / "replication.json").write_text(text, encoding="utf-8")
     print(f"Values: {out / 'replication.json'}\nPictures: {out}")
 

@@ -81,17 +81,24 @@ def efficientnet() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def photographs() -> dict[str, np.ndarray]:
-    """Six photographs (224, 224, 3) of bytes: the middle square, resized."""
+def whole_photographs() -> dict[str, np.ndarray]:
+    """Six photographs (H, W, 3) of bytes, by name."""
     pictures = {name: getattr(skimage_data, name)() for name in ("chelsea", "astronaut", "coffee", "rocket")}
     samples = load_sample_images()
-    pictures |= {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
-    for name, image in pictures.items():
-        side = min(image.shape[:2])
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        square = Image.fromarray(image[top : top + side, left : left + side])
-        pictures[name] = np.asarray(square.resize((224, 224), Image.Resampling.BICUBIC))
-    return pictures
+    return pictures | {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
+
+
+def middle_square(image: np.ndarray) -> np.ndarray:
+    """Cut the middle square out and resize it to (224, 224, 3)."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    square = Image.fromarray(image[top : top + side, left : left + side])
+    return np.asarray(square.resize((224, 224), Image.Resampling.BICUBIC))
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Six photographs (224, 224, 3) of bytes: the middle square, resized."""
+    return {name: middle_square(image) for name, image in whole_photographs().items()}
 
 
 def prepared(image: np.ndarray) -> Tensor:

@@ -156,7 +156,6 @@ def _first_samples(loader: Any, number_wanted: int, device: torch.device) -> lis
 
 def run_attack_path(arguments: argparse.Namespace) -> int:
     """``attack-path``: attack_path.csv, one row per sample and step, and attack_path.png."""
-    from ._pictures import attack_path as draw
     from .robustness import attack_path
 
     out = arguments.out.absolute()
@@ -191,7 +190,7 @@ def run_attack_path(arguments: argparse.Namespace) -> int:
             writer.writerows((k, n, labels[n], *(c[k, n] for c in texts)) for n in range(len(labels)))
         write(file, text.getvalue())
 
-    return _save(out, {"attack_path.csv": save, "attack_path.png": lambda file: _draw(draw(path, shown[:3]), file)})
+    return _save(out, {"attack_path.csv": save, "attack_path.png": lambda file: _draw(path.plot(shown[:3]), file)})
 
 
 def _draw(figure: Any, file: Path) -> None:
@@ -200,8 +199,7 @@ def _draw(figure: Any, file: Path) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> int:
     """``sweep``: scaling_sweep.json and scaling_sweep.png."""
-    from ._pictures import scaling
-    from .robustness import scaling_sweep
+    from .robustness import plot_scaling, scaling_sweep
 
     out = arguments.out.absolute()
     for name in ("scaling_sweep.json", "scaling_sweep.png"):
@@ -225,6 +223,6 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         out,
         {
             "scaling_sweep.json": lambda file: write(file, dumps(plain)),
-            "scaling_sweep.png": lambda file: _draw(scaling(found), file),
+            "scaling_sweep.png": lambda file: _draw(plot_scaling(found), file),
         },
     )

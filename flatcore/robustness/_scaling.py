@@ -257,6 +257,29 @@ def _quantiles(values: Tensor) -> Quantiles:
     return Quantiles(*(values[round(q * (len(values) - 1))].item() for q in (0.05, 0.25, 0.5, 0.75, 0.95)))
 
 
+def plot_scaling(results: list[ScalingResult]) -> Any:
+    """Draw clean and robust accuracy over the scale, by kind of gradient: a matplotlib Figure.
+
+    Args:
+        results: of :func:`flatcore.robustness.scaling_sweep`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no results.
+
+    Example:
+        >>> from flatcore.robustness import Quantiles, ScalingResult, plot_scaling
+        >>> row = ScalingResult(1.0, "exact", 10, 0.9, 0.1, *[Quantiles(0, 0, 0, 0, 0)] * 5)
+        >>> plot_scaling([row]).axes[0].get_ylabel()
+        'accuracy'
+    """
+    from .._pictures import scaling
+
+    if not results:
+        raise ValueError("results must hold at least one row, got none")
+    return scaling(results)
+
+
 def transfer(
     models: nn.Module | Mapping[str, nn.Module],
     loader: Any,
