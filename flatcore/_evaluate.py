@@ -74,15 +74,15 @@ def evaluate(
     yield the same batches in every process, each takes every world-size-th batch.
 
     Numerics: per-sample values as :func:`flatcore.head_metrics`. Means and standard errors in float64, relative to bins
-        of their logs, so that nothing underflows; medians within 0.2 %.
+        of their logs, so that nothing underflows; medians within 0.4 %.
 
     Example:
         >>> import torch, flatcore
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> data = torch.utils.data.TensorDataset(torch.ones(5, 4), torch.zeros(5, dtype=torch.long))
         >>> report = flatcore.evaluate(model, torch.utils.data.DataLoader(data, batch_size=2))
-        >>> report.groups["all"].rows, report.complete, f"{report['hessian_trace'].relative_standard_error:.0e}"
-        (5, True, '0e+00')
+        >>> report.groups["all"].rows, report.complete, report["hessian_trace"].mean == report["hessian_trace"].median
+        (5, True, True)
     """
     check_module(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):

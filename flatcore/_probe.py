@@ -341,7 +341,7 @@ class Probe:
             again, size = again + bias.double(), size + bias.double().abs()
         coarse = logits.dtype in _HALF or torch.get_float32_matmul_precision() != "highest"
         unit = 2.0**-8 if coarse else torch.finfo(logits.dtype).eps
-        if not _alike(made, again, 2 * unit * (size.amax() + 1)):
+        if not _alike(made, again, 2 * unit * (_largest(size) + 1)):
             raise RuntimeError(
                 f"the output of the head {self._names[head]!r} is not features W^T + b: something changes it in place or in "
                 f"a hook; {self._listed()}"
@@ -356,12 +356,12 @@ class Probe:
         for output in outputs:
             given = output[pick].double() * self.temperature
             narrow = max(torch.finfo(output.dtype).eps, torch.finfo(logits.dtype).eps)
-            if _alike(given, made, 4 * narrow * (made.abs().amax() + 1)):
+            if _alike(given, made, 4 * narrow * (_largest(made) + 1)):
                 return
             finite = made.isfinite() & given.isfinite()
             a, b = _centered(made, finite), _centered(given, finite)
             factor = ((a * b).sum() / (b * b).sum()).item()
-            if factor > 0 and _alike(factor * given, made, 8 * narrow * (made.abs().amax() + 1)):
+            if factor > 0 and _alike(factor * given, made, 8 * narrow * (_largest(made) + 1)):
                 factors.append(factor)
         hint = "a softcap, a mask or another layer follows"
         if factors:
@@ -431,6 +431,11 @@ def _centered(x: Tensor, finite: Tensor) -> Tensor:
     x = torch.where(finite, x, 0)
     mean = x.sum(dim=1, keepdim=True) / finite.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(finite, x - mean, 0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite magnitude: a NaN row or an absent class (-inf) says nothing about the others."""
+    return torch.where(x.isfinite(), x, 0).abs().amax()
 
 
 def _alike(a: Tensor, b: Tensor, bound: Any) -> bool:

@@ -31,7 +31,13 @@ _SAMPLE = 8192  # points of a scatter plot
 
 
 class Group(NamedTuple):
-    """Some of the rows: ``rows``, ``correct`` of them, and :class:`Statistics` of each measure by its name."""
+    """Some of the rows: ``rows``, ``correct`` of them, and :class:`Statistics` of each measure by its name.
+
+    Example:
+        >>> import flatcore
+        >>> flatcore.Group(rows=4, correct=3, statistics={}).accuracy
+        0.75
+    """
 
     rows: int
     correct: int
@@ -159,6 +165,16 @@ class Report:
     :class:`flatcore.HeadMetrics`. ``info`` says what was measured; ``complete`` is False after an interrupt.
 
     Nothing is lost where a file cannot be written: the report stays, and files are replaced only when they are whole.
+
+    Example:
+        >>> import torch, flatcore
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.eye(2))
+        >>> report = flatcore.evaluate(model, [(torch.tensor([[30.0, 10.0], [1.0, 3.0]]), torch.tensor([0, 0]))])
+        >>> report.groups["correct"].rows, f"{report.groups['correct'].statistics['hessian_trace'].mean:.4e}"
+        (1, '4.1223e-06')
+        >>> report.rows["margin"].tolist()
+        [20.0, 2.0]
     """
 
     def __init__(

@@ -17,6 +17,7 @@ PATHS = ("reference", *(f"{kind}-{target}" for kind in ("fused", "chunked") for 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that turn an absence into a failure."""
     group = parser.getgroup("flatcore")
+    group.addoption("--require-browser", action="store_true", help="fail, instead of skip, without headless Chromium")
     group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
     group.addoption(
         "--require-target",

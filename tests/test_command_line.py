@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from matplotlib.image import imread
 
 import flatcore
-from flatcore import _demo
+from flatcore import _commands, _demo, robustness
 from flatcore.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +44,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--help"]) == 0
     examples = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m")]
-    assert len(examples) == 3
+    assert len(examples) == 6
     monkeypatch.setattr(_demo, "run", lambda out, seed, epochs_max: None)
+    for command in ("evaluate", "attack_path", "sweep"):
+        monkeypatch.setattr(_commands, f"run_{command}", lambda arguments: 0)
     for example in examples:
         assert main(example.removeprefix("python -m flatcore ").split()) == 0, example
 
@@ -82,6 +92,7 @@ def test_missing_extra(
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "flatcore._demo")
+    monkeypatch.delattr(flatcore, "_demo")
     assert main(["demo"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"flatcore: the demo needs {package}, which cannot be imported")
@@ -96,7 +107,7 @@ def test_out_is_a_file(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["digits.csv", "digits.png"])
+@pytest.mark.parametrize("name", ["digits.csv", "digits.png", "digits.html"])
 def test_output_file_is_a_folder(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_training: None
 ) -> None:
@@ -152,3 +163,189 @@ def test_reader_has_gone() -> None:
     finally:
         os.close(write)
     assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+# ------------------------------------------------------------------------------------------------- a model of the user's
+FACTORIES = """
+    import torch
+    from torch import nn
+
+    def trained():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+        data = torch.utils.data.TensorDataset(torch.rand(40, 4, 4), torch.arange(40) % 3)
+        return model, torch.utils.data.DataLoader(data, batch_size=16)
+
+    def interrupted():
+        model, loader = trained()
+        def batches():
+            yield next(iter(loader))
+            raise KeyboardInterrupt
+        return model, batches()
+
+    def capped():
+        model, loader = trained()
+        return nn.Sequential(model, nn.Tanh()), loader
+
+    def empty():
+        return trained()[0], []
+
+    def broken():
+        return 1 / 0
+
+    def single():
+        return trained()[0]
+
+    number = 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the module ``factories``, the working folder of the command."""
+    (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES))
+    (tmp_path / "unfinished.py").write_text("import nothing_of_this_name")
+    (tmp_path / "misspelt.py").write_text("def f(:")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield tmp_path
+    sys.path[:] = path
+    for name in ("factories", "unfinished", "misspelt"):
+        sys.modules.pop(name, None)
+
+
+def test_evaluate_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "factories:trained", "--input-gradients", "--out", "new/folder"]) == 0
+    text = capsys.readouterr().out
+    assert "40 rows" in text and "input gradient norm" in text
+    out = factory / "new" / "folder"
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "rows.csv"]
+    for path in out.iterdir():
+        assert f"Written: {path}\n" in text
+    assert len((out / "rows.csv").read_text().splitlines()) == 41
+    assert json.loads((out / "report.json").read_text())["groups"]["all"]["rows"] == 40
+    model, loader = sys.modules["factories"].trained()
+    want = flatcore.evaluate(model, loader, input_gradient_norms=True)
+    assert repr(want) in text
+
+
+def test_interrupted_evaluate_writes_what_it_has(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "factories:interrupted", "--out", "out"]) == 130
+    assert len((factory / "out/rows.csv").read_text().splitlines()) == 17
+    assert json.loads((factory / "out/report.json").read_text())["complete"] is False
+    assert "interrupted" in capsys.readouterr().err
+
+
+ATTACK = ["--norm", "inf", "--eps", "0.2", "--steps", "4", "--samples", "20"]
+
+
+def test_attack_path_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack-path", "factories:trained", *ATTACK, "--out", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with (factory / "out/attack_path.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 20
+    model, loader = sys.modules["factories"].trained()
+    inputs, target = (torch.cat(part)[:20] for part in zip(*loader, strict=True))
+    path = robustness.attack_path(model.eval(), inputs, target, norm=math.inf, eps=0.2, step=0.125, steps=4)
+    for name in ("log_layerwise", "correct", "input_displacement"):
+        found = torch.tensor([float(row[name]) for row in rows]).reshape(5, 20)
+        torch.testing.assert_close(found, getattr(path, name).float())
+    assert [row["target"] for row in rows[:20]] == [str(int(y)) for y in target]
+    for k in range(5):
+        assert float(lines[1 + k].split()[1]) == pytest.approx(path.correct[k].double().mean().item(), abs=5e-4)
+    assert imread(factory / "out/attack_path.png").shape[2] == 4
+
+
+def test_sweep_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["sweep", "factories:trained", *ATTACK, "--out", "out", "--scales", "1", "50", "--gradients", "exact"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    found = json.loads((factory / "out/scaling_sweep.json").read_text())
+    model, loader = sys.modules["factories"].trained()
+    first = [tuple(part[:16] for part in next(iter(loader)))]
+    second = [tuple(part[:4] for part in list(loader)[1])]
+    want = robustness.scaling_sweep(
+        model, first + second, (1, 50), norm=math.inf, eps=0.2, step=0.125, steps=4, gradient="exact"
+    )
+    assert [row["robust_accuracy"] for row in found] == [row.robust_accuracy for row in want]
+    assert [row["loss_increase"]["q50"] for row in found] == [row.loss_increase.q50 for row in want]
+    assert len(text.splitlines()) == 1 + 2 + 2
+    assert (factory / "out/scaling_sweep.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["evaluate", "factories"], "a factory is named package.module:function, got 'factories'"),
+        (["evaluate", "nowhere.at.all:f"], "there is no module 'nowhere' (looked for from"),
+        (["evaluate", "factories:nothing"], "module factories has no 'nothing'"),
+        (["evaluate", "factories:number"], "factories:number is no function, but a int"),
+        (["evaluate", "factories:single"], "must return (model, loader), a torch.nn.Module first, got a Sequential"),
+        (["evaluate", "factories:broken"], "factories:broken raised ZeroDivisionError: division by zero (to see where"),
+        (["evaluate", "unfinished:f"], "importing unfinished failed: ModuleNotFoundError: No module named 'nothing_of_this"),
+        (["evaluate", "misspelt:f"], "importing misspelt failed: SyntaxError"),
+        (["evaluate", "factories:empty"], "loader must yield at least one batch, got an empty one"),
+        (["evaluate", "factories:capped"], "the model's output is not the output of"),
+        (["evaluate", "factories:trained", "--head", "x"], "head must name a module of the model, got 'x'"),
+        (["evaluate", "factories:trained", "--device", "meta"], "model must be on device meta, got one on cpu"),
+        (["attack-path", "factories:trained", *ATTACK, "--clip", "0", "0.5"], "inputs must lie within clip = (0.0, 0.5)"),
+        (["sweep", "factories:empty", *ATTACK], "loader must yield at least one batch"),
+    ],
+)  # fmt: skip
+def test_failures_are_sentences(argv: list[str], words: str, factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flatcore: ") and words in error and error.endswith(".\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--norm", "1"], "argument --norm: must be 2 or inf, got '1'"),
+        (["--eps", "0"], "argument --eps: must be a finite number above 0, got '0'"),
+        (["--eps", "x"], "argument --eps: must be a finite number above 0, got 'x'"),
+        (["--steps", "0"], "argument --steps: must be a whole number from 1 to 100000, got '0'"),
+        (["--gradient", "best"], "argument --gradient: invalid choice: 'best'"),
+    ],
+)  # fmt: skip
+def test_wrong_attacks(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack-path", "factories:trained", *ATTACK, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_goes_elsewhere(
+    factory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is taken away while the model is measured."""
+    measured = flatcore.evaluate
+
+    def slow(*arguments: Any, **options: Any) -> flatcore.Report:
+        report = measured(*arguments, **options)
+        (factory / "out").rmdir()
+        return report
+
+    monkeypatch.setattr(_commands, "evaluate", slow)
+    monkeypatch.setattr(tempfile, "tempdir", str(factory))
+    assert main(["evaluate", "factories:trained", "--out", "out"]) == 1
+    captured = capsys.readouterr()
+    assert f"cannot write {factory / 'out' / 'rows.csv'} (No such file or directory): writing it to" in captured.err
+    (spare,) = factory.glob("flatcore-*")
+    assert sorted(path.name for path in spare.iterdir()) == ["report.html", "report.json", "rows.csv"]
+    assert f"Written: {spare / 'rows.csv'}\n" in captured.out
+
+
+def test_evaluate_under_torchrun(factory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flatcore",
+         "evaluate", "factories:trained", "--out", "out"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("flatcore.Report(") == 1
+    found = json.loads((factory / "out/report.json").read_text())
+    assert (found["groups"]["all"]["rows"], found["info"]["processes"]) == (40, 2)
+    assert len((factory / "out/rows.csv").read_text().splitlines()) == 41

@@ -157,6 +157,10 @@ def test_output_is_plain_and_names_the_files(outcome: Outcome) -> None:
     assert "\x1b" not in outcome.text
     assert f"Values per image: {outcome.out / 'digits.csv'}\n" in outcome.text
     assert f"Picture: {outcome.out / 'digits.png'}\n" in outcome.text
+    assert outcome.text.endswith(f"Report: {outcome.out / 'digits.html'}\n")
+    page = (outcome.out / "digits.html").read_text()
+    assert f"<strong>{IMAGES}</strong> rows" in page
+    assert page.count("data:image/png;base64,") == 4
 
 
 def test_picture_file(outcome: Outcome) -> None:
@@ -234,4 +238,6 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
     assert b"epoch 3" in bar
     assert b"\x1b" not in text
     assert f"Picture: {tmp_path / 'flatcore-demo' / 'digits.png'}\n".encode() in text
-    assert sorted(path.name for path in (tmp_path / "flatcore-demo").iterdir()) == ["digits.csv", "digits.png"]
+    assert sorted(path.name for path in (tmp_path / "flatcore-demo").iterdir()) == [
+        "digits.csv", "digits.html", "digits.png",
+    ]  # fmt: skip

@@ -484,6 +484,22 @@ def test_a_step_between_forward_and_measure() -> None:
             probe.relative_flatness(y)
 
 
+def test_nan_rows_and_absent_classes_do_not_hide_the_head() -> None:
+    model, (x, y) = small(), batch()
+    with torch.no_grad():
+        model[2].bias[3] = -torch.inf
+    x[1] = torch.nan
+    with flatcore.Probe(model) as probe:
+        model(x)
+        metrics = probe.head_metrics(y)
+    assert metrics.log_layerwise.isnan().tolist() == [n == 1 for n in range(N)]
+    scaled = Changed(lambda z: z * 2)
+    with flatcore.Probe(scaled) as probe:
+        scaled(x)
+        with pytest.raises(RuntimeError, match=r"divided by 0\.5"):
+            probe.hessian_trace()
+
+
 WRONG_ARGUMENTS = {
     "no module": ((lambda x: x,), {}, TypeError, "model must be a torch.nn.Module, got builtins.function"),
     "no linear": ((nn.ReLU(),), {}, ValueError, "model must contain a torch.nn.Linear"),

@@ -250,7 +250,9 @@ def loss_change_radius(
         middle = (low + high) / 2
         fits = a * middle + b * middle**2 / 2 + c * middle**3 <= e
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    radius = torch.maximum(low, linear) / L * (1 - _PAD)
+    radius = (
+        torch.maximum(low, linear) / L * (1 - 2 * _PAD)
+    )  # one for the pad of the bound, one for this line's rounding
     return head.give(torch.where(a.isnan() | b.isnan(), math.nan, radius))
 
 
