@@ -19,8 +19,15 @@ class Statistics(NamedTuple):
     """Summary of one measure over rows, in logs, right also where the values underflow.
 
     ``rows``; ``nan_rows`` (of them, counted in ``rows``); ``log_mean``, the log of the mean; ``relative_standard_error``,
-    the mean's standard error over the mean; ``log_median``; ``heaviest_share``, the share of the sum that the heaviest
-    1 % of the rows hold, in [0, 1]. With NaN rows all are NaN but the counts; without rows too.
+    the mean's standard error over the mean; ``log_median``; ``heaviest_share``, the share of the sum that the heaviest 1 %
+    of the rows hold, in [0, 1] (of 150 rows: the heaviest and half of the next). All are NaN but the counts where a row is
+    NaN, and without rows.
+
+    Example:
+        >>> import flatcore
+        >>> found = flatcore.Statistics(4, 0, log_mean=-800.0, relative_standard_error=0.25, log_median=0.0, heaviest_share=0.04)
+        >>> found.mean, found.median, found.standard_error
+        (0.0, 1.0, 0.0)
     """
 
     rows: int
