@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
     Example:
         >>> import flatcore
-        >>> found = flatcore.Statistics(4, 0, log_mean=-800.0, relative_standard_error=0.25, log_median=0.0, heaviest_share=0.04)
+        >>> found = flatcore.Statistics(4, 0, log_mean=-800, relative_standard_error=0.25, log_median=0, heaviest_share=0.04)
         >>> found.mean, found.median, found.standard_error
         (0.0, 1.0, 0.0)
     """

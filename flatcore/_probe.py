@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
@@ -341,7 +342,8 @@ class Probe:
             again, size = again + bias.double(), size + bias.double().abs()
         coarse = logits.dtype in _HALF or torch.get_float32_matmul_precision() != "highest"
         unit = 2.0**-8 if coarse else torch.finfo(logits.dtype).eps
-        if not _alike(made, again, 2 * unit * (_largest(size) + 1)):
+        width = 2 * math.sqrt(features.shape[-1]) + 4  # of a product's own rounding, in units of its absolute terms
+        if not _alike(made, again, width * unit * (_largest(size) + 1)):
             raise RuntimeError(
                 f"the output of the head {self._names[head]!r} is not features W^T + b: something changes it in place or in "
                 f"a hook; {self._listed()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import math
@@ -186,8 +187,18 @@ class Report:
         complete: bool,
     ):
         self.info, self.rows, self.complete = info, rows, complete
-        self.groups, self.classes = tally.groups(), tally.classes()
         self.distributions, self.sample = tally.distributions, sample
+        self._tally = tally
+
+    @functools.cached_property
+    def groups(self) -> dict[str, Group]:
+        """All rows, and those classified right and wrong."""
+        return self._tally.groups()
+
+    @functools.cached_property
+    def classes(self) -> dict[int, Group]:
+        """Rows by their label."""
+        return self._tally.classes()
 
     def __getitem__(self, measure: str) -> Statistics:
         found = self.groups["all"].statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.util
+import json
 import math
 import runpy
 import sys
@@ -408,3 +409,73 @@ def test_saliency_of_efficientnet(seeing: ModuleType, tmp_path: Path) -> None:
     assert float(table["usual_cosine"][1]) < 0.9
     assert float(table["usual_zeros"][2]) == 1
     assert (tmp_path / "saliency-chelsea.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ the laboratory
+def test_replication_in_its_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = _load("replicate_paper")
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    found = json.loads((tmp_path / "replication.json").read_text())
+    assert all(line in text for line in found["summary"])
+    (seed,) = found["seeds"]
+    exact, usual = seed["scaling"]["exact"], seed["scaling"]["usual"]
+    assert max(exact[1:]) - min(exact[1:]) <= NOISE and usual[-1] > exact[-1] + NOISE
+    assert seed["transfer"]["scale 1 to 100"] == seed["transfer"]["scale 100 to 1"] == 1
+    assert seed["valley"]["peak_within_one_step_of_flip"] > 0.8
+    assert seed["basin"]["ratio"] > 1
+    for network in ("normal", "robust"):
+        part = seed["bounds"][network]
+        assert part["lipschitz_lower_estimate"] < part["lipschitz_upper"]
+        assert all(row["certified_violated"] == 0 for row in part["attacks"])
+    for name in ("scaling", "loss_increase", "valley", "basin"):
+        pixels = imread(tmp_path / f"{name}.png")[..., :3]
+        assert 0.01 < (pixels < 0.99).any(axis=2).mean() < 0.6
+
+
+def test_lipschitz_bound_of_a_convolution_is_above_its_norm() -> None:
+    """The convolution as a matrix, column by column, and its largest singular value."""
+    module = _load("replicate_paper")
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 2, 3, padding=1).double()
+    basis = torch.eye(25, dtype=torch.float64).reshape(25, 1, 5, 5)
+    with torch.no_grad():
+        matrix = (layer(basis) - layer(torch.zeros_like(basis))).flatten(1).T
+    norm = torch.linalg.matrix_norm(matrix, 2).item()
+    bound = module.lipschitz_bound(nn.Sequential(layer, nn.Flatten(), nn.Linear(50, 2)), torch.zeros(1, 1, 5, 5))
+    assert norm <= bound <= 2 * norm
+
+
+def test_character_model_in_its_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = _load("character_model")
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    table = _columns(tmp_path / "character_model.csv")
+    text_read = module.TEXT.read_text(encoding="utf-8")
+    _, target = module.lines_of(text_read, "".join(sorted(set(text_read))))
+    assert len(table["row"]) == int((target != module.IGNORED).sum()) < target.numel()
+    assert [int(x) for x in table["target"]] == target[target != module.IGNORED].tolist()
+    assert f"{len(table['row'])} rows" in text and "^" in text
+    assert "data:image/png" in (tmp_path / "character_model.html").read_text()
+
+
+def test_photographs_in_their_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = _load("photographs")
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "12 rows" in text and "of 6 correct before" in text
+    found = json.loads((tmp_path / "photographs.json").read_text())
+    assert [row[:2] for row in found["sweep"]] == [[s, g] for s in (1, 10, 100) for g in ("exact", "usual")]
+    for name in ("photographs-path.png", "photographs-sweep.png", "photographs.html"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ("replicate_paper", "character_model", "photographs"))
+def test_laboratory_refuses_wrong_usage_and_places(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = _load(name)
+    assert module.main(["--nonsense"]) == 2
+    (tmp_path / "file").write_text("")
+    assert module.main(["--quick", "--out", str(tmp_path / "file")]) == 1
+    assert f"{name}: cannot use" in capsys.readouterr().err
