@@ -9,8 +9,8 @@ once through a DataLoader. Candidates are called in turn; shown are medians and 
 the path's last point is the attack's, and the report's mean is the table's. The last table has a model that is a head alone:
 what evaluate takes there is all that it adds.
 
-glibc gives memory back to the system when a batch's activations are freed, or does not, by what happens to lie above them: the
-same forward pass takes 0.75 s or 1.5 s from run to run. The script starts itself again with both thresholds raised
+glibc gives memory back to the system when a batch's activations are freed, or does not, by what happens to lie above them:
+the same forward pass takes 0.75 s or 1.5 s from run to run. The script starts itself again with both thresholds raised
 (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), for all candidates alike.
 """
 

@@ -10,7 +10,8 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,12 @@ def _save(out: Path, files: dict[str, Callable[[Path], None]]) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """``evaluate``: rows.csv, report.json and report.html."""
+    with _processes() as first:
+        return _evaluate(arguments, first)
+
+
+def _evaluate(arguments: argparse.Namespace, first: bool) -> int:
     out = arguments.out.absolute()
-    first = _join_processes()
     names = ("report.html", "report.json", "rows.csv")
     if first:
         for name in names:
@@ -127,13 +132,19 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _join_processes() -> bool:
-    """Under torchrun, join the other processes; return whether this one is the first, which prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not dist.is_initialized():
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """Under torchrun, work with the other processes; yield whether this one is the first, which prints and writes."""
+    joined = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not dist.is_initialized()
+    if joined:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group()
-    return not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        yield not dist.is_initialized() or dist.get_rank() == 0
+    finally:
+        if joined:
+            dist.destroy_process_group()  # its threads abort an interpreter that ends before them
 
 
 def _attack_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ._config import __version__
+from ._head_metrics import head_metrics
 from ._input_gradients import input_gradients
 from ._loading import batches, check_module, device_of, evaluation_mode
 from ._probe import Probe
@@ -21,6 +22,7 @@ from ._report import Report, Tally, joined, thinned, write_rows
 from ._row_norms import row_norms
 from ._validate import INTEGERS, check_flag, check_integer, check_temperature
 
+_HELD = 1 << 22  # bytes of features and logits that wait to be measured together
 _FLUSH = 1 << 16  # rows that wait on the device before they are counted: 5 MB, and one transfer instead of 256
 _FIELDS = (
     "confidence", "margin", "log_one_minus_confidence", "log_feature_norm", "log_hessian_trace", "log_layerwise",
@@ -107,6 +109,7 @@ def evaluate(
         Probe(model, head, temperature=temperature) as probe,
         _Rows(rows, measures, ignore_index) as table,
     ):
+        waiting = _Waiting(table)
         try:
             for inputs, target, numbers in _with_progress(shard, progress):
                 inputs, target = inputs.to(place, non_blocking=True), target.to(place, non_blocking=True)
@@ -114,12 +117,13 @@ def evaluate(
                     raise TypeError(f"loader must yield integer class labels as target, got {target.dtype}")
                 if len(target) == 0:
                     continue
-                table.add(numbers, *_measured(probe, inputs, target, ignore_index, input_gradient_norms))
+                waiting.add(numbers, target, *_passed(probe, inputs, target, ignore_index, input_gradient_norms))
                 info = info or _info(model, probe, place)
         except KeyboardInterrupt:
             if shard.world > 1:
                 raise
             complete = False
+        waiting.measure()
         table.flush()
     parts = [(table.tally, info, table.table(), table.sample)]
     if shard.world > 1:
@@ -136,25 +140,24 @@ def evaluate(
     return Report(tally, info, kept, thinned([part[3] for part in parts]), complete)
 
 
-def _measured(
+def _passed(
     probe: Probe, inputs: Tensor, target: Tensor, ignore_index: int, input_gradient_norms: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Labels, predictions and measures of a batch, from one forward pass."""
+) -> tuple[dict[str, Any], Tensor | None]:
+    """One forward pass: what the head's measures take, and log input gradient norms (N,) if they are asked for."""
+    norms = None
     if input_gradient_norms:
         found = input_gradients(probe.model, inputs, target, ignore_index=ignore_index)
+        norms = row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale
     else:
         with torch.no_grad():
             probe.model(inputs)
-    shape = tuple(probe.features.shape[:-1])
+    arguments = probe._arguments({})
+    shape = tuple(arguments["features"].shape[:-1])
     if shape != target.shape:
         raise ValueError(
             f"loader must yield a target of the features' leading shape {shape}, got {tuple(target.shape)}"
         )
-    metrics = probe.head_metrics(target, ignore_index=ignore_index)
-    values = [getattr(metrics, name) for name in _FIELDS]
-    if input_gradient_norms:
-        values.append(row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale)
-    return target, metrics.prediction, values
+    return arguments, norms
 
 
 def _info(model: nn.Module, probe: Probe, device: torch.device) -> dict[str, Any]:
@@ -221,6 +224,49 @@ def _with_progress(shard: _Shard, progress: bool | None) -> Any:
     return tqdm(shard, total=total, desc="evaluating", unit="batch", disable=hidden)
 
 
+class _Waiting:
+    """Features that wait for one call of head_metrics, which of 250 rows is mostly Python."""
+
+    def __init__(self, table: _Rows):
+        self.table = table
+        self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.bytes = 0
+
+    def add(self, numbers: np.ndarray, target: Tensor, arguments: dict[str, Any], norms: Tensor | None) -> None:
+        """Take in a batch: row numbers (N,), labels (N, ...), and what :func:`_passed` gives."""
+        length = target[0].numel()
+        self.head = {name: arguments[name] for name in ("linear_weight", "linear_bias", "temperature")}
+        features, logits = (
+            None if x is None else x.detach().reshape(-1, x.shape[-1])
+            for x in (arguments["features"], arguments["logits"])
+        )
+        held = [x for x in (features, logits) if x is not None]
+        self.bytes += sum(x.nbytes for x in held)
+        if self.bytes < _HELD:  # copied: a compiled model may write its next output where this one is
+            features, logits = (None if x is None else x.clone() for x in (features, logits))
+        places = np.repeat(numbers, length), np.tile(np.arange(length), len(numbers))
+        self.parts.append((*places, target.reshape(-1), features, logits, norms))  # type: ignore[arg-type]
+        self.table.has_positions |= target.dim() > 1
+        if self.bytes >= _HELD:
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure what waits, and pass it on."""
+        if not self.parts:
+            return
+        numbers, positions, *tensors = zip(*self.parts, strict=True)
+        target, features, logits, norms = (
+            None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part) for part in tensors
+        )
+        with torch.no_grad():
+            metrics = head_metrics(
+                features, target=target, logits=logits, ignore_index=self.table.ignore_index, **self.head
+            )  # fmt: skip
+        values = [getattr(metrics, name) for name in _FIELDS] + ([] if norms is None else [norms])
+        self.parts, self.bytes = [], 0
+        self.table.add(np.concatenate(numbers), np.concatenate(positions), target, metrics.prediction, values)
+
+
 class _Rows:
     """What comes in on its way out: to the tally, to a sample for pictures, and to the per-sample table if one is kept."""
 
@@ -233,8 +279,9 @@ class _Rows:
         self.path = None if isinstance(rows, bool) else Path(rows)
         self.file: TextIO | None = None
         self.header = True
-        self.waiting: list[tuple[np.ndarray, Tensor, Tensor, Tensor]] = []
+        self.waiting: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor, Tensor]] = []
         self.count = 0
+        self.has_positions = False
 
     def __enter__(self) -> _Rows:
         if self.path is not None:
@@ -247,45 +294,38 @@ class _Rows:
         if self.file is not None:
             self.file.close()
 
-    def add(self, numbers: np.ndarray, target: Tensor, prediction: Tensor, values: list[Tensor]) -> None:
-        """Take in a batch: row numbers (N,), labels and predictions (N, ...), measures, each of N values in all."""
-        columns = torch.stack([value.reshape(-1).to(values[0].dtype) for value in values])
-        self.waiting.append((numbers, target, prediction, columns))
-        self.count += columns.shape[1]
+    def add(
+        self, numbers: np.ndarray, positions: np.ndarray, target: Tensor, prediction: Tensor, values: list[Tensor]
+    ) -> None:
+        """Take in rows: their numbers and positions, labels and predictions, and each measure, all (N,)."""
+        columns = torch.stack([value.to(values[0].dtype) for value in values])
+        self.waiting.append((numbers, positions, target, prediction, columns))
+        self.count += len(numbers)
         if self.count >= _FLUSH:
             self.flush()
 
     def flush(self) -> None:
-        """Pass on what waits."""
-        for part in self._columns():
-            self.tally.add(part)
-            if self.kept is not None:
-                self.kept.append(part)
-            if self.file is not None:
-                write_rows(self.file, part, header=self.header)
-                self.file.flush()
-                self.header = False
-            self.sample = thinned([self.sample, part])
-        self.waiting, self.count = [], 0
-
-    def _columns(self) -> Iterator[dict[str, np.ndarray]]:
-        """The rows that wait as one table, without those that are ignored."""
+        """Pass on what waits, without the rows that are ignored."""
         if not self.waiting:
             return
-        numbers, positions = [], []
-        for number, target, _, _ in self.waiting:
-            length = target[0].numel() if len(target) else 1
-            numbers.append(np.repeat(number, length))
-            positions.append(np.tile(np.arange(length), len(number)))
-        target, prediction = (torch.cat([part[k].reshape(-1) for part in self.waiting]).cpu().numpy() for k in (1, 2))
-        values = torch.cat([part[3] for part in self.waiting], dim=1).cpu().numpy()
+        numbers, positions, *tensors = zip(*self.waiting, strict=True)
+        target, prediction, values = (torch.cat(part, dim=-1).cpu().numpy() for part in tensors)
         kept = target != self.ignore_index
         table = {"row": np.concatenate(numbers)}
-        if any(part[1].dim() > 1 for part in self.waiting):
+        if self.has_positions:
             table["position"] = np.concatenate(positions)
         table |= {"target": target.astype(np.int64), "prediction": prediction, "correct": target == prediction}
         table |= dict(zip(self.measures, values, strict=True))
-        yield {name: column[kept] for name, column in table.items()}
+        part = {name: column[kept] for name, column in table.items()}
+        self.tally.add(part)
+        if self.kept is not None:
+            self.kept.append(part)
+        if self.file is not None:
+            write_rows(self.file, part, header=self.header)
+            self.file.flush()
+            self.header = False
+        self.sample = thinned([self.sample, part])
+        self.waiting, self.count = [], 0
 
     def table(self) -> dict[str, np.ndarray] | None:
         """The per-sample table, if it is kept in memory."""
