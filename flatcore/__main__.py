@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ A factory is a function of yours that returns (model, loader), named package.mod
   python -m flatcore sweep mine:trained --norm 2 --eps 0.5 --scales 1 10 100
 
 exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted
+"""
+_FACTORY = """\
+example, with mine.py in this folder:
+  import torch
+  def trained():
+      model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+      data = torch.utils.data.TensorDataset(torch.rand(100, 8, 8), torch.arange(100) % 10)
+      return model, torch.utils.data.DataLoader(data, batch_size=50)
+
+  python -m flatcore {command} mine:trained{options}
 """
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """What pip calls a module of another name."""
@@ -98,8 +109,10 @@ def _norm(text: str) -> float:
 def _add_model_commands(commands: Any) -> None:
     def add(name: str, out: str, brief: str, description: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = commands.add_parser(
-            name, help=brief, description=description + " Needs the packages of flatcore[lab]."
-        )
+            name, help=brief, description=textwrap.fill(description + " Needs the packages of flatcore[lab].", 78),
+            epilog=_FACTORY.format(command=name, options="" if name == "evaluate" else " --norm inf --eps 0.03"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         parser.add_argument(
             "factory", metavar="package.module:function", help="a function that returns (model, loader); the loader "
             "yields (inputs, target)",

@@ -214,7 +214,7 @@ class _Call:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.rows = max(chunk_size or inputs.shape[0], 1)
         if not check_flag(allow_train_mode, "allow_train_mode"):
-            _refuse_shared_statistics(model)
+            refuse_shared_statistics(model, ALLOW)
 
     def starts(self) -> range:
         """First row of each chunk: one, empty, where there are no rows."""
@@ -307,7 +307,10 @@ def _modules(model: Any) -> list[nn.Module]:
     return list(owner.modules()) if isinstance(owner, nn.Module) else []
 
 
-def _refuse_shared_statistics(model: Any) -> None:
+ALLOW = ", or pass allow_train_mode=True to take it as it is"
+
+
+def refuse_shared_statistics(model: Any, otherwise: str = "") -> None:
     """Refuse modules through which a sample's result depends on its neighbours or on chance."""
     for module in _modules(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -315,12 +318,12 @@ def _refuse_shared_statistics(model: Any) -> None:
                 mode = "in training mode" if module.training else "without running statistics"
                 raise ValueError(
                     f"model holds a {type(module).__name__} {mode}, which mixes the samples of a batch: their gradients "
-                    "are not per-sample; call model.eval(), or pass allow_train_mode=True to take it as it is"
+                    f"are not per-sample; call model.eval(){otherwise}"
                 )
         elif module.training and _is_random(module):
             raise ValueError(
                 f"model holds a {type(module).__name__} in training mode, which draws at random: the gradient would not "
-                "be the model's; call model.eval(), or pass allow_train_mode=True to take it as it is"
+                f"be the model's; call model.eval(){otherwise}"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._distribution import Distribution
-from ._report import MEASURES
+from ._report import CLASSES, MEASURES
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +42,7 @@ def distributions(report: Any) -> Any:
             continue
         edges = np.linspace(logs[0] * _PER_E - 0.05, logs[-1] * _PER_E + 0.05, 61)
         for label, colour, right in (("correct", CORRECT, 1), ("wrong", WRONG, 0)):
-            centres, rows = found.histogram(range(right, 2 * 1001, 2))
+            centres, rows = found.histogram(range(right, 2 * CLASSES + 2, 2))
             density, _ = np.histogram(centres * _PER_E, edges, weights=rows)
             share = density / max(rows.sum(), 1)
             ax.stairs(100 * share, edges, fill=True, alpha=0.45, color=colour)

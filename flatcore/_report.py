@@ -27,7 +27,7 @@ MEASURES = {
     "input_gradient_norm": "input gradient norm",
 }
 """The measures that are summarised, and what pages call them; those that were not measured are absent."""
-_CLASSES = 1000  # up to so many classes the statistics are split by class: some 3 KB for each
+CLASSES = 1000  # up to so many classes the statistics are split by class: some 3 KB for each
 _SAMPLE = 8192  # points of a scatter plot
 
 
@@ -70,7 +70,7 @@ class Tally:
             count = self.counts.setdefault(int(label), [0, 0])
             count[0] += int(rows)
             count[1] += int(right)
-        group = 2 * np.where(target < _CLASSES, target, _CLASSES) + correct
+        group = 2 * np.where(target < CLASSES, target, CLASSES) + correct
         for name, distribution in self.distributions.items():
             if name == "loss":
                 with np.errstate(divide="ignore"):
@@ -96,7 +96,7 @@ class Tally:
     def groups(self) -> dict[str, Group]:
         """All rows, those classified right and wrong."""
         rows, right = self.rows, sum(right for _, right in self.counts.values())
-        label = range(_CLASSES + 1)
+        label = range(CLASSES + 1)
         return {
             "all": Group(rows, right, self._statistics(None)),
             "correct": Group(right, right, self._statistics([2 * k + 1 for k in label])),
@@ -107,7 +107,7 @@ class Tally:
         """Each class by its label; those from 1000 on have no statistics."""
         found = {}
         for label, (rows, right) in sorted(self.counts.items()):
-            known = label < _CLASSES
+            known = label < CLASSES
             found[label] = Group(rows, right, self._statistics([2 * label, 2 * label + 1]) if known else {})
         return found
 
@@ -217,8 +217,8 @@ class Report:
         for name, s in whole.statistics.items():
             spoilt = f", {s.nan_rows} rows NaN" if s.nan_rows else ""
             lines.append(
-                f"  {MEASURES[name]:<29} mean {number(s.log_mean):>9} +- {100 * s.relative_standard_error:.1f} %, "
-                f"median {number(s.log_median):>9}, heaviest 1 % hold {100 * s.heaviest_share:.0f} %{spoilt}"
+                f"  {MEASURES[name]:<29} mean {number(s.log_mean):>9} +- {percent(s.relative_standard_error)}, "
+                f"median {number(s.log_median):>9}, heaviest 1 % hold {percent(s.heaviest_share)}{spoilt}"
             )
         return "\n".join(lines)
 

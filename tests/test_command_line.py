@@ -236,6 +236,23 @@ def test_interrupted_evaluate_writes_what_it_has(factory: Path, capsys: pytest.C
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "attack-path", "sweep"])
+def test_help_of_a_command_has_an_example_that_runs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([command, "--help"]) == 0
+    _, example = capsys.readouterr().out.split("with mine.py in this folder:\n")
+    source, line = example.split("\n\n")
+    (tmp_path / "mine.py").write_text(textwrap.dedent(source))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        assert main(line.strip().removeprefix("python -m flatcore ").split()) == 0
+    finally:
+        sys.modules.pop("mine", None)
+    assert capsys.readouterr().out.count("Written: ") >= 2
+
+
 ATTACK = ["--norm", "inf", "--eps", "0.2", "--steps", "4", "--samples", "20"]
 
 

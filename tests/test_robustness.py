@@ -471,6 +471,26 @@ def test_other_bad_arguments() -> None:
             robustness.perturbation_detector(**arguments)
 
 
+def test_training_mode_is_refused_unless_allowed() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).double(), samples()
+    for kind in ("exact", "usual"):
+        with pytest.raises(ValueError, match=r"BatchNorm1d in training mode.*or pass allow_train_mode=True"):
+            robustness.pgd(model, x, y, gradient=kind, **LINF)
+        assert model[1].num_batches_tracked == 0
+        assert robustness.pgd(model, x, y, gradient=kind, allow_train_mode=True, **LINF | {"steps": 1}).shape == x.shape
+        assert model[1].num_batches_tracked == 1
+        model[1].reset_running_stats()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)$"):
+        robustness.attack_path(model, x, y, **LINF)
+    robustness.scaling_sweep(model, [(x, y)], (1,), **LINF)  # in evaluation mode for the call
+    assert model[1].num_batches_tracked == 0 and model.training
+    stateless = nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 5)).double()
+    with pytest.raises(ValueError, match="without running statistics"):
+        robustness.scaling_sweep(stateless, [(x, y)], (1,), **LINF)
+    with pytest.raises(ValueError, match="without running statistics"):
+        robustness.transfer(stateless, [(x, y)], **LINF)
+
+
 def test_a_softcap_is_refused_and_the_hooks_are_gone() -> None:
     class Capped(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

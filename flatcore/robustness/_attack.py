@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._head_metrics import HeadMetrics
-from .._input_gradients import differentiable_logits_of, frozen, input_gradients
+from .._input_gradients import ALLOW, differentiable_logits_of, frozen, input_gradients, refuse_shared_statistics
 from .._probe import Probe
 from .._row_norms import row_norms
 from .._validate import (
@@ -166,6 +166,7 @@ def pgd(
     random_start: bool = False,
     clip: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    allow_train_mode: bool = False,
 ) -> Tensor:
     r"""Projected gradient descent: inputs moved uphill on the loss, within a norm ball and the range of the data.
 
@@ -185,6 +186,7 @@ def pgd(
         random_start: begin at a point drawn uniformly from the ball.
         clip: (low, high), the range of the data; None for no range.
         generator: of the random start; None for torch's own.
+        allow_train_mode: take a model in training mode as it is, with what its BatchNorm and Dropout then do.
 
     Returns:
         (N, ...), a new tensor, the last point; dtype and device of the inputs.
@@ -193,7 +195,7 @@ def pgd(
         TypeError: inputs or target no tensor, or of a wrong dtype; a ``clip`` that is no pair; an argument of a wrong kind.
         ValueError: another norm or gradient; eps or step not above 0; steps below 1; inputs outside ``clip`` or not
             finite; shapes that do not fit; a model on another device; a label that is no class; a model in training mode
-            whose samples share statistics or chance (``"exact"``).
+            whose samples share statistics or chance, unless ``allow_train_mode=True``.
 
     Numerics: steps and projections in float32 or wider. A zero or NaN gradient moves nothing.
 
@@ -210,17 +212,19 @@ def pgd(
     """
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
     check_attacked(model, inputs, target, attack.clip)
+    if not check_flag(allow_train_mode, "allow_train_mode"):
+        refuse_shared_statistics(model, ALLOW)
     return climb(model, inputs.detach(), target, attack)
 
 
 def climb(model: Any, inputs: Tensor, target: Tensor, attack: Attack) -> Tensor:
-    """The last point of a checked attack on checked inputs."""
+    """The last point of a checked attack on a checked model and inputs."""
     here = attack.start(inputs)
     for _ in range(attack.steps):
         if attack.gradient == "usual":
             direction = usual_gradient(model, here, target)
         else:
-            direction = input_gradients(model, here, target).direction
+            direction = input_gradients(model, here, target, allow_train_mode=True).direction
         here = attack.advance(inputs, here, direction)
     return here.clone() if here is inputs else here
 
@@ -231,7 +235,9 @@ def points(
     """Each point of the attack: where it is, the head's metrics there, the exact log input gradient norm, the features."""
     here = attack.start(inputs)
     for k in range(attack.steps + 1):
-        found = input_gradients(probe.model, here, target)  # its one forward pass is what the probe sees
+        found = input_gradients(
+            probe.model, here, target, allow_train_mode=True
+        )  # its one forward pass is what the probe sees
         norms = row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale
         yield here, probe.head_metrics(target), norms.to(found.log_scale.dtype), probe.features.detach()
         if k < attack.steps:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._input_gradients import refuse_shared_statistics
 from .._loading import check_module
 from .._probe import Probe
 from .._row_norms import row_norms
@@ -73,7 +74,7 @@ class AttackPath(NamedTuple):
         for q in quantiles:
             if not 0 <= q <= 1:
                 raise ValueError(f"quantiles must be within 0..1, got {q}")
-        values, flip = getattr(self, measure).double(), self.flip_step
+        values, flip = getattr(self, measure).cpu().double(), self.flip_step.cpu()
         steps = len(values) - 1
         rows = flip >= 0
         offset = torch.arange(-steps, steps + 1)
@@ -144,7 +145,7 @@ def attack_path(
         :class:`AttackPath`.
 
     Raises:
-        TypeError, ValueError: as :func:`flatcore.robustness.pgd`; a ``chunk_size`` below 1.
+        TypeError, ValueError: as :func:`flatcore.robustness.pgd`, in training mode too; a ``chunk_size`` below 1.
         RuntimeError: as :class:`flatcore.Probe`, where the model's output is not its head's.
 
     Cost: steps + 1 forward and backward passes where the attack makes steps; twice that with the usual gradient, as the
@@ -164,6 +165,7 @@ def attack_path(
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
     check_module(model)
     check_attacked(model, inputs, target, attack.clip)
+    refuse_shared_statistics(model)
     if chunk_size is not None and check_integer(chunk_size, "chunk_size") < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     inputs = inputs.detach()

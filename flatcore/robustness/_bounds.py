@@ -167,7 +167,7 @@ def loss_change_bound(
     Numerics: float64, rounded up: by 1e-11, and by what the rounding of the logits can do to gradient and variance. R is
         searched up to 4096 classes; above, it is twice the largest distance to the mean row, which is no less.
 
-    Source: docs/mathematics.md, "From flatness to robustness"; the paper's: arXiv 2510.14231.
+    Source: docs/robustness.md, "Bounds"; the paper's: arXiv 2510.14231.
 
     Example:
         >>> import torch, flatcore

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._input_gradients import logits_of
+from .._input_gradients import logits_of, refuse_shared_statistics
 from .._loading import batches, check_module, device_of, evaluation_mode
 from .._probe import Probe
 from .._validate import check_number
@@ -214,6 +214,7 @@ def scaling_sweep(
     parts: dict[tuple[float, int], list[tuple[Tensor, ...]]] = {}
     with evaluation_mode(model):
         module = None
+        refuse_shared_statistics(model)  # BatchNorm without running statistics mixes samples in evaluation mode too
         for batch in batches(loader):
             inputs, target = (tensor.to(place) for tensor in batch)
             check_attacked(model, inputs, target, attacks[0].clip)
@@ -350,6 +351,7 @@ def transfer(
         for batch in batches(loader):
             inputs, target = (tensor.to(place) for tensor in batch)
             for model in named.values():
+                refuse_shared_statistics(model)
                 check_attacked(model, inputs, target, attack.clip)
             if len(inputs) == 0:
                 continue
