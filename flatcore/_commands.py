@@ -6,6 +6,7 @@ import argparse
 import csv
 import errno
 import importlib
+import importlib.util
 import io
 import os
 import sys
@@ -80,6 +81,13 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
+def _require(*packages: str) -> None:
+    """Say now, and not after the work, what is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"{package} is not installed; pip install 'flatcore[lab]' brings it")
+
+
 def _save(out: Path, files: dict[str, Callable[[Path], None]]) -> int:
     """Write files into a folder; those that cannot be written there into a new one, so that nothing is lost."""
     spare: Path | None = None
@@ -99,6 +107,7 @@ def _save(out: Path, files: dict[str, Callable[[Path], None]]) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """``evaluate``: rows.csv, report.json and report.html."""
+    _require("matplotlib", "jinja2")
     with _processes() as first:
         return _evaluate(arguments, first)
 
@@ -169,6 +178,7 @@ def run_attack_path(arguments: argparse.Namespace) -> int:
     """``attack-path``: attack_path.csv, one row per sample and step, and attack_path.png."""
     from .robustness import attack_path
 
+    _require("matplotlib")
     out = arguments.out.absolute()
     for name in ("attack_path.csv", "attack_path.png"):
         check_writable(out / name)
@@ -212,6 +222,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     """``sweep``: scaling_sweep.json and scaling_sweep.png."""
     from .robustness import plot_scaling, scaling_sweep
 
+    _require("matplotlib")
     out = arguments.out.absolute()
     for name in ("scaling_sweep.json", "scaling_sweep.png"):
         check_writable(out / name)

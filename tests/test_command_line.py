@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -316,6 +317,19 @@ def test_failures_are_sentences(argv: list[str], words: str, factory: Path, caps
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("flatcore: ") and words in error and error.endswith(".\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "attack-path", "sweep"])
+def test_missing_pictures_are_told_before_the_work(
+    command: str, factory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert main([command, "factories:trained", *(ATTACK if command != "evaluate" else [])]) == 1
+    assert capsys.readouterr().err == (
+        "flatcore: matplotlib is not installed; pip install 'flatcore[lab]' brings it.\n"
+    )
+    assert "factories" not in sys.modules
 
 
 @pytest.mark.parametrize(
