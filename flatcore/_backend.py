@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import TracebackType
 
@@ -63,14 +64,33 @@ def describe_cpu_target() -> str | None:
     return None if _core is None else _core.cpu_target(cpu_target or "")
 
 
-def uses_native(device_type: str) -> bool:
-    """Whether tensors on this kind of device run on the compiled kernels."""
+CUDA_STEMS: tuple[str, ...] = ("row_norms",)
+"""What has a CUDA kernel."""
+CUDA_PROVEN: tuple[str, ...] = ()
+"""Those whose tests have passed on a device: "auto" takes these, "native" the others too."""
+
+
+@functools.cache
+def cuda_runtime() -> tuple[int, int, int, str]:
+    """Runtime version, driver version, devices, and why none can be used (empty if one can)."""
+    if _core is None or not _core.CUDA:
+        return 0, 0, 0, "flatcore was built without CUDA"
+    found: tuple[int, int, int, str] = _core.cuda_runtime()
+    return found
+
+
+def uses_native(device_type: str, stem: str) -> bool:
+    """Whether this computation runs on the compiled kernels for tensors on this kind of device."""
     if selected == "reference":
         return False
-    compiled = _core is not None and device_type == "cpu"
+    if device_type == "cuda":
+        stems = CUDA_STEMS if selected == "native" else CUDA_PROVEN
+        compiled = stem in stems and not cuda_runtime()[3]
+    else:
+        compiled = _core is not None and device_type == "cpu"
     if selected == "native" and not compiled:
         raise ValueError(
-            f"backend 'native' has no kernels for device {device_type!r} in this build; "
+            f"backend 'native' has no kernel of {stem} for device {device_type!r} in this build; "
             "use flatcore.backend('auto') or move the tensors to the CPU"
         )
     return compiled

@@ -296,9 +296,15 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     x = _readable(x)
     N, K = x.shape
     norms = {p: x.new_empty((N,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for p in set(ord)}
-    if N:
+    address: dict[float, int] = {p: norm.data_ptr() for p, norm in norms.items()}
+    if N and x.is_cuda:
+        workspace = x.new_empty(_core.cuda_row_norms_workspace(N, K), dtype=torch.float64)
+        _core.cuda_row_norms(
+            x.device.index, torch.cuda.current_stream(x.device).cuda_stream, matrix(x), N, K, address.get(1, 0),
+            address.get(2, 0), address.get(math.inf, 0), workspace.data_ptr(),
+        )  # fmt: skip
+    elif N:
         workspace = torch.empty(_core.row_norms_workspace(N, K), dtype=torch.float64)
-        address: dict[float, int] = {p: norm.data_ptr() for p, norm in norms.items()}
         _core.row_norms(
             _backend.cpu_target or "", matrix(x), N, K, torch.get_num_threads(), address.get(1, 0), address.get(2, 0),
             address.get(math.inf, 0), workspace.data_ptr(),

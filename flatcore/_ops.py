@@ -31,7 +31,7 @@ _UNMASKED_BACKWARD = "unmasked_cross_entropy_backward(Tensor upstream, Tensor co
 
 
 def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    if _backend.uses_native(features.device.type):
+    if _backend.uses_native(features.device.type, "head_metrics"):
         return _native.head_metrics(features, linear_weight, *rest)
     _, _, target, _, ignore_index, *_ = rest
     if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
@@ -44,7 +44,7 @@ def _run_head_metrics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of features, weight, bias and logits where wanted; a row's upstream is ``upstream * coefficient``."""
     features = arguments[0]
-    if _backend.uses_native(features.device.type):
+    if _backend.uses_native(features.device.type, "head_metrics_backward"):
         return _native.head_metrics_backward(upstream, coefficient, *arguments, wanted)
     c = upstream.double().expand(features.shape[0])
     if coefficient is not None:
@@ -62,12 +62,12 @@ def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
 
 
 def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
-    implementation = _native if _backend.uses_native(x.device.type) else reference
+    implementation = _native if _backend.uses_native(x.device.type, "row_norms") else reference
     return implementation.row_norms(x, tuple(ord))
 
 
 def _run_unmasked(logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True):
-    if _backend.uses_native(logits.device.type):
+    if _backend.uses_native(logits.device.type, "unmasked_cross_entropy"):
         return _native.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
     if logits.device.type == "cpu" or _backend.validate_on_device:
         _check_labels(target, logits.shape[1], ignore_index)
@@ -513,7 +513,7 @@ def _run_measure(
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The value and, if wanted, its derivative by each row's log."""
-    if _backend.uses_native(features.device.type):
+    if _backend.uses_native(features.device.type, "head_metrics"):
         return _native.head_measure(
             features, linear_weight, linear_bias, logits, target, s, count_rows, measure, with_coefficient
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from . import _backend
 from ._backend import _core
 
 
@@ -17,7 +20,7 @@ def is_built() -> bool:
 
 
 def is_available() -> bool:
-    """Whether the CUDA kernels were compiled and a device can run them.
+    """Whether CUDA kernels were compiled and a device can run them; :func:`show_config` says why not.
 
     Without them CUDA tensors run on the PyTorch reference, on their own device, with the same results.
 
@@ -26,4 +29,40 @@ def is_available() -> bool:
         >>> flatcore.cuda.is_available() <= flatcore.cuda.is_built()
         True
     """
-    return is_built()
+    return not _backend.cuda_runtime()[3]
+
+
+def show_config() -> dict[str, Any]:
+    """What was built for CUDA and what the module's own runtime finds here, as a dictionary.
+
+    Returns:
+        ``built``; ``available``; ``reason``, why no device can be used, or None (torch's runtime may work with a driver
+        that is too old for this one); ``runtime`` and ``driver``, versions such as "13.0" (the driver's is the newest
+        runtime that it serves), or None; ``devices``, their number; ``architectures``, those that were compiled;
+        ``kernels``, the computations that have one, which ``flatcore.backend("native")`` takes; ``proven``, those of them
+        whose tests have passed on a device, which ``"auto"`` takes. All others run on the reference.
+
+    Example:
+        >>> import flatcore
+        >>> config = flatcore.cuda.show_config()
+        >>> (config["reason"] is None) == config["available"]
+        True
+    """
+    runtime, driver, devices, reason = _backend.cuda_runtime()
+    built = is_built()
+    return {
+        "built": built,
+        "available": not reason,
+        "reason": reason or None,
+        "runtime": _version(runtime),
+        "driver": _version(driver),
+        "devices": devices,
+        "architectures": _core.cuda_architectures() if built else None,
+        "kernels": _backend.CUDA_STEMS if built else (),
+        "proven": _backend.CUDA_PROVEN if built else (),
+    }
+
+
+def _version(number: int) -> str | None:
+    """CUDA's own form: 13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None

@@ -18,6 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that turn an absence into a failure."""
     group = parser.getgroup("flatcore")
     group.addoption("--require-browser", action="store_true", help="fail, instead of skip, without headless Chromium")
+    group.addoption("--require-cuda", action="store_true", help="fail, instead of skip, where no CUDA kernel can run")
+    group.addoption("--require-nvcc", action="store_true", help="fail, instead of skip, where CUDA cannot be compiled")
     group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
     group.addoption(
         "--require-target",

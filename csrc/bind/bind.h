@@ -14,6 +14,7 @@ namespace flatcore::bind {
 
 namespace py = pybind11;
 
+void register_cuda(py::module_& module);  // defined where CUDA is built
 void register_head_metrics(py::module_& module);
 void register_head_metrics_backward(py::module_& module);
 void register_row_norms(py::module_& module);

@@ -19,4 +19,7 @@ PYBIND11_MODULE(_core, module) {
   flatcore::bind::register_head_metrics_backward(module);
   flatcore::bind::register_row_norms(module);
   flatcore::bind::register_unmasked_cross_entropy(module);
+#if FLATCORE_WITH_CUDA
+  flatcore::bind::register_cuda(module);
+#endif
 }

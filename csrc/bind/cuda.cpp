@@ -1,0 +1,50 @@
+#include "bind/bind.h"
+#include "cuda/row_norms.h"
+
+namespace flatcore::bind {
+
+namespace {
+
+void check(const cuda::Launched& launched) {
+  if (launched.error != nullptr) throw std::runtime_error(std::string(launched.what) + ": " + launched.error);
+}
+
+}  // namespace
+
+void register_cuda(py::module_& module) {
+  module.def("cuda_architectures", &cuda::architectures, "The architectures that were compiled.");
+  module.def(
+      "cuda_runtime",
+      [] {
+        const cuda::Runtime found = cuda::runtime();
+        return py::make_tuple(found.runtime_version, found.driver_version, found.devices, found.reason);
+      },
+      "Runtime version, driver version, number of devices, and why none can be used (empty if one can).");
+  module.def("cuda_row_norms_workspace", &cuda::row_norms_workspace, py::arg("N"), py::arg("K"),
+             "Doubles of workspace that cuda_row_norms needs.");
+  module.def(
+      "cuda_row_norms",
+      [](int device, uintptr_t stream, const py::object& x, int64_t N, int64_t K, uintptr_t l1, uintptr_t l2,
+         uintptr_t linf, uintptr_t workspace) {
+        check_size("N", N, 0);
+        check_size("K", K, 0);
+        cuda::RowNorms call;
+        call.x = matrix(x);
+        call.N = N;
+        call.K = K;
+        call.device = device;
+        call.stream = pointer<void>(stream);
+        call.l1 = pointer<void>(l1);
+        call.l2 = pointer<void>(l2);
+        call.linf = pointer<void>(linf);
+        call.workspace = pointer<double>(workspace);
+        py::gil_scoped_release release;
+        const cuda::Launched launched = cuda::row_norms(call);
+        py::gil_scoped_acquire acquire;
+        check(launched);
+      },
+      py::arg("device"), py::arg("stream"), py::arg("x"), py::arg("N"), py::arg("K"), py::arg("l1"), py::arg("l2"),
+      py::arg("linf"), py::arg("workspace"), "row_norms on a CUDA device, on the stream, without waiting for it.");
+}
+
+}  // namespace flatcore::bind

@@ -1,0 +1,28 @@
+// What every CUDA entry point shares, without CUDA's headers: the stream, and how a launch reports.
+#pragma once
+
+#include <string>
+
+namespace flatcore::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+// Null, or what CUDA said and where.
+struct Launched {
+  const char* error = nullptr;
+  const char* what = nullptr;
+};
+
+// The runtime that is linked in, and what it finds.
+struct Runtime {
+  int runtime_version = 0;  // 13000 is 13.0
+  int driver_version = 0;   // the newest runtime that the driver serves; 0 without a driver
+  int devices = 0;
+  std::string reason;  // why no device can be used; empty if one can
+};
+Runtime runtime();
+
+// The architectures that were compiled, as CMake names them.
+const char* architectures();
+
+}  // namespace flatcore::cuda

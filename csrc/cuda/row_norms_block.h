@@ -1,0 +1,169 @@
+// The norms of one row, or of a tile of it, by the lanes of a block: shared by the kernels and by their host test.
+//
+// Numerics: every entry is widened to float64 before it is added, so that squares of 1e20 or 1e-25 in float32 neither
+// overflow nor vanish. float64 rows whose sum of squares leaves [1e-280, 1e300] are read again, scaled by a power of
+// two. A NaN makes the sum NaN, and the sum decides.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/element.h"
+#include "cuda/lanes.h"
+#include "math/exp_log.h"
+
+namespace flatcore::cuda {
+
+FLATCORE_INLINE double widen(double x) { return x; }
+FLATCORE_INLINE double widen(float x) { return static_cast<double>(x); }
+FLATCORE_INLINE double widen(cpu::BHalf x) {
+  return static_cast<double>(math::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16));
+}
+// float16 by its exponent: 2^112 brings the exponent of a float16 in a float's place to its value, and is exact for
+// subnormals too; exponent 31 is infinity or NaN.
+FLATCORE_INLINE double widen(cpu::Half x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
+  const uint32_t special = magnitude >= 0x0f800000U ? 0x70000000U : 0U;
+  const float value = math::bit_cast<float>(magnitude | special) * (special != 0U ? 1.0F : 0x1p112F);
+  return static_cast<double>((x.bits & 0x8000U) != 0U ? -value : value);
+}
+
+struct RowPartial {
+  double sum = 0.0, squares = 0.0, largest = 0.0;
+
+#if defined(__CUDACC__)
+  __device__ __forceinline__ RowPartial from_lane_above(int offset) const {
+    RowPartial other;
+    other.sum = __shfl_down_sync(0xffffffffU, sum, static_cast<unsigned>(offset));
+    other.squares = __shfl_down_sync(0xffffffffU, squares, static_cast<unsigned>(offset));
+    other.largest = __shfl_down_sync(0xffffffffU, largest, static_cast<unsigned>(offset));
+    return other;
+  }
+  __device__ __forceinline__ RowPartial from_first_lane() const {
+    RowPartial other;
+    other.sum = __shfl_sync(0xffffffffU, sum, 0);
+    other.squares = __shfl_sync(0xffffffffU, squares, 0);
+    other.largest = __shfl_sync(0xffffffffU, largest, 0);
+    return other;
+  }
+#endif
+  FLATCORE_METHOD void take(double a, double scale) {
+    a = a < 0.0 ? -a : a;  // -0 stays, and adds nothing
+    const double v = a * scale;
+    sum += a;
+    squares += v * v;
+    largest = a > largest ? a : largest;
+  }
+};
+FLATCORE_INLINE RowPartial merge_partials(const RowPartial& a, const RowPartial& b) {
+  RowPartial both;
+  both.sum = a.sum + b.sum;
+  both.squares = a.squares + b.squares;
+  both.largest = b.largest > a.largest ? b.largest : a.largest;
+  return both;
+}
+
+// Elements in 16 bytes, the widest load.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
+  T items[kCount];
+};
+
+// One lane's share of `count` elements, `stride` apart: packs lane, lane + lanes, ... where the elements lie side by
+// side (those before the first 16-byte boundary and behind the last go one by one), else elements lane, lane + lanes,
+// ...
+template <class T>
+FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t count, int lane, int lanes, double scale) {
+  RowPartial partial;
+  int64_t head = count, packs = 0;
+  if (stride == 1) {
+    const auto address = reinterpret_cast<uintptr_t>(x);
+    const int64_t skip = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(T));
+    if (address % sizeof(T) == 0) {
+      head = skip < count ? skip : count;
+      packs = (count - head) / Pack<T>::kCount;
+    }
+  }
+  for (int64_t k = lane; k < head; k += lanes) partial.take(widen(x[k * stride]), scale);
+  const auto* packed = reinterpret_cast<const Pack<T>*>(x + head);
+  constexpr int unroll = 4;  // loads in flight before the first is used
+  int64_t p = lane;
+  for (; p + (unroll - 1) * static_cast<int64_t>(lanes) < packs; p += unroll * static_cast<int64_t>(lanes)) {
+    Pack<T> loaded[unroll];
+    FLATCORE_UNROLL
+    for (int i = 0; i < unroll; ++i) loaded[i] = packed[p + i * static_cast<int64_t>(lanes)];
+    FLATCORE_UNROLL
+    for (int i = 0; i < unroll; ++i) {
+      FLATCORE_UNROLL
+      for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widen(loaded[i].items[e]), scale);
+    }
+  }
+  for (; p < packs; p += lanes) {
+    const Pack<T> loaded = packed[p];
+    FLATCORE_UNROLL
+    for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widen(loaded.items[e]), scale);
+  }
+  if (stride == 1) {
+    for (int64_t k = head + packs * Pack<T>::kCount + lane; k < count; k += lanes) partial.take(widen(x[k]), scale);
+  }
+  return partial;
+}
+
+// 2^-e for the exponent e of a positive finite number, in two factors: one alone may leave the range.
+struct PowerOfTwo {
+  double first, second;
+};
+FLATCORE_INLINE PowerOfTwo inverse_power(double largest) {
+  const int exponent = ilogb(largest);
+  return {scalbn(1.0, -exponent / 2), scalbn(1.0, -exponent - (-exponent / 2))};
+}
+
+struct MergePartials {
+  FLATCORE_METHOD RowPartial operator()(const RowPartial& a, const RowPartial& b) const { return merge_partials(a, b); }
+};
+
+// The partial result of `count` elements of a row, known to every lane.
+template <class T, class Lanes>
+FLATCORE_BLOCK RowPartial block_partial(Lanes& lanes, RowPartial* shared, const T* x, int64_t stride, int64_t count,
+                                        int width) {
+  lanes.each([&](int lane, RowPartial& partial) { partial = lane_partial(x, stride, count, lane, width, 1.0); });
+  lanes.reduce(shared, MergePartials{});
+  return lanes.result();
+}
+
+struct Norms {
+  double l1, l2, linf;
+};
+
+// The norms of a row of `count` elements whose partial result every lane knows; reads it again if its squares left the
+// range.
+template <class T, class Lanes>
+FLATCORE_BLOCK Norms finished_row(Lanes& lanes, RowPartial* shared, const T* x, int64_t stride, int64_t count,
+                                  int width, const RowPartial& total) {
+  const double nan = __builtin_nan("");
+  if (total.sum != total.sum) return {total.sum, nan, nan};
+  if (!(total.largest < math::kInfinity)) return {total.sum, math::kInfinity, math::kInfinity};
+  const bool regular = total.squares > 1e-280 && total.squares < 1e300;
+  if (regular || total.largest == 0.0) return {total.sum, sqrt(total.squares), total.largest};
+  const PowerOfTwo scale = inverse_power(total.largest);
+  lanes.each([&](int lane, RowPartial& partial) {
+    partial = RowPartial{};
+    for (int64_t k = lane; k < count; k += width) partial.take(widen(x[k * stride]) * scale.first, scale.second);
+  });
+  lanes.reduce(shared, MergePartials{});
+  return {total.sum, sqrt(lanes.result().squares) / scale.first / scale.second, total.largest};
+}
+
+// The sum over the tiles of a row: lane i takes tiles i, i + width, ... in order.
+template <class Lanes>
+FLATCORE_BLOCK RowPartial tiles_partial(Lanes& lanes, RowPartial* shared, const RowPartial* tiles, int64_t count,
+                                        int width) {
+  lanes.each([&](int lane, RowPartial& partial) {
+    partial = RowPartial{};
+    for (int64_t k = lane; k < count; k += width) partial = merge_partials(partial, tiles[k]);
+  });
+  lanes.reduce(shared, MergePartials{});
+  return lanes.result();
+}
+
+}  // namespace flatcore::cuda

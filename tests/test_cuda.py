@@ -1,0 +1,124 @@
+"""The CUDA kernels on a device: numbers, streams, graphs, devices. Nothing here runs without one (--require-cuda fails).
+
+Letters: N rows of K entries.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from tolerance import assert_same, assert_within, tolerance
+from torch import Tensor
+
+import flatcore
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDTHS = (1, 2, 3, 7, 8, 9, 31, 33, 127, 129, 1023, 1024, 1025, 16383, 16384, 16385, 49157)
+
+
+@pytest.fixture(autouse=True)
+def native(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels by force, on a device that can run them."""
+    if not flatcore.cuda.is_available():
+        message = f"no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}"
+        (pytest.fail if request.config.getoption("--require-cuda") else pytest.skip)(message)
+    with flatcore.backend("native"):
+        yield
+
+
+def check(x: Tensor) -> None:
+    """All three norms of a finite CUDA matrix."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    got = flatcore.row_norms(x)
+    assert got.device == x.device
+    for ord, norms in zip((1, 2, math.inf), got.cpu(), strict=True):
+        truth = oracles.exact_row_norms(x.cpu(), ord)
+        with np.errstate(divide="ignore"):
+            bound = tolerance("row_norm", truth, np.log(truth), dtype, terms=x.shape[1])
+        if ord == math.inf:
+            bound = type(bound)(0.0, 0.0)
+        assert_within(f"ord {ord} of {tuple(x.shape)} {x.dtype}", norms, truth, bound, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_widths_and_misaligned_rows(width: int, dtype: torch.dtype, offset: int) -> None:
+    whole = torch.randn(3, width + offset, dtype=torch.float64)
+    whole[0, -1] = 40  # a tail that is dropped shows in every norm
+    whole = whole.to("cuda", dtype)
+    check(whole[:, offset:])
+    check(whole.T.contiguous().T[:, offset:])
+
+
+@pytest.mark.parametrize("size", (1e200, 1e300, 1e-160, 1e-300, 1e-320))
+@pytest.mark.parametrize("width", (65, 2000, 20000))
+def test_squares_beyond_the_range(size: float, width: int) -> None:
+    check((torch.rand(2, width, dtype=torch.float64) * size).cuda())
+
+
+def test_many_rows_and_nan_in_its_row_only() -> None:
+    x = torch.randn(100_003, 37, device="cuda")
+    x[5, 36], x[99_999, 0] = math.nan, math.inf
+    got = flatcore.row_norms(x)
+    assert got.isnan().nonzero()[:, 1].tolist() == [5, 5, 5]
+    assert (got[:, 99_999] == math.inf).all()
+    with flatcore.backend("reference"):
+        want = flatcore.row_norms(x)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
+    assert_same("two runs", flatcore.row_norms(x).cpu(), got.cpu())
+
+
+def test_beyond_32_bits() -> None:
+    if torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("10 GiB of device memory are not free")
+    x = torch.zeros(3, 1 << 30, dtype=torch.float16, device="cuda")
+    x[2, -1] = 3
+    assert flatcore.row_norms(x).tolist() == [[0, 0, 3]] * 3
+
+
+def test_the_callers_stream() -> None:
+    """The norms of a matrix that is still being filled on a side stream are those of the filled one."""
+    stream = torch.cuda.Stream()
+    x = torch.zeros(512, 20_000, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.fill_(1)
+        got = flatcore.row_norms(x, ord=1)
+    stream.synchronize()
+    assert (got == 20_000).all()
+
+
+@pytest.mark.parametrize("width", (100, 20_000))
+def test_graph_capture_as_the_first_call_of_a_process(width: int) -> None:
+    script = f"""
+        import torch, flatcore
+        x = torch.zeros(8, {width}, device="cuda")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with flatcore.backend("native"), torch.cuda.graph(graph):
+            got = flatcore.row_norms(x, ord=(1, 2))
+        x.fill_(2)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (got[0] == 2 * {width}).all(), got
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_device_is_left_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device only")
+    x = torch.ones(4, 2000, device="cuda:1")
+    assert flatcore.row_norms(x, ord=1).tolist() == [2000.0] * 4
+    assert torch.cuda.current_device() == 0
