@@ -100,8 +100,9 @@ class backend:  # noqa: N801  (a function to its users)
     """Choose the implementation for the whole process; as a context manager, until the block ends.
 
     Args:
-        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device and the PyTorch reference
-            elsewhere; ``"native"`` and ``"reference"`` force one.
+        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device (on CUDA those that have
+            passed their tests on one, see :func:`flatcore.cuda.show_config`) and the PyTorch reference elsewhere;
+            ``"native"`` and ``"reference"`` force one.
 
     Raises:
         ValueError: ``name`` is none of the three; later, at a call, if ``"native"`` has no kernel for a device.

@@ -231,6 +231,7 @@ class _Waiting:
         self.table = table
         self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self.bytes = 0
+        self.head: dict[str, Any] = {}  # its weight, bias and temperature
 
     def add(self, numbers: np.ndarray, target: Tensor, arguments: dict[str, Any], norms: Tensor | None) -> None:
         """Take in a batch: row numbers (N,), labels (N, ...), and what :func:`_passed` gives."""

@@ -140,9 +140,9 @@ def attack_path(path: Any, measures: tuple[str, ...]) -> Any:
     flipped, began = int((path.flip_step >= 0).sum()), int(path.correct[0].sum())
     axes[0].set_title(f"{flipped} of {began} correct samples flip", fontsize=11)
     for ax, name in zip(axes, measures, strict=True):
-        offset, count, (low, middle, high) = path.aligned(name)
+        offset, samples, (low, middle, high) = path.aligned(name)
         # a quantile of the few samples that have so many steps before or after the flip is another population's
-        kept = count >= max(0.1 * flipped, 1)
+        kept = samples >= max(0.1 * flipped, 1)
         at = offset[kept].numpy()
         low, middle, high = (line[kept].numpy() for line in (low, middle, high))
         ax.fill_between(at, low, high, color=CORRECT, alpha=0.25, lw=0, label="quartiles")

@@ -131,13 +131,13 @@ def joined(parts: list[Any]) -> dict[str, np.ndarray]:
 
 
 def thinned(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """A sample of rows for pictures: every 2^k-th row's by its number, k so that few thousand are left."""
+    """A sample of at most 8,192 rows for pictures, the same whatever the order in which they come."""
     names = ("row", "correct", "log_one_minus_confidence", "log_layerwise")
     held = [part for part in parts if part]
     if not held:
         return {}
     table = {name: np.concatenate([part[name] for part in held]) for name in names}
-    # a fixed hash of the number, so that data in order (of class, of length) are sampled evenly
+    # those of the smallest hash of their number, so that data in order (of class, of length) are sampled evenly
     mixed = (table["row"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
     order = np.argsort(mixed, kind="stable")[:_SAMPLE]
     return {name: column[order] for name, column in table.items()}

@@ -204,7 +204,7 @@ def test_flip_step_and_alignment_against_loops(digits: tuple[nn.Module, Tensor, 
             if flip >= 0:
                 by_offset.setdefault(k - flip, []).append(path.log_layerwise[k, n].item())
     assert found.offset.tolist() == sorted(by_offset)
-    for column, (offset, count) in enumerate(zip(found.offset.tolist(), found.count.tolist(), strict=True)):
+    for column, (offset, count) in enumerate(zip(found.offset.tolist(), found.samples.tolist(), strict=True)):
         values = by_offset[offset]
         assert count == len(values)
         want = [min(values), float(np.median(values)), max(values)]
@@ -218,7 +218,7 @@ def test_path_picture_shows_the_median(digits: tuple[nn.Module, Tensor, Tensor])
     assert len(figure.axes) == 2
     for axes, name in zip(figure.axes, ("log_layerwise", "loss"), strict=True):
         found = path.aligned(name)
-        kept = found.count >= 0.1 * (path.flip_step >= 0).sum()
+        kept = found.samples >= 0.1 * (path.flip_step >= 0).sum()
         line = next(line for line in axes.lines if line.get_label() == "median")
         np.testing.assert_array_equal(line.get_xdata(), found.offset[kept])
         np.testing.assert_array_equal(line.get_ydata(), found.quantiles[1, kept])

@@ -27,7 +27,7 @@ class Aligned(NamedTuple):
     """Quantiles of a measure over the samples that flip, by the steps since the flip."""
 
     offset: Tensor  # (K,) int64, 0 at the first point that is misclassified
-    count: Tensor  # (K,) int64, samples that have a point there
+    samples: Tensor  # (K,) int64, how many have a point there
     quantiles: Tensor  # (len(quantiles), K) float64
 
 
