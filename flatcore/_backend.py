@@ -64,7 +64,7 @@ def describe_cpu_target() -> str | None:
     return None if _core is None else _core.cpu_target(cpu_target or "")
 
 
-CUDA_STEMS: tuple[str, ...] = ("row_norms",)
+CUDA_STEMS: tuple[str, ...] = ("row_norms", "unmasked_cross_entropy")
 """What has a CUDA kernel."""
 CUDA_PROVEN: tuple[str, ...] = ()
 """Those whose tests have passed on a device: "auto" takes these, "native" the others too."""

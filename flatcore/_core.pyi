@@ -152,6 +152,18 @@ def cuda_row_norms(
     device: int, stream: int, x: _Matrix, N: int, K: int, l1: int, l2: int, linf: int, workspace: int
 ) -> None: ...
 def cuda_row_norms_workspace(N: int, K: int) -> int: ...
+def cuda_unmasked_cross_entropy(
+    device: int,
+    stream: int,
+    logits: _Matrix,
+    labels: int,
+    N: int,
+    C: int,
+    ignore_index: int,
+    loss: int,
+    log_scale: int,
+    cotangent: int,
+) -> None: ...
 def row_norms(
     target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int
 ) -> None: ...

@@ -284,6 +284,11 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _stream(x: Tensor) -> int:
+    """Address of the caller's current stream on the tensor's device."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
 def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
     """The error for a label that is no class."""
     return ValueError(
@@ -300,7 +305,7 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     if N and x.is_cuda:
         workspace = x.new_empty(_core.cuda_row_norms_workspace(N, K), dtype=torch.float64)
         _core.cuda_row_norms(
-            x.device.index, torch.cuda.current_stream(x.device).cuda_stream, matrix(x), N, K, address.get(1, 0),
+            x.device.index, _stream(x), matrix(x), N, K, address.get(1, 0),
             address.get(2, 0), address.get(math.inf, 0), workspace.data_ptr(),
         )  # fmt: skip
     elif N:
@@ -324,7 +329,12 @@ def unmasked_cross_entropy(
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, log_scale = (logits.new_empty((N,), dtype=result) for _ in range(2))
     cotangent = logits.new_empty((N if with_cotangent else 0, C))
-    if N:
+    if N and logits.is_cuda:
+        _core.cuda_unmasked_cross_entropy(
+            logits.device.index, _stream(logits), matrix(logits), target.data_ptr(), N, C, ignore_index,
+            loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
+        )  # fmt: skip
+    elif N:
         bad_row = _core.unmasked_cross_entropy(
             _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, torch.get_num_threads(),
             loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,

@@ -67,10 +67,12 @@ def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
 
 
 def _run_unmasked(logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True):
-    if _backend.uses_native(logits.device.type, "unmasked_cross_entropy"):
-        return _native.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
-    if logits.device.type == "cpu" or _backend.validate_on_device:
+    native = _backend.uses_native(logits.device.type, "unmasked_cross_entropy")
+    # the CPU's kernel finds a bad label on its way; elsewhere a check waits for the device
+    if not native if logits.device.type == "cpu" else _backend.validate_on_device:
         _check_labels(target, logits.shape[1], ignore_index)
+    if native:
+        return _native.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
     return reference.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
 
 

@@ -1,5 +1,6 @@
 // The blocks of csrc/cuda on the host, lane after lane, behind a C interface, for tests/test_cuda_build.py.
 #include "cuda/row_norms_block.h"
+#include "cuda/unmasked_cross_entropy_block.h"
 
 using namespace flatcore;
 using namespace flatcore::cuda;
@@ -29,6 +30,33 @@ static void norms_of(const T* x, int64_t stride, int64_t count, int64_t tile, do
   out[0] = norms.l1;
   out[1] = norms.l2;
   out[2] = norms.linf;
+}
+
+// As unmasked_cross_entropy.cu does it, by a warp or by a block of 256.
+template <class T, int width>
+static void unmasked_row(const T* z, int64_t classes, int64_t y, int64_t ignore_index, double* loss, double* log_scale,
+                         T* cotangent) {
+  HostLanes<RestPartial, width> lanes;
+  RestPartial shared[8], rest;
+  const bool ignored = y == ignore_index, known = y >= 0 && y < classes;
+  if (!ignored && known) rest = rest_of_row(lanes, shared, z, classes, y, width);
+  const RowResult row = row_result(ignored, known, known ? static_cast<double>(widened(z[y])) : 0.0, rest);
+  *loss = row.loss;
+  *log_scale = row.log_scale;
+  for (int lane = 0; lane < width; ++lane) write_cotangent(cotangent, z, classes, y, row, lane, width);
+}
+template <class T>
+static void unmasked(const void* z, const int64_t* target, int64_t rows, int64_t row_stride, int64_t classes,
+                     int64_t ignore_index, int width, double* loss, double* log_scale, void* cotangent) {
+  for (int64_t n = 0; n < rows; ++n) {
+    const T* row = static_cast<const T*>(z) + n * row_stride;
+    T* out = static_cast<T*>(cotangent) + n * classes;
+    if (width == kWarp) {
+      unmasked_row<T, kWarp>(row, classes, target[n], ignore_index, loss + n, log_scale + n, out);
+    } else {
+      unmasked_row<T, 256>(row, classes, target[n], ignore_index, loss + n, log_scale + n, out);
+    }
+  }
 }
 
 extern "C" {
@@ -80,10 +108,28 @@ void trace(int* out) {
   });
 }
 
+void unmasked_cross_entropy(const void* z, int dtype, const int64_t* target, int64_t rows, int64_t row_stride,
+                            int64_t classes, int64_t ignore_index, int width, double* loss, double* log_scale,
+                            void* cotangent) {
+  const auto run = dtype == 0   ? unmasked<cpu::Half>
+                   : dtype == 1 ? unmasked<cpu::BHalf>
+                   : dtype == 2 ? unmasked<float>
+                                : unmasked<double>;
+  run(z, target, rows, row_stride, classes, ignore_index, width, loss, log_scale, cotangent);
+}
+
+// As float64 through a type and back: what narrowing makes of numbers of at most 1.
+void narrow_halves(const float* x, uint16_t* half, uint16_t* bhalf, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    half[i] = Narrowed<cpu::Half>::of(x[i]).bits;
+    bhalf[i] = Narrowed<cpu::BHalf>::of(x[i]).bits;
+  }
+}
+
 void widen_halves(const uint16_t* bits, double* half, double* bhalf, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    half[i] = widen(cpu::Half{bits[i]});
-    bhalf[i] = widen(cpu::BHalf{bits[i]});
+    half[i] = static_cast<double>(widened(cpu::Half{bits[i]}));
+    bhalf[i] = static_cast<double>(widened(cpu::BHalf{bits[i]}));
   }
 }
 }

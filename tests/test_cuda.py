@@ -15,7 +15,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tolerance import assert_same, assert_within, tolerance
+from tolerance import assert_same, assert_within, cotangent_tolerance, tolerance
 from torch import Tensor
 
 import flatcore
@@ -75,6 +75,35 @@ def test_many_rows_and_nan_in_its_row_only() -> None:
         want = flatcore.row_norms(x)
     torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
     assert_same("two runs", flatcore.row_norms(x).cpu(), got.cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("classes", (2, 3, 10, 33, 1000, 1024, 1025, 20_000))
+def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(classes)
+    z = (4 * torch.randn(5, classes, generator=g, dtype=torch.float64)).to(dtype)
+    z[1, 1] = 120.0  # beyond what float32's usual gradient sees
+    y = torch.tensor([0, 1, classes - 1, 1, 0])
+    leaf = z.cuda().requires_grad_()
+    loss = flatcore.unmasked_cross_entropy(leaf, y.cuda(), reduction="none")
+    loss.sum().backward()
+    truth, result = oracles.exact_cross_entropy(z, y), torch.float64 if dtype == torch.float64 else torch.float32
+    bound = tolerance("loss", truth["loss"], truth["log_loss"], result)
+    assert_within("loss", loss.detach().cpu(), truth["loss"], bound, result)
+    assert_within("cotangent", leaf.grad.cpu(), truth["cotangent"], cotangent_tolerance(dtype))
+
+
+def test_unmasked_bad_rows_are_nan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatcore import _backend
+
+    z = torch.randn(4, 10, device="cuda")
+    z[1, 3] = math.nan
+    y = torch.tensor([0, 1, 10, -100], device="cuda")
+    loss = flatcore.unmasked_cross_entropy(z, y, reduction="none")
+    assert loss.isnan().tolist() == [False, True, True, False] and loss[3] == 0
+    monkeypatch.setattr(_backend, "validate_on_device", True)
+    with pytest.raises(ValueError, match="got 10 in row 2"):
+        flatcore.unmasked_cross_entropy(z, y)
 
 
 def test_beyond_32_bits() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tolerance import assert_within, tolerance
+from tolerance import assert_within, cotangent_tolerance, tolerance
 from torch import Tensor
 
 import flatcore
@@ -128,6 +128,101 @@ def test_nan_and_infinity_on_the_host(host: ctypes.CDLL, dtype: torch.dtype, til
     assert (got[:, 2] == math.inf).all() and (got[:, 3] == 0).all()
     np.testing.assert_array_equal(got[:, 0], [300, math.sqrt(300), 1])
     assert (norms(host, x[:, :0], 0) == 0).all()
+
+
+LANES = (32, 256)
+FLOATS = pytest.mark.parametrize("dtype", CODES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def unmasked(
+    host: ctypes.CDLL, z: Tensor, y: Tensor, lanes: int, ignore_index: int = -100
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log(1 - p_y), in float64, and the cotangent."""
+    loss, log_scale = torch.empty(2, len(z), dtype=torch.float64)
+    cotangent = torch.full(z.shape, 7.0, dtype=z.dtype)  # an entry that is not written shows
+    i64, address = ctypes.c_int64, lambda x: ctypes.c_void_p(x.data_ptr())
+    host.unmasked_cross_entropy(
+        address(z), CODES[z.dtype], address(y), i64(len(z)), i64(z.stride(0)), i64(z.shape[1]), i64(ignore_index), lanes,
+        address(loss), address(log_scale), address(cotangent),
+    )  # fmt: skip
+    return loss, log_scale, cotangent
+
+
+def check_unmasked(host: ctypes.CDLL, z: Tensor, y: Tensor, lanes: int) -> None:
+    loss, log_scale, cotangent = unmasked(host, z, y, lanes)
+    truth = oracles.exact_cross_entropy(z, y)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32  # what the kernel rounds these to
+    assert_within("loss", loss, truth["loss"], tolerance("loss", truth["loss"], truth["log_loss"], dtype))
+    assert_within("log_scale", log_scale, truth["log_scale"], tolerance("log_scale", None, truth["log_scale"], dtype))
+    assert_within("cotangent", cotangent, truth["cotangent"], cotangent_tolerance(z.dtype))
+
+
+@FLOATS
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("classes", (2, 3, 7, 8, 9, 31, 32, 33, 255, 257, 1024, 3001))
+@pytest.mark.parametrize("offset", (0, 3))
+def test_unmasked_rows_on_the_host(
+    host: ctypes.CDLL, classes: int, lanes: int, dtype: torch.dtype, offset: int
+) -> None:
+    g = torch.Generator().manual_seed(classes)
+    whole = (4 * torch.randn(3, classes + offset, generator=g, dtype=torch.float64)).to(dtype)
+    whole[0, -1] = 15
+    check_unmasked(host, whole[:, offset:], torch.tensor([0, classes // 2, classes - 1]), lanes)
+
+
+@FLOATS
+@pytest.mark.parametrize("lanes", LANES)
+def test_unmasked_confident_rows_on_the_host(host: ctypes.CDLL, lanes: int, dtype: torch.dtype) -> None:
+    rows = []
+    for gap in (0.0, 1.0, 17.0, 40.0, 104.0, 800.0, 10_000.0):
+        row = torch.linspace(-3, 0, 20, dtype=torch.float64)
+        row[1] = gap
+        rows.append(row)
+    for label in (1, 19, 0):
+        check_unmasked(host, torch.stack(rows).to(dtype), torch.full((len(rows),), label), lanes)
+    top = torch.finfo(dtype).max / 4
+    z = torch.tensor([[0.0] * 9, [5.0] * 4 + [1.0] * 5, [top] + [-top] * 8, [-top] * 8 + [top]], dtype=dtype)
+    check_unmasked(host, z, torch.tensor([3, 2, 4, 8]), lanes)
+
+
+@FLOATS
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("classes", (3, 40))
+def test_unmasked_edges_on_the_host(host: ctypes.CDLL, lanes: int, dtype: torch.dtype, classes: int) -> None:
+    inf, nan = math.inf, math.nan
+    z = torch.zeros(10, classes, dtype=dtype)
+    y = torch.zeros(10, dtype=torch.int64)
+    z[0, 2], z[1, 0], z[2, 2] = nan, nan, inf  # NaN beside the label, on it; infinity
+    z[3] = -inf
+    y[4], y[5] = classes, -1  # no classes
+    y[6], z[6, 1] = -100, nan  # ignored, whatever the row holds
+    z[7, 1:] = -inf  # the label is the only class
+    z[8, 0] = -inf  # a masked label
+    z[9, 1] = -inf  # a masked class beside it
+    loss, log_scale, cotangent = unmasked(host, z, y, lanes)
+    assert loss[:6].isnan().all() and log_scale[:6].isnan().all() and cotangent[:6].isnan().all()
+    for n in (6, 7):
+        assert (loss[n], log_scale[n]) == (0, -inf) and (cotangent[n] == 0).all()
+    others = classes - 1
+    assert (loss[8], log_scale[8]) == (inf, 0)
+    assert cotangent[8, 0] == -1 and torch.allclose(
+        cotangent[8, 1:].double(), torch.tensor(1 / others).double(), rtol=4e-3
+    )
+    assert loss[9].item() == pytest.approx(math.log(others), rel=1e-12)
+    assert cotangent[9, 0] == -1 and cotangent[9, 1] == 0
+    assert not cotangent[6:].isnan().any()
+
+
+def test_halves_are_narrowed_as_torch_does(host: ctypes.CDLL) -> None:
+    x = torch.cat([torch.rand(100_000), 2.0 ** -(40 * torch.rand(100_000)), torch.tensor([0.0, 1.0, -1.0, math.nan])])
+    x = torch.cat([x, torch.arange(0, 1 << 11) * 2.0**-25, (1 + torch.arange(0, 1 << 12) * 2.0**-12) / 2])  # ties too
+    half, bhalf = np.empty(len(x), np.uint16), np.empty(len(x), np.uint16)
+    host.narrow_halves(
+        ctypes.c_void_p(x.data_ptr()), *(ctypes.c_void_p(a.ctypes.data) for a in (half, bhalf)), ctypes.c_int64(len(x))
+    )
+    for bits, dtype in ((half, torch.float16), (bhalf, torch.bfloat16)):
+        got = torch.tensor(bits.view(np.int16)).view(dtype)
+        torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_lane_is_merged_once_and_told(host: ctypes.CDLL) -> None:

@@ -13,7 +13,7 @@
 namespace flatcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // four such blocks to a multiprocessor at least: 64 registers
 constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int64_t kShort = 1024;
 constexpr int64_t kTile = 16384;
@@ -29,7 +29,7 @@ __device__ __forceinline__ void write(const RowNorms& call, int64_t n, const Nor
 
 // A warp per row.
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads) row_norms_short(RowNorms call) {
+__global__ void __launch_bounds__(kThreads, 4) row_norms_short(RowNorms call) {
   const T* x = static_cast<const T*>(call.x.data);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; n < call.N; n += step) {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) row_norms_short(RowNorms call) {
 
 // A block per tile; rows of one tile are finished here.
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads) row_norms_tiles(RowNorms call, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 4) row_norms_tiles(RowNorms call, int64_t tiles) {
   __shared__ RowPartial shared[kThreads / kWarp];
   const T* x = static_cast<const T*>(call.x.data);
   RowPartial* partials = reinterpret_cast<RowPartial*>(call.workspace);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) row_norms_tiles(RowNorms call, int64
 
 // A warp per row of several tiles.
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads) row_norms_merge(RowNorms call, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 4) row_norms_merge(RowNorms call, int64_t tiles) {
   const T* x = static_cast<const T*>(call.x.data);
   const RowPartial* partials = reinterpret_cast<const RowPartial*>(call.workspace);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;

@@ -7,25 +7,10 @@
 
 #include <cmath>
 
-#include "cpu/element.h"
+#include "cuda/elements.h"
 #include "cuda/lanes.h"
-#include "math/exp_log.h"
 
 namespace flatcore::cuda {
-
-FLATCORE_INLINE double widen(double x) { return x; }
-FLATCORE_INLINE double widen(float x) { return static_cast<double>(x); }
-FLATCORE_INLINE double widen(cpu::BHalf x) {
-  return static_cast<double>(math::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16));
-}
-// float16 by its exponent: 2^112 brings the exponent of a float16 in a float's place to its value, and is exact for
-// subnormals too; exponent 31 is infinity or NaN.
-FLATCORE_INLINE double widen(cpu::Half x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
-  const uint32_t special = magnitude >= 0x0f800000U ? 0x70000000U : 0U;
-  const float value = math::bit_cast<float>(magnitude | special) * (special != 0U ? 1.0F : 0x1p112F);
-  return static_cast<double>((x.bits & 0x8000U) != 0U ? -value : value);
-}
 
 struct RowPartial {
   double sum = 0.0, squares = 0.0, largest = 0.0;
@@ -62,29 +47,15 @@ FLATCORE_INLINE RowPartial merge_partials(const RowPartial& a, const RowPartial&
   return both;
 }
 
-// Elements in 16 bytes, the widest load.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
-  T items[kCount];
-};
-
 // One lane's share of `count` elements, `stride` apart: packs lane, lane + lanes, ... where the elements lie side by
 // side (those before the first 16-byte boundary and behind the last go one by one), else elements lane, lane + lanes,
 // ...
 template <class T>
 FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t count, int lane, int lanes, double scale) {
   RowPartial partial;
-  int64_t head = count, packs = 0;
-  if (stride == 1) {
-    const auto address = reinterpret_cast<uintptr_t>(x);
-    const int64_t skip = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(T));
-    if (address % sizeof(T) == 0) {
-      head = skip < count ? skip : count;
-      packs = (count - head) / Pack<T>::kCount;
-    }
-  }
-  for (int64_t k = lane; k < head; k += lanes) partial.take(widen(x[k * stride]), scale);
+  const Split split = stride == 1 ? split_of(x, count) : Split{count, 0};
+  const int64_t head = split.head, packs = split.packs;
+  for (int64_t k = lane; k < head; k += lanes) partial.take(static_cast<double>(widened(x[k * stride])), scale);
   const auto* packed = reinterpret_cast<const Pack<T>*>(x + head);
   constexpr int unroll = 4;  // loads in flight before the first is used
   int64_t p = lane;
@@ -95,16 +66,17 @@ FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t coun
     FLATCORE_UNROLL
     for (int i = 0; i < unroll; ++i) {
       FLATCORE_UNROLL
-      for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widen(loaded[i].items[e]), scale);
+      for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(static_cast<double>(widened(loaded[i].items[e])), scale);
     }
   }
   for (; p < packs; p += lanes) {
     const Pack<T> loaded = packed[p];
     FLATCORE_UNROLL
-    for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widen(loaded.items[e]), scale);
+    for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(static_cast<double>(widened(loaded.items[e])), scale);
   }
   if (stride == 1) {
-    for (int64_t k = head + packs * Pack<T>::kCount + lane; k < count; k += lanes) partial.take(widen(x[k]), scale);
+    for (int64_t k = head + packs * Pack<T>::kCount + lane; k < count; k += lanes)
+      partial.take(static_cast<double>(widened(x[k])), scale);
   }
   return partial;
 }
@@ -148,7 +120,8 @@ FLATCORE_BLOCK Norms finished_row(Lanes& lanes, RowPartial* shared, const T* x, 
   const PowerOfTwo scale = inverse_power(total.largest);
   lanes.each([&](int lane, RowPartial& partial) {
     partial = RowPartial{};
-    for (int64_t k = lane; k < count; k += width) partial.take(widen(x[k * stride]) * scale.first, scale.second);
+    for (int64_t k = lane; k < count; k += width)
+      partial.take(static_cast<double>(widened(x[k * stride])) * scale.first, scale.second);
   });
   lanes.reduce(shared, MergePartials{});
   return {total.sum, sqrt(lanes.result().squares) / scale.first / scale.second, total.largest};
