@@ -1,6 +1,7 @@
 # The one place that decides whether the module is built with CUDA, and for which GPUs.
 #
 # FLATCORE_CUDA: OFF never looks; ON demands nvcc; AUTO takes it where CMake finds it (CUDACXX, PATH, CUDA_PATH).
+# FLATCORE_NVCC=pypi takes the nvcc of PyPI's packages, which pyproject.toml then requires for the build.
 # Architectures: CMAKE_CUDA_ARCHITECTURES or the environment's CUDAARCHS if set; else those of the GPUs in this machine; else
 # 75 to 90 and whatever newer ones the toolkit knows, the last as PTX too, which newer GPUs compile when they load it.
 # flatcore_cuda(<target>) adds the kernels under csrc/cuda/ to the target and defines FLATCORE_WITH_CUDA.
@@ -11,6 +12,16 @@ if(NOT FLATCORE_CUDA MATCHES "^(AUTO|ON|OFF)$")
 endif()
 
 set(FLATCORE_WITH_CUDA OFF)
+if(FLATCORE_NVCC STREQUAL "pypi" AND NOT FLATCORE_CUDA STREQUAL "OFF")
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c
+    "from importlib.metadata import files; print(next(f.locate() for f in files('nvidia-cuda-nvcc') if f.name == 'nvcc'))"
+    OUTPUT_VARIABLE nvcc RESULT_VARIABLE failed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed)
+    message(FATAL_ERROR "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc, which was not found: build with pip's build "
+      "isolation, or install what pyproject.toml lists for it")
+  endif()
+  set(CMAKE_CUDA_COMPILER "${nvcc}" CACHE FILEPATH "nvcc from PyPI" FORCE)
+endif()
 if(NOT FLATCORE_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
@@ -77,9 +88,5 @@ function(flatcore_cuda target)
   target_compile_definitions(cuda_kernels PRIVATE FLATCORE_CUDA_ARCHITECTURES="${FLATCORE_ARCHITECTURES}")
   target_compile_options(cuda_kernels PRIVATE -Werror all-warnings -Xcompiler=-Wall,-Wextra)
   target_sources(${target} PRIVATE csrc/bind/cuda.cpp $<TARGET_OBJECTS:cuda_kernels>)
-  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
 endfunction()
-if(FLATCORE_WITH_CUDA)
-  find_package(CUDAToolkit REQUIRED)
-endif()
 message(STATUS "flatcore: FLATCORE_CUDA=${FLATCORE_CUDA}, CUDA kernels: ${FLATCORE_WITH_CUDA} ${FLATCORE_ARCHITECTURES}")

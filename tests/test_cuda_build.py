@@ -264,6 +264,13 @@ def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 0 and "CUDA kernels: OFF" in done.stdout, done.stderr
 
 
+def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
+    options = "-DFLATCORE_CUDA=ON", "-DFLATCORE_NVCC=pypi", "-DPython_EXECUTABLE=/usr/bin/python3"
+    done = configure(tmp_path, *options)
+    assert done.returncode != 0
+    assert "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc" in " ".join(done.stderr.split())
+
+
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DFLATCORE_CUDA=MAYBE")
     assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in " ".join(done.stderr.split())
