@@ -5,7 +5,7 @@
 // on K, the dtype and a row's alignment alone. Cost: N*K elements read once. Rows of up to 1024 elements take a warp
 // each, eight to a block; longer ones are cut into tiles of 16,384 elements, a block of 256 lanes each, so that 512
 // rows of 150,528 fill 5,120 blocks; a second kernel merges a row's tiles. Loads are 16 bytes a lane, four in flight.
-// Never run yet: no figure is known (bench/gpu is to measure it).
+// Never run yet: no figure is known.
 #include "cuda/launch.h"
 #include "cuda/row_norms.h"
 #include "cuda/row_norms_block.h"
