@@ -22,8 +22,9 @@ from ._head_metrics import (
 )
 from ._input_gradients import InputGradients, input_gradient_norms, input_gradients
 from ._probe import Probe
-from ._report import Group, Report
+from ._report import Report
 from ._row_norms import row_norms
+from ._tally import Group
 from ._unmasked_cross_entropy import unmasked_cross_entropy
 
 

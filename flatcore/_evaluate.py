@@ -18,8 +18,9 @@ from ._head_metrics import head_metrics
 from ._input_gradients import input_gradients
 from ._loading import batches, check_module, device_of, evaluation_mode
 from ._probe import Probe
-from ._report import Report, Tally, joined, thinned, write_rows
+from ._report import Report, write_rows
 from ._row_norms import row_norms
+from ._tally import Tally, joined, thinned
 from ._validate import INTEGERS, check_flag, check_integer, check_temperature
 
 _HELD = 1 << 22  # bytes of features and logits that wait to be measured together

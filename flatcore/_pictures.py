@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._distribution import Distribution
-from ._report import CLASSES, MEASURES
+from ._tally import CLASSES, MEASURES
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
