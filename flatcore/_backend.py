@@ -15,7 +15,7 @@ except ImportError as error:
         raise
     _core = None  # type: ignore[assignment]
 
-ABI = 4
+ABI = 5
 """Counts the changes of the extension's call signatures; the sources and the binary must agree."""
 if _core is not None and _core.ABI != ABI:
     raise ImportError(
@@ -64,7 +64,7 @@ def describe_cpu_target() -> str | None:
     return None if _core is None else _core.cpu_target(cpu_target or "")
 
 
-CUDA_STEMS: tuple[str, ...] = ("row_norms", "unmasked_cross_entropy")
+CUDA_STEMS: tuple[str, ...] = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
 """What has a CUDA kernel."""
 CUDA_PROVEN: tuple[str, ...] = ()
 """Those whose tests have passed on a device: "auto" takes these, "native" the others too."""

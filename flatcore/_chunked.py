@@ -39,13 +39,13 @@ _precision_before = ("highest", "none")
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision(device_type: str = "cpu") -> Iterator[None]:
     """Products in full float32: autocast off, and the process's matmul precision at its highest while any of them runs.
 
     The first of several threads raises it and the last one restores it.
     """
     global _precision_users, _precision_before
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device_type, enabled=False):
         with _precision_lock:
             if _precision_users == 0:
                 _precision_before = torch.get_float32_matmul_precision(), _cpu_precision()

@@ -74,7 +74,7 @@ def head_metrics(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem; arguments and results as in ``reference.head_metrics``."""
     N = features.shape[0]
-    double = _is_double(features, linear_weight, logits)
+    double = is_double(features, linear_weight, logits)
     values = features.new_empty(
         (fields.bit_count(), N), dtype=torch.float64 if double or wide_result else torch.float32
     )
@@ -108,20 +108,20 @@ class _Call:
         prediction: Tensor | None = None,
     ):
         global last_path
-        self.features, self.weight = _readable(features), _readable(linear_weight)
-        self.logits = None if logits is None else _readable(logits)
-        self.bias = None if linear_bias is None else _as(_readable(linear_bias), torch.float64).contiguous()
-        self.target = None if target is None else _readable(target).contiguous()
+        self.features, self.weight = readable(features), readable(linear_weight)
+        self.logits = None if logits is None else readable(logits)
+        self.bias = None if linear_bias is None else as_dtype(readable(linear_bias), torch.float64).contiguous()
+        self.target = None if target is None else readable(target).contiguous()
         self.values, self.prediction = values, prediction
         (self.N, self.D), self.C = features.shape, linear_weight.shape[0]
         self.ignore_index, self.fields, self.double = ignore_index, fields, double
         self.cpu_target, self.threads = _backend.cpu_target or "", torch.get_num_threads()
         last_path = self.path = choose_path(self.C, self.D, double)
         self.problem = _core.HeadProblem(
-            matrix(self.features), matrix(self.weight), matrix(self.logits), _address(self.bias),
-            _address(self.target), self.N, self.D, self.C, temperature, ignore_index, include_bias, norm_power, fields,
-            double, self.threads, _address(values), values is None or values.dtype is torch.float64,
-            _address(prediction),
+            matrix(self.features), matrix(self.weight), matrix(self.logits), address(self.bias),
+            address(self.target), self.N, self.D, self.C, temperature, ignore_index, include_bias, norm_power, fields,
+            double, self.threads, address(values), values is None or values.dtype is torch.float64,
+            address(prediction),
         )  # fmt: skip
         if _log.isEnabledFor(logging.DEBUG):
             names = ", ".join(name for bit, name in enumerate(FIELDS) if fields >> bit & 1)
@@ -133,7 +133,7 @@ class _Call:
     def run(self) -> None:
         """Fill values and prediction."""
         if self.path == "fused":
-            workspace = torch.empty(self.problem.workspace(), dtype=torch.uint8)
+            workspace = torch.empty(_core.head_metrics_workspace(self.problem), dtype=torch.uint8)
             bad_row = _core.head_metrics(self.cpu_target, self.problem, workspace.data_ptr())
         else:
             bad_row = _chunked.head_metrics(
@@ -148,7 +148,8 @@ class _Call:
             raise bad_label(int(self.target[row]), row, self.C, self.ignore_index)  # type: ignore[index]
 
 
-def _is_double(*tensors: Tensor | None) -> bool:
+def is_double(*tensors: Tensor | None) -> bool:
+    """Whether any of the tensors asks for float64 arithmetic."""
     return any(x is not None and x.dtype is torch.float64 for x in tensors)
 
 
@@ -168,7 +169,7 @@ def head_measure(
     Arguments as in ``_reduction``; one call of the extension where the head is small, for it takes no longer than 10 us.
     """
     N = features.shape[0]
-    double = _is_double(features, linear_weight, logits)
+    double = is_double(features, linear_weight, logits)
     wide = measure.dtype is torch.float64
     if choose_path(linear_weight.shape[0], features.shape[1], double) != "fused":
         values, _ = head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
@@ -181,12 +182,12 @@ def head_measure(
         (N,) if measure.reduction == "none" else (), dtype=torch.float64 if wide else torch.float32, device="cpu"
     )
     coefficient = torch.empty(N, dtype=torch.float64, device="cpu") if with_coefficient else None
-    workspace = torch.empty(call.problem.measure_workspace(), dtype=torch.uint8, device="cpu")
-    weight = None if s is None else _readable(s).contiguous()
+    workspace = torch.empty(_core.head_measure_workspace(call.problem), dtype=torch.uint8, device="cpu")
+    weight = None if s is None else readable(s).contiguous()
     call.check_label(
         _core.head_measure(
-            call.cpu_target, call.problem, workspace.data_ptr(), _address(weight), _REDUCTIONS[measure.reduction],
-            measure.log, count_rows, value.data_ptr(), wide, _address(coefficient),
+            call.cpu_target, call.problem, workspace.data_ptr(), address(weight), _REDUCTIONS[measure.reduction],
+            measure.log, count_rows, value.data_ptr(), wide, address(coefficient),
         )
     )  # fmt: skip
     return value, coefficient
@@ -213,9 +214,9 @@ def head_metrics_backward(
     (float64, (N,), or None for 1); otherwise as ``reference.head_metrics_backward``.
     """
     (N, D), C = features.shape, linear_weight.shape[0]
-    double = _is_double(features, linear_weight, logits)
+    double = is_double(features, linear_weight, logits)
     dtype = torch.float64 if double else torch.float32
-    upstream = _as(_readable(upstream), torch.float64).contiguous()
+    upstream = as_dtype(readable(upstream), torch.float64).contiguous()
     call = _Call(
         features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
         1 << field, double,
@@ -227,8 +228,8 @@ def head_metrics_backward(
     if call.path == "fused":
         workspace = torch.empty(_core.head_metrics_backward_workspace(call.problem), dtype=torch.uint8, device="cpu")
         _core.head_metrics_backward(
-            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), _address(coefficient),
-            _address(d_features), _address(d_weight), _address(d_bias), _address(d_logits), workspace.data_ptr(),
+            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), address(coefficient),
+            address(d_features), address(d_weight), address(d_bias), address(d_logits), workspace.data_ptr(),
         )  # fmt: skip
     else:
         c = upstream.expand(N)
@@ -241,14 +242,14 @@ def head_metrics_backward(
         )  # fmt: skip
     # a gradient is wanted only of an input that is there
     return (
-        None if d_features is None else _as(d_features, features.dtype),
-        None if d_weight is None else _as(d_weight, linear_weight.dtype),
-        None if d_bias is None else _as(d_bias, linear_bias.dtype),  # type: ignore[union-attr]
-        None if d_logits is None else _as(d_logits, logits.dtype),  # type: ignore[union-attr]
+        None if d_features is None else as_dtype(d_features, features.dtype),
+        None if d_weight is None else as_dtype(d_weight, linear_weight.dtype),
+        None if d_bias is None else as_dtype(d_bias, linear_bias.dtype),  # type: ignore[union-attr]
+        None if d_logits is None else as_dtype(d_logits, logits.dtype),  # type: ignore[union-attr]
     )
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in another type; a conversion that has nothing to do takes 1 us nevertheless."""
     return x if x.dtype is dtype else x.to(dtype)
 
@@ -271,22 +272,18 @@ def head_reduction(
     N = logs.shape[0]
     value = logs.new_empty((N,) if reduction == "none" else (), dtype=dtype)
     coefficient = logs.new_empty((N,)) if with_coefficient else None
-    weight = None if s is None else _readable(s).contiguous()
-    labels = None if target is None or s is not None else _readable(target).contiguous()
+    weight = None if s is None else readable(s).contiguous()
+    labels = None if target is None or s is not None else readable(target).contiguous()
     _core.head_reduction(
-        _backend.cpu_target or "", logs.data_ptr(), _address(weight), _address(labels), N, ignore_index,
-        _REDUCTIONS[reduction], log, count_rows, value.data_ptr(), dtype == torch.float64, _address(coefficient),
+        _backend.cpu_target or "", logs.data_ptr(), address(weight), address(labels), N, ignore_index,
+        _REDUCTIONS[reduction], log, count_rows, value.data_ptr(), dtype == torch.float64, address(coefficient),
     )  # fmt: skip
     return value, coefficient
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """Address of the first element, 0 for None."""
     return 0 if x is None else x.data_ptr()
-
-
-def _stream(x: Tensor) -> int:
-    """Address of the caller's current stream on the tensor's device."""
-    return torch.cuda.current_stream(x.device).cuda_stream
 
 
 def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
@@ -298,21 +295,15 @@ def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     """Run the kernel; arguments and results as in ``reference.row_norms``."""
-    x = _readable(x)
+    x = readable(x)
     N, K = x.shape
     norms = {p: x.new_empty((N,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for p in set(ord)}
-    address: dict[float, int] = {p: norm.data_ptr() for p, norm in norms.items()}
-    if N and x.is_cuda:
-        workspace = x.new_empty(_core.cuda_row_norms_workspace(N, K), dtype=torch.float64)
-        _core.cuda_row_norms(
-            x.device.index, _stream(x), matrix(x), N, K, address.get(1, 0),
-            address.get(2, 0), address.get(math.inf, 0), workspace.data_ptr(),
-        )  # fmt: skip
-    elif N:
+    at: dict[float, int] = {p: norm.data_ptr() for p, norm in norms.items()}
+    if N:
         workspace = torch.empty(_core.row_norms_workspace(N, K), dtype=torch.float64)
         _core.row_norms(
-            _backend.cpu_target or "", matrix(x), N, K, torch.get_num_threads(), address.get(1, 0), address.get(2, 0),
-            address.get(math.inf, 0), workspace.data_ptr(),
+            _backend.cpu_target or "", matrix(x), N, K, torch.get_num_threads(), at.get(1, 0), at.get(2, 0),
+            at.get(math.inf, 0), workspace.data_ptr(),
         )  # fmt: skip
     return torch.stack([norms[p] for p in ord])
 
@@ -321,7 +312,7 @@ def unmasked_cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel; arguments and results as in ``reference.unmasked_cross_entropy``."""
-    logits, target = _readable(logits), _readable(target).contiguous()
+    logits, target = readable(logits), readable(target).contiguous()
     N, C = logits.shape
     if C > 1 and logits.stride(1) != 1:
         # the library's copy goes tile by tile; a kernel that walked down such a row would fetch a cache line per logit
@@ -329,12 +320,7 @@ def unmasked_cross_entropy(
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, log_scale = (logits.new_empty((N,), dtype=result) for _ in range(2))
     cotangent = logits.new_empty((N if with_cotangent else 0, C))
-    if N and logits.is_cuda:
-        _core.cuda_unmasked_cross_entropy(
-            logits.device.index, _stream(logits), matrix(logits), target.data_ptr(), N, C, ignore_index,
-            loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
-        )  # fmt: skip
-    elif N:
+    if N:
         bad_row = _core.unmasked_cross_entropy(
             _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, torch.get_num_threads(),
             loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
@@ -344,6 +330,6 @@ def unmasked_cross_entropy(
     return loss, log_scale, cotangent
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
     return x if type(x) is Tensor and not (x.requires_grad or x.is_neg()) else x.detach().resolve_neg()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, _native, reference
+from . import _backend, _native, _native_cuda, reference
 from ._reduction import Measure, reduce, reduce_with_coefficient, sample_weights
 from ._validate import check_device, check_matrix, is_exact, is_wrapped, storage_covers
 from .reference import DIFFERENTIABLE, FIELDS
@@ -30,12 +30,23 @@ _UNMASKED = "unmasked_cross_entropy(Tensor logits, Tensor target, int ignore_ind
 _UNMASKED_BACKWARD = "unmasked_cross_entropy_backward(Tensor upstream, Tensor cotangent, Tensor logits) -> Tensor"
 
 
+KERNELS: dict[str, Any] = {"cpu": _native, "cuda": _native_cuda}
+"""The compiled kernels, by type of device."""
+
+
+def _kernels(x: Tensor, stem: str) -> Any:
+    """What computes this stem for tensors on this device: the compiled kernels, or None for the reference."""
+    device = x.device.type
+    return KERNELS[device] if _backend.uses_native(device, stem) else None
+
+
 def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    if _backend.uses_native(features.device.type, "head_metrics"):
-        return _native.head_metrics(features, linear_weight, *rest)
+    kernels = _kernels(features, "head_metrics")
     _, _, target, _, ignore_index, *_ = rest
-    if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
+    if target is not None and _checks_labels(target, kernels):
         _check_labels(target, linear_weight.shape[0], ignore_index)
+    if kernels is not None:
+        return kernels.head_metrics(features, linear_weight, *rest)
     return reference.head_metrics(features, linear_weight, *rest)
 
 
@@ -44,13 +55,19 @@ def _run_head_metrics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of features, weight, bias and logits where wanted; a row's upstream is ``upstream * coefficient``."""
     features = arguments[0]
-    if _backend.uses_native(features.device.type, "head_metrics_backward"):
-        return _native.head_metrics_backward(upstream, coefficient, *arguments, wanted)
+    kernels = _kernels(features, "head_metrics_backward")
+    if kernels is not None:
+        return kernels.head_metrics_backward(upstream, coefficient, *arguments, wanted)
     c = upstream.double().expand(features.shape[0])
     if coefficient is not None:
         c = torch.where(c == 0, 0, c * coefficient)
     gradients = reference.head_metrics_backward(c, *arguments)
     return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
+
+
+def _checks_labels(target: Tensor, kernels: Any) -> bool:
+    """The CPU's kernels find a bad label on their way; on another device a check waits for it."""
+    return kernels is None if target.device.type == "cpu" else _backend.validate_on_device
 
 
 def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
@@ -62,18 +79,14 @@ def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
 
 
 def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
-    implementation = _native if _backend.uses_native(x.device.type, "row_norms") else reference
-    return implementation.row_norms(x, tuple(ord))
+    return (_kernels(x, "row_norms") or reference).row_norms(x, tuple(ord))
 
 
 def _run_unmasked(logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True):
-    native = _backend.uses_native(logits.device.type, "unmasked_cross_entropy")
-    # the CPU's kernel finds a bad label on its way; elsewhere a check waits for the device
-    if not native if logits.device.type == "cpu" else _backend.validate_on_device:
+    kernels = _kernels(logits, "unmasked_cross_entropy")
+    if _checks_labels(target, kernels):
         _check_labels(target, logits.shape[1], ignore_index)
-    if native:
-        return _native.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
-    return reference.unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
+    return (kernels or reference).unmasked_cross_entropy(logits, target, ignore_index, with_cotangent)
 
 
 def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias,
@@ -515,8 +528,11 @@ def _run_measure(
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The value and, if wanted, its derivative by each row's log."""
-    if _backend.uses_native(features.device.type, "head_metrics"):
-        return _native.head_measure(
+    kernels = _kernels(features, "head_metrics")
+    if kernels is not None:
+        if target is not None and _checks_labels(target, kernels):
+            _check_labels(target, linear_weight.shape[0], measure.ignore_index)
+        return kernels.head_measure(
             features, linear_weight, linear_bias, logits, target, s, count_rows, measure, with_coefficient
         )
     values, _ = _run_head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))

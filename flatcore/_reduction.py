@@ -77,7 +77,7 @@ def reduce(
     else:
         value = logs.exp().sum()
     if reduction == "mean":
-        count = logs.new_tensor(float(logs.shape[0])) if s is None or count_rows else s.sum()
+        count = logs.new_full((), float(logs.shape[0])) if s is None or count_rows else s.sum()
         value = torch.where(count == 0, math.nan, value - count.log() if log else value / count)
     return value.to(dtype)
 

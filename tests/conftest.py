@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
 
@@ -11,7 +12,9 @@ import flatcore
 from flatcore import _backend, _native
 
 TARGETS = ("baseline", "avx2", "avx512")
-PATHS = ("reference", *(f"{kind}-{target}" for kind in ("fused", "chunked") for target in TARGETS))
+CUDA = ("cuda-fused", "cuda-chunked")
+"""The CUDA path: on a GPU where there is one, otherwise its kernels over emulated threads."""
+PATHS = ("reference", *(f"{kind}-{target}" for kind in ("fused", "chunked") for target in TARGETS), *CUDA)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse at once, so that a run that expects the kernels never passes without them."""
+    if config.getoption("--require-cuda") and not flatcore.cuda.is_available():
+        raise pytest.UsageError(f"--require-cuda: no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}")
     if config.getoption("--require-native") and not _backend.is_native_built():
         raise pytest.UsageError("--require-native: flatcore was installed without its compiled extension")
 
@@ -76,6 +81,14 @@ def path(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
             yield name
             assert flatcore.show_config()["last_path"] is None, "a native kernel ran under backend('reference')"
         return
+    if name in CUDA:
+        # small heads as they come; the others have no fused kernel
+        forced = "chunked" if name == "cuda-chunked" else None
+        with flatcore.backend("native"), _native.forced(path=forced), emulation.cuda_kernels():
+            _native.last_path = None
+            yield name
+            assert flatcore.show_config()["last_path"] in (forced or "fused", "chunked"), "another path ran"
+        return
     kind, target = name.split("-")
     _require(target, request.config)
     with flatcore.backend("native"), _native.forced(path=kind, cpu=target):
@@ -85,12 +98,16 @@ def path(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
         assert (config["last_path"], config["cpu_target"]) == (kind, target), "another path ran than the forced one"
 
 
-@pytest.fixture(params=("reference", *TARGETS))
+@pytest.fixture(params=("reference", *TARGETS, "cuda"))
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    """CPU target that row_norms, which has one path, is forced on."""
+    """CPU target, or CUDA, that row_norms, which has one path, is forced on."""
     name: str = request.param
     if name == "reference":
         with flatcore.backend("reference"):
+            yield name
+        return
+    if name == "cuda":
+        with flatcore.backend("native"), emulation.cuda_kernels():
             yield name
         return
     _require(name, request.config)

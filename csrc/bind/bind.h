@@ -15,13 +15,14 @@ namespace flatcore::bind {
 namespace py = pybind11;
 
 void register_cuda(py::module_& module);  // defined where CUDA is built
+void register_head_problem(py::module_& module);
 void register_head_metrics(py::module_& module);
 void register_head_metrics_backward(py::module_& module);
 void register_row_norms(py::module_& module);
 void register_unmasked_cross_entropy(py::module_& module);
 
 // A head with its inputs and outputs, built once per call in Python and shared by the kernels that work on it.
-struct Problem : cpu::HeadProblem {};
+using Problem = HeadProblem;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -29,8 +30,8 @@ T* pointer(uintptr_t address) {
 }
 
 // (address, row stride, column stride, dtype) with strides in elements, or None.
-inline cpu::Matrix matrix(const py::object& value) {
-  cpu::Matrix out;
+inline Matrix matrix(const py::object& value) {
+  Matrix out;
   if (value.is_none()) return out;
   const auto parts = value.cast<py::tuple>();
   if (parts.size() != 4) throw std::invalid_argument("a matrix is (address, row stride, column stride, dtype)");
@@ -39,7 +40,7 @@ inline cpu::Matrix matrix(const py::object& value) {
   out.data = pointer<const void>(parts[0].cast<uintptr_t>());
   out.row_stride = parts[1].cast<int64_t>();
   out.column_stride = parts[2].cast<int64_t>();
-  out.dtype = static_cast<cpu::Dtype>(dtype);
+  out.dtype = static_cast<Dtype>(dtype);
   return out;
 }
 

@@ -1,18 +1,13 @@
+#include "bind/cuda.h"
+
 #include "bind/bind.h"
 #include "cuda/row_norms.h"
 #include "cuda/unmasked_cross_entropy.h"
 
 namespace flatcore::bind {
 
-namespace {
-
-void check(const cuda::Launched& launched) {
-  if (launched.error != nullptr) throw std::runtime_error(std::string(launched.what) + ": " + launched.error);
-}
-
-}  // namespace
-
 void register_cuda(py::module_& module) {
+  register_cuda_head(module);
   module.def("cuda_architectures", &cuda::architectures, "The architectures that were compiled.");
   module.def(
       "cuda_runtime",
@@ -39,10 +34,7 @@ void register_cuda(py::module_& module) {
         call.l2 = pointer<void>(l2);
         call.linf = pointer<void>(linf);
         call.workspace = pointer<double>(workspace);
-        py::gil_scoped_release release;
-        const cuda::Launched launched = cuda::row_norms(call);
-        py::gil_scoped_acquire acquire;
-        check(launched);
+        run_released([&] { return cuda::row_norms(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("x"), py::arg("N"), py::arg("K"), py::arg("l1"), py::arg("l2"),
       py::arg("linf"), py::arg("workspace"), "row_norms on a CUDA device, on the stream, without waiting for it.");
@@ -64,10 +56,7 @@ void register_cuda(py::module_& module) {
         call.loss = pointer<void>(loss);
         call.log_scale = pointer<void>(log_scale);
         call.cotangent = pointer<void>(cotangent);
-        py::gil_scoped_release release;
-        const cuda::Launched launched = cuda::unmasked_cross_entropy(call);
-        py::gil_scoped_acquire acquire;
-        check(launched);
+        run_released([&] { return cuda::unmasked_cross_entropy(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("logits"), py::arg("labels"), py::arg("N"), py::arg("C"),
       py::arg("ignore_index"), py::arg("loss"), py::arg("log_scale"), py::arg("cotangent"),

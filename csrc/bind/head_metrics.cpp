@@ -5,39 +5,6 @@
 namespace flatcore::bind {
 namespace {
 
-Problem make_problem(const py::object& features, const py::object& weight, const py::object& logits, uintptr_t bias,
-                     uintptr_t target_labels, int64_t N, int64_t D, int64_t C, double temperature, int64_t ignore_index,
-                     bool include_bias, int norm_power, uint32_t fields, bool double_compute, int threads,
-                     uintptr_t values, bool double_values, uintptr_t prediction) {
-  check_size("N", N, 0);
-  check_size("D", D, 0);
-  check_size("C", C, 1);
-  check_size("threads", threads, 1);
-  if (include_bias && bias == 0) throw std::invalid_argument("include_bias needs a bias");
-  if (fields >> cpu::kFieldCount != 0) throw std::invalid_argument("unknown field");
-  Problem problem;
-  problem.features = matrix(features);
-  problem.weight = matrix(weight);
-  problem.logits = matrix(logits);
-  problem.bias = pointer<const double>(bias);
-  problem.target = pointer<const int64_t>(target_labels);
-  problem.N = N;
-  problem.D = D;
-  problem.C = C;
-  problem.temperature = temperature;
-  problem.ignore_index = ignore_index;
-  problem.include_bias = include_bias;
-  problem.norm_power = norm_power;
-  problem.fields = fields;
-  problem.double_compute = double_compute;
-  problem.threads = threads;
-  problem.values = pointer<void>(values);
-  problem.double_values = double_values;
-  problem.values_stride = N;
-  problem.prediction = pointer<int64_t>(prediction);
-  return problem;
-}
-
 // The first row whose label is no class, or -1.
 int64_t bad_row(const Outcome& outcome) { return outcome.status == Status::kBadLabel ? outcome.row : -1; }
 
@@ -66,7 +33,7 @@ cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, u
   check_size("rows", rows, 0);
   if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
   cpu::HeadChunk chunk;
-  static_cast<cpu::HeadProblem&>(chunk) = problem;
+  static_cast<HeadProblem&>(chunk) = problem;
   chunk.first = first;
   chunk.rows = rows;
   chunk.z = pointer<const void>(z);
@@ -76,28 +43,24 @@ cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, u
   chunk.summary = pointer<const double>(summary);
   chunk.center = pointer<const double>(center);
   chunk.centered_squares = pointer<const double>(centered_squares);
-  chunk.row_state = pointer<cpu::HeadRow>(row_state);
+  chunk.row_state = pointer<HeadRow>(row_state);
   return chunk;
 }
 
 }  // namespace
 
 void register_head_metrics(py::module_& module) {
-  py::class_<Problem>(module, "HeadProblem")
-      .def(py::init(&make_problem), py::arg("features"), py::arg("weight"), py::arg("logits"), py::arg("bias"),
-           py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("temperature"), py::arg("ignore_index"),
-           py::arg("include_bias"), py::arg("norm_power"), py::arg("fields"), py::arg("double_compute"),
-           py::arg("threads"), py::arg("values"), py::arg("double_values"), py::arg("prediction"))
-      .def("workspace", [](const Problem& problem) { return cpu::head_metrics_workspace(problem); })
-      .def("measure_workspace",  // rows' logs behind it
-           [](const Problem& problem) { return cpu::head_metrics_workspace(problem) + 8 * problem.N + 64; });
-  module.attr("HEAD_ROW_BYTES") = sizeof(cpu::HeadRow);
+  module.def("head_metrics_workspace", &cpu::head_metrics_workspace, py::arg("problem"));
+  module.def(  // rows' logs behind it
+      "head_measure_workspace",
+      [](const Problem& problem) { return cpu::head_metrics_workspace(problem) + 8 * problem.N + 64; },
+      py::arg("problem"));
   module.def("head_chunk_scratch", &cpu::head_chunk_scratch, py::arg("C"), py::arg("D"));
   module.def(
       "head_metrics",
       [](const std::string& target_name, const Problem& problem, uintptr_t workspace) {
         cpu::HeadMetrics call;
-        static_cast<cpu::HeadProblem&>(call) = problem;
+        static_cast<HeadProblem&>(call) = problem;
         call.workspace = pointer<void>((workspace + 63) & ~uintptr_t{63});
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
@@ -125,7 +88,7 @@ void register_head_metrics(py::module_& module) {
          bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t coefficient) {
         if (!problem.double_values) throw std::invalid_argument("a measure is reduced from float64 logs");
         cpu::HeadMetrics call;
-        static_cast<cpu::HeadProblem&>(call) = problem;
+        static_cast<HeadProblem&>(call) = problem;
         const uintptr_t base = (workspace + 63) & ~uintptr_t{63};
         call.workspace = pointer<void>(base);
         const uintptr_t logs = base + static_cast<uintptr_t>(cpu::head_metrics_workspace(problem));

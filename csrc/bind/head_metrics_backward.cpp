@@ -3,7 +3,6 @@
 namespace flatcore::bind {
 
 void register_head_metrics_backward(py::module_& module) {
-  module.attr("HEAD_BACKWARD_ROW_BYTES") = sizeof(cpu::HeadBackwardRow);
   module.def(
       "head_metrics_backward_workspace",
       [](const Problem& problem) { return cpu::head_metrics_backward_workspace(problem); }, py::arg("problem"));
@@ -13,7 +12,7 @@ void register_head_metrics_backward(py::module_& module) {
          uintptr_t coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits,
          uintptr_t workspace) {
         cpu::HeadMetricsBackward call;
-        static_cast<cpu::HeadProblem&>(call) = problem;
+        static_cast<HeadProblem&>(call) = problem;
         call.upstream = pointer<const double>(upstream);
         call.upstream_stride = upstream_stride;
         call.coefficient = pointer<const double>(coefficient);
@@ -35,7 +34,7 @@ void register_head_metrics_backward(py::module_& module) {
     check_size("rows", rows, 0);
     if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
     cpu::HeadBackwardChunk call;
-    static_cast<cpu::HeadProblem&>(call) = problem;
+    static_cast<HeadProblem&>(call) = problem;
     call.first = first;
     call.rows = rows;
     call.upstream = pointer<const double>(upstream);
@@ -44,8 +43,8 @@ void register_head_metrics_backward(py::module_& module) {
     call.summary = pointer<const double>(summary);
     call.center = pointer<const double>(center);
     call.centered_squares = pointer<const double>(centered_squares);
-    call.row_state = pointer<const cpu::HeadRow>(row_state);
-    call.numbers = pointer<cpu::HeadBackwardRow>(numbers);
+    call.row_state = pointer<const HeadRow>(row_state);
+    call.numbers = pointer<HeadBackwardRow>(numbers);
     return call;
   };
   module.def(

@@ -5,7 +5,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled kernels of flatcore; private.";
-  module.attr("ABI") = 4;
+  module.attr("ABI") = 5;
   module.attr("VERSION") = FLATCORE_VERSION;
   module.attr("COMPILER") = FLATCORE_COMPILER;
   module.attr("CUDA") = static_cast<bool>(FLATCORE_WITH_CUDA);
@@ -15,6 +15,7 @@ PYBIND11_MODULE(_core, module) {
     return py::tuple(names);
   });
   module.def("cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
+  flatcore::bind::register_head_problem(module);
   flatcore::bind::register_head_metrics(module);
   flatcore::bind::register_head_metrics_backward(module);
   flatcore::bind::register_row_norms(module);

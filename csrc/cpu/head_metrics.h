@@ -6,52 +6,10 @@
 
 #include <cstdint>
 
-#include "cpu/element.h"
+#include "head_problem.h"
 #include "status.h"
 
 namespace flatcore::cpu {
-
-// The rows of the result block, by bit of `fields`; the names are in flatcore/reference/head_metrics.py.
-enum Field : int {
-  kConfidence,
-  kMargin,
-  kLogOneMinusConfidence,
-  kLogFeatureNorm,
-  kLogHessianTrace,
-  kLogLayerwise,
-  kLogNeuronwise,
-  kLoss,
-  kLogGradientNorm,
-  kLogGradientNorm1,
-  kLogGradientNormInf,
-  kFieldCount
-};
-constexpr uint32_t kGradientFields = 1U << kLogGradientNorm | 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
-constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
-
-// What every kernel of this stem is asked for.
-struct HeadProblem {
-  Matrix features;                  // (N, D)
-  Matrix weight;                    // (C, D)
-  Matrix logits;                    // (N, C); data null: W phi + b is computed
-  const double* bias = nullptr;     // (C,) or null; added to computed logits only
-  const int64_t* target = nullptr;  // (N,) or null
-  int64_t N = 0;
-  int64_t D = 0;
-  int64_t C = 0;
-  double temperature = 1.0;
-  int64_t ignore_index = -100;
-  bool include_bias = false;
-  int norm_power = 2;
-  uint32_t fields = 0;
-  bool double_compute = false;  // logits in float64 (some input is float64), otherwise float32
-  int threads = 1;
-  // outputs
-  void* values = nullptr;  // (K, N), one row per bit of fields, in the order of the bits
-  bool double_values = false;
-  int64_t values_stride = 0;      // elements between rows of values
-  int64_t* prediction = nullptr;  // (N,) or null
-};
 
 // Small heads: one fused read of the features.
 struct HeadMetrics : HeadProblem {
@@ -84,14 +42,6 @@ struct HeadDistances {
   int exponent = 0;              // e
   int threads = 1;
   void* distances = nullptr;  // (C, C), of the type of weight
-};
-
-// Per-row numbers kept between the two kernels around the second product.
-struct HeadRow {
-  double t, r, log1p_tau, eps, log_eps, confidence, log_n;
-  double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
-  double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
-  int64_t m;           // top class, -1 for a poisoned row
 };
 
 // Second: logits of a chunk of rows -> everything that needs no further product, and q for the product that follows.

@@ -25,16 +25,6 @@ struct HeadMetricsBackward : HeadBackwardProblem {
 };
 int64_t head_metrics_backward_workspace(const HeadProblem& problem);
 
-// Numbers of a row kept between the kernels around the third product.
-struct HeadBackwardRow {
-  double c;           // 0: the row adds nothing
-  double inner;       // Var_p(w)/eps; or the norm that belongs to the shares below
-  double direction2;  // ||direction||^2 with the bias's column
-  double bias;        // the direction's entry for the bias's column
-  double delta2;      // ||w_m - w_q||^2
-  int64_t special;    // 0: as the others, 1: poisoned, 2: to be done from explicit differences
-};
-
 // Large heads, between the library's products, for a chunk of rows whose q and row_state head_chunk_statistics left.
 struct HeadBackwardChunk : HeadBackwardProblem {
   int64_t first = 0;

@@ -19,8 +19,6 @@
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
 
-constexpr int64_t kPoisoned = 1, kExplicit = 2;
-
 double upstream_of(const HeadBackwardChunk& call, int64_t n) {
   const double upstream = call.upstream[n * call.upstream_stride];
   if (upstream == 0.0) return 0.0;  // by select: 0 times a poisoned row's coefficient stays 0

@@ -10,12 +10,15 @@
 #include "cpu/head_metrics.h"
 #include "cpu/simd.h"
 #include "math/epsilon_split.h"
+#include "math/norms.h"
 #include "math/softmax_tail.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 
 constexpr double kNan = __builtin_nan("");
-constexpr double kLn2 = 0.693147180559945309417;
+using math::kLn2;
+using math::log_head_norm;
+using math::scaling_exponent;
 
 template <class Pointer>
 using ElementOf = std::remove_const_t<std::remove_pointer_t<Pointer>>;
@@ -82,14 +85,6 @@ class Values {
   double* double_at_[kFieldCount];
 };
 
-enum class Label { kNone, kIgnored, kValid, kBad };
-FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
-  if (problem.target == nullptr) return Label::kNone;
-  const int64_t y = problem.target[n];
-  if (y == problem.ignore_index) return Label::kIgnored;
-  return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
-}
-
 // The first row with a label that is no class, whichever thread meets it.
 class FirstBadRow {
  public:
@@ -129,12 +124,6 @@ inline void explicit_logits(const HeadProblem& call, int64_t n, double* z) {
       }
     });
   });
-}
-
-// log of ||phi||^2, or of ||phi||^2 + 1, without leaving the range.
-FLATCORE_INLINE double log_head_norm(double log_n, bool include_bias) {
-  if (!include_bias) return log_n;
-  return log_n > 0 ? log_n + std::log1p(std::exp(-log_n)) : std::log1p(std::exp(log_n));
 }
 
 // The sum sum_j p_j (w_j - w_a) over the classes j whose row differs from row a, and sum_j p_j ||w_j - w_a||^2, with
@@ -222,15 +211,6 @@ inline void put_gradient_norms(const HeadProblem& problem, const Values& values,
 
 inline void put_gradient_norms(const Values& values, int64_t n, double value) {
   for (Field field : {kLogGradientNorm, kLogGradientNorm1, kLogGradientNormInf}) values.put(field, n, value);
-}
-
-// e such that 2^e times the largest entry lies in [1, 2); 0 where squares of entries and of their differences are safe
-// without scaling, in float too.
-// At most `limit` either way, so that 2^e itself is a normal number; subnormal entries still come up far enough.
-FLATCORE_INLINE int scaling_exponent(double largest, int limit) {
-  if (!(largest > 0.0 && largest < math::kInfinity) || (largest > 0x1p-30 && largest < 0x1p30)) return 0;
-  const int exponent = -std::ilogb(largest);
-  return exponent > limit ? limit : exponent < -limit ? -limit : exponent;
 }
 
 }  // namespace flatcore::cpu::FLATCORE_TARGET

@@ -1,7 +1,7 @@
 // Norms of the rows of a matrix: the plain interface of the kernel.
 #pragma once
 
-#include "cpu/element.h"
+#include "element.h"
 
 namespace flatcore::cpu {
 

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/element.h"
+#include "element.h"
 #include "math/exp_log.h"
 
 #if defined(FLATCORE_TARGET_avx512) || defined(FLATCORE_TARGET_avx2)

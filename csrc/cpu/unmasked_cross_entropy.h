@@ -1,7 +1,7 @@
 // Cross-entropy with a cotangent that confidence does not mask: the plain interface of the kernel.
 #pragma once
 
-#include "cpu/element.h"
+#include "element.h"
 #include "status.h"
 
 namespace flatcore::cpu {

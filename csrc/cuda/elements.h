@@ -1,24 +1,24 @@
 // Elements on the device and, for tests, on the host: widened, narrowed, and loaded 16 bytes at a time.
 #pragma once
 
-#include "cpu/element.h"
+#include "element.h"
 #include "math/exp_log.h"
 
 namespace flatcore::cuda {
 
 FLATCORE_INLINE double widened(double x) { return x; }
 FLATCORE_INLINE float widened(float x) { return x; }
-FLATCORE_INLINE float widened(cpu::BHalf x) { return math::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+FLATCORE_INLINE float widened(BHalf x) { return math::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 // float16 by its exponent: 2^112 brings the exponent of a float16 in a float's place to its value, and is exact for
 // subnormals too; exponent 31 is infinity or NaN.
-FLATCORE_INLINE float widened(cpu::Half x) {
+FLATCORE_INLINE float widened(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
   const uint32_t special = magnitude >= 0x0f800000U ? 0x70000000U : 0U;
   const float value = math::bit_cast<float>(magnitude | special) * (special != 0U ? 1.0F : 0x1p112F);
   return (x.bits & 0x8000U) != 0U ? -value : value;
 }
 
-// Finite values of at most 1 in magnitude, and NaN, rounded to the nearest, ties to even.
+// Finite values within the type's range, and NaN, rounded to the nearest, ties to even.
 template <class T>
 struct Narrowed;
 template <>
@@ -30,16 +30,16 @@ struct Narrowed<float> {
   static FLATCORE_METHOD float of(float x) { return x; }
 };
 template <>
-struct Narrowed<cpu::BHalf> {
-  static FLATCORE_METHOD cpu::BHalf of(float x) {
+struct Narrowed<BHalf> {
+  static FLATCORE_METHOD BHalf of(float x) {
     const uint32_t bits = math::bit_cast<uint32_t>(x);
     if (x != x) return {0x7fc0};
     return {static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16)};
   }
 };
 template <>
-struct Narrowed<cpu::Half> {
-  static FLATCORE_METHOD cpu::Half of(float x) {
+struct Narrowed<Half> {
+  static FLATCORE_METHOD Half of(float x) {
     if (x != x) return {0x7e00};
     const float a = x < 0.0F ? -x : x;
     const uint32_t bits = math::bit_cast<uint32_t>(a);

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device.h"
 
@@ -48,6 +49,17 @@ cudaError_t load(Kernel* kernel) {
   status = cudaFuncGetAttributes(&attributes, kernel);
   const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
   return status != cudaSuccess ? status : restored;
+}
+
+// kernel<<<grid, threads>>>(arguments...) on the stream.
+template <class... Parameters>
+Launched launch(const char* what, Stream stream, unsigned grid, int threads, void (*kernel)(Parameters...),
+                std::common_type_t<Parameters>... arguments) {
+  if (const cudaError_t status = load(kernel); status != cudaSuccess) return launched(status, what);
+  void* addresses[] = {static_cast<void*>(&arguments)...};
+  return launched(cudaLaunchKernel(kernel, dim3(grid), dim3(static_cast<unsigned>(threads)), addresses, 0,
+                                   static_cast<cudaStream_t>(stream)),
+                  what);
 }
 
 // Blocks for so many tasks, at most what a grid's first dimension takes; kernels walk on in steps of the grid.

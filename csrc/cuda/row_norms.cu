@@ -33,10 +33,9 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_short(RowNorms call) {
   const T* x = static_cast<const T*>(call.x.data);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; n < call.N; n += step) {
-    DeviceLanes<RowPartial, kWarp> lanes;
     const T* row = x + n * call.x.row_stride;
-    const RowPartial total = block_partial(lanes, nullptr, row, call.x.column_stride, call.K, kWarp);
-    const Norms norms = finished_row(lanes, nullptr, row, call.x.column_stride, call.K, kWarp, total);
+    const RowPartial total = team_partial<kWarp>(row, call.x.column_stride, call.K);
+    const Norms norms = finished_row<kWarp>(row, call.x.column_stride, call.K, total);
     if (threadIdx.x % kWarp == 0) write<Out>(call, n, norms);
   }
 }
@@ -44,21 +43,18 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_short(RowNorms call) {
 // A block per tile; rows of one tile are finished here.
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads, 4) row_norms_tiles(RowNorms call, int64_t tiles) {
-  __shared__ RowPartial shared[kThreads / kWarp];
   const T* x = static_cast<const T*>(call.x.data);
   RowPartial* partials = reinterpret_cast<RowPartial*>(call.workspace);
   for (int64_t task = blockIdx.x; task < call.N * tiles; task += gridDim.x) {
-    DeviceLanes<RowPartial, kThreads> lanes;
     const int64_t n = task / tiles, start = (task % tiles) * kTile;
     const int64_t count = call.K - start < kTile ? call.K - start : kTile;
     const T* row = x + n * call.x.row_stride;
-    const RowPartial total =
-        block_partial(lanes, shared, row + start * call.x.column_stride, call.x.column_stride, count, kThreads);
+    const RowPartial total = team_partial<kThreads>(row + start * call.x.column_stride, call.x.column_stride, count);
     if (tiles > 1) {
       if (threadIdx.x == 0) partials[task] = total;
       continue;
     }
-    const Norms norms = finished_row(lanes, shared, row, call.x.column_stride, call.K, kThreads, total);
+    const Norms norms = finished_row<kThreads>(row, call.x.column_stride, call.K, total);
     if (threadIdx.x == 0) write<Out>(call, n, norms);
   }
 }
@@ -70,38 +66,23 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_merge(RowNorms call, in
   const RowPartial* partials = reinterpret_cast<const RowPartial*>(call.workspace);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; n < call.N; n += step) {
-    DeviceLanes<RowPartial, kWarp> lanes;
-    const RowPartial total = tiles_partial(lanes, nullptr, partials + n * tiles, tiles, kWarp);
-    const Norms norms =
-        finished_row(lanes, nullptr, x + n * call.x.row_stride, call.x.column_stride, call.K, kWarp, total);
+    const RowPartial total = tiles_partial<kWarp>(partials + n * tiles, tiles);
+    const Norms norms = finished_row<kWarp>(x + n * call.x.row_stride, call.x.column_stride, call.K, total);
     if (threadIdx.x % kWarp == 0) write<Out>(call, n, norms);
   }
 }
 
 template <class T, class Out>
-Launched launch(const RowNorms& call) {
-  const auto stream = static_cast<cudaStream_t>(call.stream);
+Launched run(const RowNorms& call) {
   const unsigned rows = grid_for((call.N + kRowsPerBlock - 1) / kRowsPerBlock);
   if (call.K <= kShort) {
-    if (const cudaError_t status = load(row_norms_short<T, Out>); status != cudaSuccess) {
-      return launched(status, "row_norms: loading");
-    }
-    row_norms_short<T, Out><<<rows, kThreads, 0, stream>>>(call);
-    return launched(cudaGetLastError(), "row_norms: short rows");
+    return launch("row_norms: short rows", call.stream, rows, kThreads, &row_norms_short<T, Out>, call);
   }
   const int64_t tiles = tiles_of(call.K);
-  if (const cudaError_t status = load(row_norms_tiles<T, Out>); status != cudaSuccess) {
-    return launched(status, "row_norms: loading");
-  }
-  row_norms_tiles<T, Out><<<grid_for(call.N * tiles), kThreads, 0, stream>>>(call, tiles);
-  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess || tiles == 1) {
-    return launched(status, "row_norms: tiles");
-  }
-  if (const cudaError_t status = load(row_norms_merge<T, Out>); status != cudaSuccess) {
-    return launched(status, "row_norms: loading");
-  }
-  row_norms_merge<T, Out><<<rows, kThreads, 0, stream>>>(call, tiles);
-  return launched(cudaGetLastError(), "row_norms: merging tiles");
+  const Launched first = launch("row_norms: tiles", call.stream, grid_for(call.N * tiles), kThreads,
+                                &row_norms_tiles<T, Out>, call, tiles);
+  if (first.error != nullptr || tiles == 1) return first;
+  return launch("row_norms: merging tiles", call.stream, rows, kThreads, &row_norms_merge<T, Out>, call, tiles);
 }
 
 }  // namespace
@@ -116,14 +97,14 @@ Launched row_norms(const RowNorms& call) {
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "row_norms: the device");
   switch (call.x.dtype) {
-    case cpu::Dtype::kFloat16:
-      return launch<cpu::Half, float>(call);
-    case cpu::Dtype::kBFloat16:
-      return launch<cpu::BHalf, float>(call);
-    case cpu::Dtype::kFloat32:
-      return launch<float, float>(call);
-    case cpu::Dtype::kFloat64:
-      return launch<double, double>(call);
+    case Dtype::kFloat16:
+      return run<Half, float>(call);
+    case Dtype::kBFloat16:
+      return run<BHalf, float>(call);
+    case Dtype::kFloat32:
+      return run<float, float>(call);
+    case Dtype::kFloat64:
+      return run<double, double>(call);
   }
   return {"unknown dtype", "row_norms"};
 }

@@ -1,15 +1,15 @@
 // Norms of the rows of a matrix on a CUDA device: the plain interface of the kernels.
 #pragma once
 
-#include "cpu/element.h"
 #include "cuda/device.h"
+#include "element.h"
 
 namespace flatcore::cuda {
 
 // N rows of K entries, all addresses on `device`. Outputs are overwritten; the caller allocates them and the workspace.
 // Work goes to the stream; nothing waits for the device, nothing is allocated, so a graph capture may be under way.
 struct RowNorms {
-  cpu::Matrix x;  // (N, K)
+  Matrix x;  // (N, K)
   int64_t N = 0;
   int64_t K = 0;
   int device = 0;

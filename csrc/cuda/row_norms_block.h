@@ -1,4 +1,4 @@
-// The norms of one row, or of a tile of it, by the lanes of a block: shared by the kernels and by their host test.
+// The norms of one row, or of a tile of it, by the threads of a team; included by .cu files only.
 //
 // Numerics: every entry is widened to float64 before it is added, so that squares of 1e20 or 1e-25 in float32 neither
 // overflow nor vanish. float64 rows whose sum of squares leaves [1e-280, 1e300] are read again, scaled by a power of
@@ -8,29 +8,12 @@
 #include <cmath>
 
 #include "cuda/elements.h"
-#include "cuda/lanes.h"
+#include "cuda/team.h"
 
 namespace flatcore::cuda {
 
 struct RowPartial {
   double sum = 0.0, squares = 0.0, largest = 0.0;
-
-#if defined(__CUDACC__)
-  __device__ __forceinline__ RowPartial from_lane_above(int offset) const {
-    RowPartial other;
-    other.sum = __shfl_down_sync(0xffffffffU, sum, static_cast<unsigned>(offset));
-    other.squares = __shfl_down_sync(0xffffffffU, squares, static_cast<unsigned>(offset));
-    other.largest = __shfl_down_sync(0xffffffffU, largest, static_cast<unsigned>(offset));
-    return other;
-  }
-  __device__ __forceinline__ RowPartial from_first_lane() const {
-    RowPartial other;
-    other.sum = __shfl_sync(0xffffffffU, sum, 0);
-    other.squares = __shfl_sync(0xffffffffU, squares, 0);
-    other.largest = __shfl_sync(0xffffffffU, largest, 0);
-    return other;
-  }
-#endif
   FLATCORE_METHOD void take(double a, double scale) {
     a = a < 0.0 ? -a : a;  // -0 stays, and adds nothing
     const double v = a * scale;
@@ -94,49 +77,58 @@ struct MergePartials {
   FLATCORE_METHOD RowPartial operator()(const RowPartial& a, const RowPartial& b) const { return merge_partials(a, b); }
 };
 
-// The partial result of `count` elements of a row, known to every lane.
-template <class T, class Lanes>
-FLATCORE_BLOCK RowPartial block_partial(Lanes& lanes, RowPartial* shared, const T* x, int64_t stride, int64_t count,
-                                        int width) {
-  lanes.each([&](int lane, RowPartial& partial) { partial = lane_partial(x, stride, count, lane, width, 1.0); });
-  lanes.reduce(shared, MergePartials{});
-  return lanes.result();
-}
-
 struct Norms {
   double l1, l2, linf;
 };
 
+// The partial result of `count` elements of a row, known to every lane.
+template <int width, class T>
+__device__ __forceinline__ RowPartial team_partial(const T* x, int64_t stride, int64_t count) {
+  return Team<width>::merged(lane_partial(x, stride, count, Team<width>::lane(), width, 1.0), MergePartials{});
+}
+
+// The squares of a row whose entries are scaled first.
+template <int width, class T>
+__device__ __forceinline__ double scaled_squares(const T* x, int64_t stride, int64_t count, const PowerOfTwo& scale) {
+  RowPartial partial;
+  for (int64_t k = Team<width>::lane(); k < count; k += width) {
+    partial.take(static_cast<double>(widened(x[k * stride])) * scale.first, scale.second);
+  }
+  return Team<width>::merged(partial, MergePartials{}).squares;
+}
+
+FLATCORE_INLINE bool squares_in_range(double squares) { return squares > 1e-280 && squares < 1e300; }
+
 // The norms of a row of `count` elements whose partial result every lane knows; reads it again if its squares left the
 // range.
-template <class T, class Lanes>
-FLATCORE_BLOCK Norms finished_row(Lanes& lanes, RowPartial* shared, const T* x, int64_t stride, int64_t count,
-                                  int width, const RowPartial& total) {
+template <int width, class T>
+__device__ __forceinline__ Norms finished_row(const T* x, int64_t stride, int64_t count, const RowPartial& total) {
   const double nan = __builtin_nan("");
   if (total.sum != total.sum) return {total.sum, nan, nan};
   if (!(total.largest < math::kInfinity)) return {total.sum, math::kInfinity, math::kInfinity};
-  const bool regular = total.squares > 1e-280 && total.squares < 1e300;
-  if (regular || total.largest == 0.0) return {total.sum, sqrt(total.squares), total.largest};
+  if (squares_in_range(total.squares) || total.largest == 0.0) return {total.sum, sqrt(total.squares), total.largest};
   const PowerOfTwo scale = inverse_power(total.largest);
-  lanes.each([&](int lane, RowPartial& partial) {
-    partial = RowPartial{};
-    for (int64_t k = lane; k < count; k += width)
-      partial.take(static_cast<double>(widened(x[k * stride])) * scale.first, scale.second);
-  });
-  lanes.reduce(shared, MergePartials{});
-  return {total.sum, sqrt(lanes.result().squares) / scale.first / scale.second, total.largest};
+  return {total.sum, sqrt(scaled_squares<width>(x, stride, count, scale)) / scale.first / scale.second, total.largest};
+}
+
+// log sum x_d^2 of a row, NaN if an element is not finite: no square leaves the range.
+template <int width, class T>
+__device__ __forceinline__ double log_squares(const T* x, int64_t stride, int64_t count) {
+  const RowPartial total = team_partial<width>(x, stride, count);
+  if (total.sum != total.sum || !(total.largest < math::kInfinity)) return __builtin_nan("");
+  if (total.largest == 0.0) return -math::kInfinity;
+  if (squares_in_range(total.squares)) return math::log_nonnegative(total.squares);
+  const PowerOfTwo scale = inverse_power(total.largest);
+  const double exponent = static_cast<double>(ilogb(total.largest));
+  return math::log_nonnegative(scaled_squares<width>(x, stride, count, scale)) + 2.0 * exponent * math::kLn2;
 }
 
 // The sum over the tiles of a row: lane i takes tiles i, i + width, ... in order.
-template <class Lanes>
-FLATCORE_BLOCK RowPartial tiles_partial(Lanes& lanes, RowPartial* shared, const RowPartial* tiles, int64_t count,
-                                        int width) {
-  lanes.each([&](int lane, RowPartial& partial) {
-    partial = RowPartial{};
-    for (int64_t k = lane; k < count; k += width) partial = merge_partials(partial, tiles[k]);
-  });
-  lanes.reduce(shared, MergePartials{});
-  return lanes.result();
+template <int width>
+__device__ __forceinline__ RowPartial tiles_partial(const RowPartial* tiles, int64_t count) {
+  RowPartial partial;
+  for (int64_t k = Team<width>::lane(); k < count; k += width) partial = merge_partials(partial, tiles[k]);
+  return Team<width>::merged(partial, MergePartials{});
 }
 
 }  // namespace flatcore::cuda

@@ -18,17 +18,15 @@ constexpr int64_t kShort = 1024;
 // So many lanes per row, kThreads in a block.
 template <class T, class Out, int width>
 __global__ void __launch_bounds__(kThreads, 4) unmasked_rows(UnmaskedCrossEntropy call) {
-  __shared__ RestPartial shared[kThreads / kWarp];
   constexpr int rows = kThreads / width;
   const int lane = static_cast<int>(threadIdx.x) % width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * rows + threadIdx.x / width; n < call.N; n += step) {
-    DeviceLanes<RestPartial, width> lanes;
     const T* z = static_cast<const T*>(call.logits.data) + n * call.logits.row_stride;
     const int64_t y = call.target[n];
     const bool ignored = y == call.ignore_index, known = y >= 0 && y < call.C;
     RestPartial rest;
-    if (!ignored && known) rest = rest_of_row(lanes, shared, z, call.C, y, width);
+    if (!ignored && known) rest = rest_of_row<width>(z, call.C, y);
     const double own = known ? static_cast<double>(widened(z[y])) : 0.0;
     const RowResult row = row_result(ignored, known, own, rest);
     if (lane == 0) {
@@ -42,19 +40,15 @@ __global__ void __launch_bounds__(kThreads, 4) unmasked_rows(UnmaskedCrossEntrop
 }
 
 template <class T, class Out, int width>
-Launched launch_rows(const UnmaskedCrossEntropy& call) {
-  if (const cudaError_t status = load(unmasked_rows<T, Out, width>); status != cudaSuccess) {
-    return launched(status, "unmasked_cross_entropy: loading");
-  }
+Launched run_rows(const UnmaskedCrossEntropy& call) {
   constexpr int64_t rows = kThreads / width;
-  unmasked_rows<T, Out, width>
-      <<<grid_for((call.N + rows - 1) / rows), kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(call);
-  return launched(cudaGetLastError(), "unmasked_cross_entropy");
+  return launch("unmasked_cross_entropy", call.stream, grid_for((call.N + rows - 1) / rows), kThreads,
+                &unmasked_rows<T, Out, width>, call);
 }
 
 template <class T, class Out>
-Launched launch(const UnmaskedCrossEntropy& call) {
-  return call.C <= kShort ? launch_rows<T, Out, kWarp>(call) : launch_rows<T, Out, kThreads>(call);
+Launched run(const UnmaskedCrossEntropy& call) {
+  return call.C <= kShort ? run_rows<T, Out, kWarp>(call) : run_rows<T, Out, kThreads>(call);
 }
 
 }  // namespace
@@ -64,14 +58,14 @@ Launched unmasked_cross_entropy(const UnmaskedCrossEntropy& call) {
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "unmasked_cross_entropy: the device");
   switch (call.logits.dtype) {
-    case cpu::Dtype::kFloat16:
-      return launch<cpu::Half, float>(call);
-    case cpu::Dtype::kBFloat16:
-      return launch<cpu::BHalf, float>(call);
-    case cpu::Dtype::kFloat32:
-      return launch<float, float>(call);
-    case cpu::Dtype::kFloat64:
-      return launch<double, double>(call);
+    case Dtype::kFloat16:
+      return run<Half, float>(call);
+    case Dtype::kBFloat16:
+      return run<BHalf, float>(call);
+    case Dtype::kFloat32:
+      return run<float, float>(call);
+    case Dtype::kFloat64:
+      return run<double, double>(call);
   }
   return {"unknown dtype", "unmasked_cross_entropy"};
 }

@@ -1,15 +1,15 @@
 // Cross-entropy with a cotangent that confidence does not mask, on a CUDA device: the plain interface of the kernels.
 #pragma once
 
-#include "cpu/element.h"
 #include "cuda/device.h"
+#include "element.h"
 
 namespace flatcore::cuda {
 
 // N rows of C logits with their labels, all addresses on `device`. Outputs are overwritten; the caller allocates them,
 // apart from the inputs. Work goes to the stream; nothing waits for the device, nothing is allocated.
 struct UnmaskedCrossEntropy {
-  cpu::Matrix logits;               // (N, C), column stride 1; -inf masks a class
+  Matrix logits;                    // (N, C), column stride 1; -inf masks a class
   const int64_t* target = nullptr;  // (N,): 0..C-1 or ignore_index; NaN in the rows of any other
   int64_t N = 0;
   int64_t C = 0;

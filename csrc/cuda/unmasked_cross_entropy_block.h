@@ -1,4 +1,4 @@
-// One row of unmasked_cross_entropy by the lanes of a block: shared by the kernels and by their host test.
+// One row of unmasked_cross_entropy by the threads of a team; included by .cu files only.
 //
 // Numerics: as on the CPU (csrc/cpu/unmasked_cross_entropy.cpp): 1 - p is never formed; exponentials in float32 of
 // differences that are exact, or in float64 for float64 logits, sums in float64, logs in float64. A lane keeps its
@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "cuda/elements.h"
-#include "cuda/lanes.h"
+#include "cuda/team.h"
 #include "math/softmax_tail.h"
 
 namespace flatcore::cuda {
@@ -17,21 +17,6 @@ namespace flatcore::cuda {
 // Of the classes other than the label: the largest logit, and the sum of exp(z_j - top).
 struct RestPartial {
   double top = -math::kInfinity, sum = 0.0;
-
-#if defined(__CUDACC__)
-  __device__ __forceinline__ RestPartial from_lane_above(int offset) const {
-    RestPartial other;
-    other.top = __shfl_down_sync(0xffffffffU, top, static_cast<unsigned>(offset));
-    other.sum = __shfl_down_sync(0xffffffffU, sum, static_cast<unsigned>(offset));
-    return other;
-  }
-  __device__ __forceinline__ RestPartial from_first_lane() const {
-    RestPartial other;
-    other.top = __shfl_sync(0xffffffffU, top, 0);
-    other.sum = __shfl_sync(0xffffffffU, sum, 0);
-    return other;
-  }
-#endif
 };
 struct MergeRests {
   FLATCORE_METHOD RestPartial operator()(const RestPartial& a, const RestPartial& b) const {
@@ -60,32 +45,29 @@ FLATCORE_INLINE void take_logit(RestPartial& partial, V& top, V z) {
   }
 }
 
-template <class T, class Lanes>
-FLATCORE_BLOCK RestPartial rest_of_row(Lanes& lanes, RestPartial* shared, const T* z, int64_t classes, int64_t y,
-                                       int width) {
+template <int width, class T>
+__device__ __forceinline__ RestPartial rest_of_row(const T* z, int64_t classes, int64_t y) {
   using V = decltype(widened(T{}));
-  lanes.each([&](int lane, RestPartial& partial) {
-    partial = RestPartial{};
-    V top = -static_cast<V>(math::kInfinity);
-    const Split split = split_of(z, classes);
-    const auto* packed = reinterpret_cast<const Pack<T>*>(z + split.head);
-    for (int64_t j = lane; j < split.head; j += width) {
-      if (j != y) take_logit(partial, top, widened(z[j]));
+  const int lane = Team<width>::lane();
+  RestPartial partial;
+  V top = -static_cast<V>(math::kInfinity);
+  const Split split = split_of(z, classes);
+  const auto* packed = reinterpret_cast<const Pack<T>*>(z + split.head);
+  for (int64_t j = lane; j < split.head; j += width) {
+    if (j != y) take_logit(partial, top, widened(z[j]));
+  }
+  for (int64_t p = lane; p < split.packs; p += width) {
+    const Pack<T> loaded = packed[p];
+    const int64_t own = y - split.head - p * Pack<T>::kCount;
+    FLATCORE_UNROLL
+    for (int e = 0; e < Pack<T>::kCount; ++e) {
+      if (e != own) take_logit(partial, top, widened(loaded.items[e]));
     }
-    for (int64_t p = lane; p < split.packs; p += width) {
-      const Pack<T> loaded = packed[p];
-      const int64_t own = y - split.head - p * Pack<T>::kCount;
-      FLATCORE_UNROLL
-      for (int e = 0; e < Pack<T>::kCount; ++e) {
-        if (e != own) take_logit(partial, top, widened(loaded.items[e]));
-      }
-    }
-    for (int64_t j = split.head + split.packs * Pack<T>::kCount + lane; j < classes; j += width) {
-      if (j != y) take_logit(partial, top, widened(z[j]));
-    }
-  });
-  lanes.reduce(shared, MergeRests{});
-  return lanes.result();
+  }
+  for (int64_t j = split.head + split.packs * Pack<T>::kCount + lane; j < classes; j += width) {
+    if (j != y) take_logit(partial, top, widened(z[j]));
+  }
+  return Team<width>::merged(partial, MergeRests{});
 }
 
 // What a row comes to: its loss, log(1 - p_y), and how its cotangent is written.

@@ -9,6 +9,7 @@
 namespace flatcore::math {
 
 constexpr double kInfinity = __builtin_inf();
+constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLn2High = 0x1.62e42fefa3800p-1;  // 42 bits: k * kLn2High is exact for |k| < 2^11
 constexpr double kLn2Low = 0x1.ef35793c76730p-45;
 constexpr double kExpUnderflow = -708.0;  // exp of less is below the smallest normal double: returned as 0

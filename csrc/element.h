@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace flatcore::cpu {
+namespace flatcore {
 
 enum class Dtype : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
@@ -14,7 +14,7 @@ struct Matrix {
   Dtype dtype = Dtype::kFloat32;
 };
 
-// Bit patterns with the width of the type; the arithmetic is in simd.h.
+// Bit patterns with the width of the type; the arithmetic is in cpu/simd.h and cuda/elements.h.
 struct Half {
   uint16_t bits;
 };
@@ -22,4 +22,4 @@ struct BHalf {
   uint16_t bits;
 };
 
-}  // namespace flatcore::cpu
+}  // namespace flatcore

@@ -1,0 +1,210 @@
+// head_weights: what the other kernels need of W alone.
+//
+// Buffers: as cuda/head_metrics.h says. Does not synchronise; the exponent e stays on the device.
+// Numerics: float64 throughout; distances from differences. float64 weights are read twice, as their squares may leave
+// the range before e is known. Merges in a fixed order: two runs agree bit for bit.
+// Cost: W read once (packed on the way), once more for the centre, once more for the squares about it; the table of
+// distances C^2 D / 2 differences. Never run on a device yet: no figure is known.
+#include "cuda/head_metrics.h"
+#include "cuda/head_rows.h"
+#include "cuda/launch.h"
+
+namespace flatcore::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kSlices = 64;  // of the rows of W, for the sums over them
+
+// The largest magnitude and the sum of squares of rows of 2^e W; a row of the packed matrix on the way.
+template <class T, class V>
+__global__ void __launch_bounds__(kThreads)
+    weight_rows(HeadWeights call, double* squares, double* largest, bool scaled) {
+  using Block = Team<kThreads>;
+  const T* w = static_cast<const T*>(call.weight.data);
+  V* packed = static_cast<V*>(call.packed);
+  const double scale = scaled ? scalbn(1.0, static_cast<int>(call.summary[1])) : 1.0;
+  const int64_t rows = packed != nullptr ? call.packed_rows : call.C;
+  for (int64_t j = blockIdx.x; j < rows; j += gridDim.x) {
+    RowPartial partial;
+    const T* row = w + j * call.weight.row_stride;
+    for (int64_t d = Block::lane(); d < call.D && j < call.C; d += kThreads) {
+      const auto x = widened(row[d * call.weight.column_stride]);
+      partial.take(static_cast<double>(x), scale);
+      if (packed != nullptr) packed[j * call.packed_stride + d] = static_cast<V>(x);
+    }
+    if (packed != nullptr) {
+      const int64_t from = j < call.C ? call.D : 0;
+      for (int64_t d = from + Block::lane(); d < call.packed_stride; d += kThreads) {
+        packed[j * call.packed_stride + d] = V{};
+      }
+    }
+    partial = Block::merged(partial, MergePartials{});
+    if (Block::lane() == 0 && j < call.C) {
+      squares[j] = partial.squares;
+      largest[j] = partial.largest;
+    }
+  }
+}
+
+// e from the largest entry, and log ||W||_F^2 from the rows' squares (`scaled`: times 2^(2e) already).
+__global__ void __launch_bounds__(kThreads)
+    weight_total(HeadWeights call, const double* squares, const double* largest, bool scaled) {
+  using Block = Team<kThreads>;
+  const double* bias = call.include_bias ? call.bias : nullptr;
+  double most = 0.0;
+  for (int64_t j = Block::lane(); j < call.C; j += kThreads) {
+    most = largest[j] > most ? largest[j] : most;
+    const double b = bias != nullptr ? fabs(bias[j]) : 0.0;
+    if (b > most && b < math::kInfinity) most = b;
+  }
+  most = Block::merged(most, LargerOf{});
+  const int exponent = math::scaling_exponent(most, call.double_compute ? 1000 : 100);
+  const double scale = scalbn(1.0, exponent);
+  Sums<1> total{};
+  for (int64_t j = Block::lane(); j < call.C; j += kThreads) {
+    const double b = bias != nullptr ? bias[j] * scale : 0.0;
+    total.at[0] += (scaled ? squares[j] : squares[j] * scale * scale) + b * b;
+  }
+  total = Block::merged(total, AddSums{});
+  if (Block::lane() == 0) {
+    call.summary[0] = log(total.at[0]) - 2.0 * exponent * math::kLn2;
+    call.summary[1] = exponent;
+  }
+}
+
+// Sums over a slice of the rows of 2^e (w_j - w_0), the bias as column D: parts (kSlices, D + 1).
+template <class T>
+__global__ void __launch_bounds__(kThreads) weight_slices(HeadWeights call, double* parts) {
+  const T* w = static_cast<const T*>(call.weight.data);
+  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
+  const int64_t columns = (call.D + 1 + kThreads - 1) / kThreads;
+  const int64_t length = (call.C + kSlices - 1) / kSlices;
+  for (int64_t task = blockIdx.x; task < columns * kSlices; task += gridDim.x) {
+    const int64_t d = task % columns * kThreads + threadIdx.x, slice = task / columns;
+    const int64_t end = (slice + 1) * length < call.C ? (slice + 1) * length : call.C;
+    double sum = 0.0;
+    if (d < call.D) {
+      const T* column = w + d * call.weight.column_stride;
+      const double base = static_cast<double>(widened(column[0])) * scale;
+      for (int64_t j = slice * length; j < end; ++j) {
+        sum += static_cast<double>(widened(column[j * call.weight.row_stride])) * scale - base;
+      }
+    } else if (d == call.D && call.include_bias) {
+      for (int64_t j = slice * length; j < end; ++j) sum += (call.bias[j] - call.bias[0]) * scale;
+    }
+    if (d <= call.D) parts[slice * (call.D + 1) + d] = sum;
+  }
+}
+
+// The mean as the first row plus the mean difference to it: equal rows give exactly that row.
+__global__ void __launch_bounds__(kThreads) weight_center(HeadWeights call, const double* parts) {
+  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t d = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; d <= call.D; d += step) {
+    double sum = 0.0;
+    for (int64_t slice = 0; slice < kSlices; ++slice) sum += parts[slice * (call.D + 1) + d];
+    const double own = d < call.D ? element(call.weight, 0, d) * scale : call.include_bias ? call.bias[0] * scale : 0.0;
+    const double mean = own + sum / static_cast<double>(call.C);
+    call.center[d] = call.double_compute || d == call.D ? mean : static_cast<double>(static_cast<float>(mean));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) weight_centered(HeadWeights call) {
+  using Block = Team<kThreads>;
+  const T* w = static_cast<const T*>(call.weight.data);
+  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
+  for (int64_t j = blockIdx.x; j < call.C; j += gridDim.x) {
+    const T* row = w + j * call.weight.row_stride;
+    Sums<1> sum{};
+    for (int64_t d = Block::lane(); d < call.D; d += kThreads) {
+      const double x = static_cast<double>(widened(row[d * call.weight.column_stride])) * scale - call.center[d];
+      sum.at[0] += x * x;
+    }
+    sum = Block::merged(sum, AddSums{});
+    if (Block::lane() != 0) continue;
+    const double b = call.include_bias ? call.bias[j] * scale - call.center[call.D] : 0.0;
+    call.centered_squares[j] = sum.at[0] + b * b;
+  }
+}
+
+// A warp per pair of rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads) weight_distances(HeadWeights call) {
+  using Warp = Team<kWarp>;
+  constexpr int64_t warps = kThreads / kWarp;
+  const T* w = static_cast<const T*>(call.weight.data);
+  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
+  for (int64_t pair = blockIdx.x * warps + threadIdx.x / kWarp; pair < call.C * call.C; pair += gridDim.x * warps) {
+    const int64_t j = pair / call.C, k = pair % call.C;
+    if (k < j) continue;
+    Sums<1> sum{};
+    if (k > j) {
+      const T* a = w + j * call.weight.row_stride;
+      const T* b = w + k * call.weight.row_stride;
+      for (int64_t d = Warp::lane(); d < call.D; d += kWarp) {
+        const int64_t at = d * call.weight.column_stride;
+        const double x = (static_cast<double>(widened(a[at])) - static_cast<double>(widened(b[at]))) * scale;
+        sum.at[0] += x * x;
+      }
+      sum = Warp::merged(sum, AddSums{});
+    }
+    if (Warp::lane() != 0) continue;
+    call.distances[j * call.C + k] = call.distances[k * call.C + j] = sum.at[0];
+    if (call.bias_distances != nullptr) {
+      const double b = (call.bias[j] - call.bias[k]) * scale;
+      call.bias_distances[j * call.C + k] = call.bias_distances[k * call.C + j] = sum.at[0] + b * b;
+    }
+  }
+}
+
+template <class T, class V>
+Launched run(const HeadWeights& call) {
+  double* squares = call.workspace;
+  double* largest = squares + call.C;
+  double* parts = largest + call.C;
+  const unsigned rows = grid_for(call.packed != nullptr ? call.packed_rows : call.C);
+  Launched done{};
+  const auto then = [&](const char* what, unsigned grid, auto kernel, auto... arguments) {
+    if (done.error == nullptr) done = launch(what, call.stream, grid, kThreads, kernel, call, arguments...);
+  };
+  then("head_weights: rows", rows, &weight_rows<T, V>, squares, largest, false);
+  then("head_weights: total", 1U, &weight_total, squares, largest, false);
+  if constexpr (sizeof(T) == 8) {
+    then("head_weights: scaled rows", rows, &weight_rows<T, V>, squares, largest, true);
+    then("head_weights: total", 1U, &weight_total, squares, largest, true);
+  }
+  if (call.center != nullptr) {
+    const int64_t columns = (call.D + 1 + kThreads - 1) / kThreads;
+    then("head_weights: slices", grid_for(columns * kSlices), &weight_slices<T>, parts);
+    then("head_weights: centre", grid_for(columns), &weight_center, parts);
+    then("head_weights: squares", grid_for(call.C), &weight_centered<T>);
+  }
+  if (call.distances != nullptr) {
+    then("head_weights: distances", grid_for((call.C * call.C + kThreads / kWarp - 1) / (kThreads / kWarp)),
+         &weight_distances<T>);
+  }
+  return done;
+}
+
+}  // namespace
+
+int64_t head_weights_workspace(int64_t D, int64_t C) { return 2 * C + kSlices * (D + 1); }
+
+Launched head_weights(const HeadWeights& call) {
+  const DeviceGuard guard(call.device);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_weights: the device");
+  switch (call.weight.dtype) {
+    case Dtype::kFloat16:
+      return call.double_compute ? run<Half, double>(call) : run<Half, float>(call);
+    case Dtype::kBFloat16:
+      return call.double_compute ? run<BHalf, double>(call) : run<BHalf, float>(call);
+    case Dtype::kFloat32:
+      return call.double_compute ? run<float, double>(call) : run<float, float>(call);
+    case Dtype::kFloat64:
+      return run<double, double>(call);
+  }
+  return {"unknown dtype", "head_weights"};
+}
+
+}  // namespace flatcore::cuda

@@ -1,0 +1,81 @@
+// A softmax head with its inputs and outputs, as the kernels of the CPU and of CUDA devices take it.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+#include "math/portable.h"
+
+namespace flatcore {
+
+// The rows of the result block, by bit of `fields`; the names are in flatcore/reference/head_metrics.py.
+enum Field : int {
+  kConfidence,
+  kMargin,
+  kLogOneMinusConfidence,
+  kLogFeatureNorm,
+  kLogHessianTrace,
+  kLogLayerwise,
+  kLogNeuronwise,
+  kLoss,
+  kLogGradientNorm,
+  kLogGradientNorm1,
+  kLogGradientNormInf,
+  kFieldCount
+};
+constexpr uint32_t kGradientFields = 1U << kLogGradientNorm | 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
+constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
+
+// What every kernel of this stem is asked for.
+struct HeadProblem {
+  Matrix features;                  // (N, D)
+  Matrix weight;                    // (C, D)
+  Matrix logits;                    // (N, C); data null: W phi + b is computed
+  const double* bias = nullptr;     // (C,) or null; added to computed logits only
+  const int64_t* target = nullptr;  // (N,) or null
+  int64_t N = 0;
+  int64_t D = 0;
+  int64_t C = 0;
+  double temperature = 1.0;
+  int64_t ignore_index = -100;
+  bool include_bias = false;
+  int norm_power = 2;
+  uint32_t fields = 0;
+  bool double_compute = false;  // logits in float64 (some input is float64), otherwise float32
+  int threads = 1;
+  // outputs
+  void* values = nullptr;  // (K, N), one row per bit of fields, in the order of the bits
+  bool double_values = false;
+  int64_t values_stride = 0;      // elements between rows of values
+  int64_t* prediction = nullptr;  // (N,) or null
+};
+
+enum class Label { kNone, kIgnored, kValid, kBad };
+FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
+  if (problem.target == nullptr) return Label::kNone;
+  const int64_t y = problem.target[n];
+  if (y == problem.ignore_index) return Label::kIgnored;
+  return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
+}
+
+// Large heads: numbers of a row kept between the kernels around the library's products.
+struct HeadRow {
+  double t, r, log1p_tau, eps, log_eps, confidence, log_n;
+  double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
+  double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
+  int64_t m;           // top class, -1 for a poisoned row
+  double q_sum;        // sum of the q_j as they were stored, where they were stored in pieces
+};
+
+// The same for its gradient.
+struct HeadBackwardRow {
+  double c;           // 0: the row adds nothing
+  double inner;       // Var_p(w)/eps; or the norm that belongs to the shares below
+  double direction2;  // ||direction||^2 with the bias's column
+  double bias;        // the direction's entry for the bias's column
+  double delta2;      // ||w_m - w_q||^2
+  int64_t special;    // see RowKind
+};
+enum RowKind : int64_t { kOrdinary = 0, kPoisoned = 1, kExplicit = 2 };  // explicit: from differences of rows of W
+
+}  // namespace flatcore

@@ -1,0 +1,25 @@
+// Norms that do not leave the range on the way to their logs.
+#pragma once
+
+#include <cmath>
+
+#include "math/exp_log.h"
+
+namespace flatcore::math {
+
+// log of ||phi||^2, or of ||phi||^2 + 1, without leaving the range.
+FLATCORE_INLINE double log_head_norm(double log_n, bool include_bias) {
+  if (!include_bias) return log_n;
+  return log_n > 0 ? log_n + log1p(exp(-log_n)) : log1p(exp(log_n));
+}
+
+// e such that 2^e times the largest entry lies in [1, 2); 0 where squares of entries and of their differences are safe
+// without scaling, in float too.
+// At most `limit` either way, so that 2^e itself is a normal number; subnormal entries still come up far enough.
+FLATCORE_INLINE int scaling_exponent(double largest, int limit) {
+  if (!(largest > 0.0 && largest < kInfinity) || (largest > 0x1p-30 && largest < 0x1p30)) return 0;
+  const int exponent = -ilogb(largest);
+  return exponent > limit ? limit : exponent < -limit ? -limit : exponent;
+}
+
+}  // namespace flatcore::math

@@ -1,0 +1,283 @@
+"""Large heads on a CUDA device: chunks of rows around the library's matrix products, at bounded workspace.
+
+As ``_chunked``, but nothing waits for the device: the power of two that scales W and the poison of W's gradient stay
+there, and rows that need explicit differences are found by the kernels. The gradient of any head goes this way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._chunked import full_precision
+from .reference import FIELDS
+
+if TYPE_CHECKING:
+    from ._native_cuda import Head
+
+WORKSPACE_BYTES = 256 << 20
+"""Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
+has some 200 rows, so that its product takes longer than reading W for it."""
+_TILE_BYTES = 16 << 20  # rows of W converted or centred at a time
+_TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
+
+NEURONWISE = 1 << FIELDS.index("log_neuronwise")
+LAYERWISE = 1 << FIELDS.index("log_layerwise")
+GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
+_POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
+_PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of q that keep 22 and 24 bits of it
+
+
+def takes_half_products() -> bool:
+    """Whether this torch multiplies 16-bit matrices into a float32 one."""
+    return "dtype" in torch.ops.aten.mm.overloads()  # since 2.8
+
+
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16-bit matrices, summed and kept in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
+    """Fill the outputs of the head's problem."""
+    N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
+    itemsize = dtype.itemsize
+    weights = bool(head.fields & (NEURONWISE | GRADIENT))
+    half = head.weight.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
+    pieces = _PIECES[head.weight.dtype] if half and weights else 0
+    prepared = _Weights(core, where, head, weights)
+    borrowed = head.logits is not None and head.logits.dtype == dtype and head.logits.stride(1) == 1
+    per_row = core.HEAD_ROW_BYTES + C * (itemsize + 2 * pieces) + 2 * D * (8 + itemsize)
+    length = _chunk_length(N, per_row, prepared.nbytes)
+    state = head.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
+    z = None if borrowed and not weights else head.empty(length, C, dtype=dtype)
+    mean = head.empty(length, D) if weights else None
+    special = head.empty(length, dtype=torch.uint8) if weights else None
+    slots = head.explicit_slots()
+    scratch = head.empty(slots, 2 * C) if weights else None
+    parts = head.empty(pieces * length * C, dtype=head.weight.dtype) if pieces else None
+    with full_precision(head.features.device.type):
+        for first in range(0, N, length):
+            rows = min(length, N - first)
+            here = slice(first, first + rows)
+            if borrowed:
+                source = head.logits[here]  # type: ignore[index]
+            else:
+                source = z[:rows]  # type: ignore[index]
+                if head.logits is not None:
+                    source.copy_(head.logits[here])
+                else:
+                    prepared.logits_into(source, head.features[here])
+            q = z[:rows] if weights and not pieces else None  # type: ignore[index]
+            core.cuda_head_chunk_statistics(
+                *where, problem, first, rows, source.data_ptr(), source.stride(0), _address(q), _address(parts), pieces,
+                prepared.summary.data_ptr(), _address(prepared.center), _address(prepared.squares), state.data_ptr(),
+            )  # fmt: skip
+            if not weights:
+                continue
+            if parts is not None:
+                q_parts = parts[: pieces * rows * C].view(pieces, rows, C)
+                mean[:rows].zero_()  # type: ignore[index]
+                for start in range(0, C, _TILE_CLASSES):
+                    stop = min(C, start + _TILE_CLASSES)
+                    for part in q_parts:
+                        mean[:rows] += half_product(part[:, start:stop], head.weight[start:stop])  # type: ignore[index]
+            else:
+                prepared.centered_product_into(mean[:rows], q)  # type: ignore[index, arg-type]
+            core.cuda_head_chunk_weights(
+                *where, problem, first, rows, _address(parts), prepared.summary.data_ptr(), _address(prepared.center),
+                state.data_ptr(), mean.data_ptr(), special.data_ptr(),  # type: ignore[union-attr]
+            )  # fmt: skip
+            core.cuda_head_explicit(
+                *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),  # type: ignore[union-attr]
+                scratch.data_ptr(), slots,  # type: ignore[union-attr]
+            )  # fmt: skip
+
+
+def head_metrics_backward(
+    core: Any,
+    where: tuple[int, int],
+    head: Head,
+    c: Tensor,
+    norm_power: int,
+    field: int,
+    d_features: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    d_logits: Tensor | None,
+) -> None:
+    """Fill the wanted gradients, d_weight and d_bias from zeros; ``c`` is dL/dlog v_n of every row."""
+    N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
+    itemsize = dtype.itemsize
+    bit = 1 << field
+    weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
+    prepared = _Weights(core, where, head, weights)
+    column = head.bias if head.include_bias else None
+    per_row = core.HEAD_ROW_BYTES + core.HEAD_BACKWARD_ROW_BYTES + 2 * C * itemsize + D * (16 + 5 * itemsize)
+    length = _chunk_length(N, per_row, prepared.nbytes)
+    state = head.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
+    numbers = head.empty(length, core.HEAD_BACKWARD_ROW_BYTES // 8)
+    q = head.empty(length, C, dtype=dtype)
+    cotangent = head.empty(length, C, dtype=dtype) if weights else None
+    sums = head.empty(length, D)
+    direction = head.empty(length, D, dtype=dtype) if weights else None
+    top_row = head.empty(length, D, dtype=dtype) if neuronwise else None
+    top_bias = head.empty(length) if neuronwise else None
+    top = head.empty(length, dtype=torch.int64) if neuronwise else None
+    scratch = head.empty(2 * C + D + 1)
+    rows_of_weight = head.empty(C).zero_() if neuronwise else None
+    poison, share = head.empty(1).zero_(), head.empty(1).zero_()  # NaN if a row is poisoned; sum of c
+    with full_precision(head.features.device.type):
+        for first in range(0, N, length):
+            rows = min(length, N - first)
+            here = slice(first, first + rows)
+            z = q[:rows]
+            if head.logits is not None:
+                z.copy_(head.logits[here])
+            else:
+                prepared.logits_into(z, head.features[here])
+            core.cuda_head_chunk_statistics(
+                *where, problem, first, rows, z.data_ptr(), C, z.data_ptr(), 0, 0, prepared.summary.data_ptr(),
+                _address(prepared.center), _address(prepared.squares), state.data_ptr(),
+            )  # fmt: skip
+            g = z
+            if cotangent is not None and direction is not None:
+                g = cotangent[:rows]
+                prepared.centered_product_into(sums[:rows], z)
+                core.cuda_head_chunk_directions(
+                    *where, problem, first, rows, c.data_ptr(), prepared.summary.data_ptr(), _address(prepared.center),
+                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), _address(top_row),
+                    _address(top_bias), _address(top),
+                )  # fmt: skip
+                for start, tile in prepared.centered_tiles():
+                    torch.mm(direction[:rows], tile.T, out=g[:, start : start + tile.shape[0]])
+            mine = None if d_features is None else d_features[here]
+            core.cuda_head_chunk_cotangent(
+                *where, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), prepared.summary.data_ptr(),
+                _address(prepared.center), _address(prepared.squares), state.data_ptr(), numbers.data_ptr(),
+                _address(mine), _address(d_weight), _address(d_bias), scratch.data_ptr(),
+            )  # fmt: skip
+            poisoned = (numbers[:rows, 5].view(torch.int64) == _POISONED).any()
+            poison += torch.where(poisoned, math.nan, 0.0)
+            share += numbers[:rows, 0].sum()
+            if head.logits is None:
+                if mine is not None:
+                    prepared.product_into(sums[:rows], g)
+                    mine += sums[:rows]
+                if d_weight is not None:
+                    # a row that adds nothing stays out, whatever stands in it
+                    none = (c[here] == 0).unsqueeze(1)
+                    d_weight.addmm_(g.T, head.features[here].to(dtype).masked_fill(none, 0))
+                if d_bias is not None:
+                    d_bias += g.sum(dim=0, dtype=torch.float64)
+            elif d_logits is not None:
+                d_logits[here] = g
+            if direction is not None and d_weight is not None:
+                d_weight.addmm_(z.T, direction[:rows], alpha=-1 if neuronwise else 1)
+            if top is not None:
+                rows_of_weight += z.sum(dim=0, dtype=torch.float64)
+                if column is not None and d_bias is not None:
+                    d_bias -= numbers[:rows, 3] @ z.to(torch.float64)
+                # by products with the one-hot matrix, for sums that come in a fixed order
+                one_hot = z.zero_().scatter_(1, top[:rows].unsqueeze(1), 1)
+                if d_weight is not None:
+                    d_weight.addmm_(one_hot.T, top_row[:rows])  # type: ignore[index]
+                if column is not None and d_bias is not None:
+                    d_bias += top_bias[:rows] @ one_hot.to(torch.float64)  # type: ignore[index]
+    if rows_of_weight is not None:
+        if d_weight is not None:
+            for start, tile in prepared.centered_tiles():
+                stop = start + tile.shape[0]
+                d_weight[start:stop].addcmul_(rows_of_weight[start:stop].to(dtype).unsqueeze(1), tile)
+        if column is not None and d_bias is not None:
+            centered = column * prepared.scale - prepared.center[D]  # type: ignore[index]
+            d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * centered)
+    if bit & LAYERWISE:
+        # in two steps: ||W||_F^-2 alone may leave the range; W = 0 has no gradient
+        half = torch.where(prepared.summary[0] == -math.inf, 0, (-0.5 * prepared.summary[0]).exp())
+        factor = norm_power * share * half
+        if d_weight is not None:
+            for start, block in prepared.tiles():
+                d_weight[start : start + block.shape[0]] += block * half.to(dtype) * factor.to(dtype)
+        if column is not None and d_bias is not None:
+            d_bias += column * half * factor
+    if d_weight is not None:
+        d_weight += poison.to(dtype)
+    if d_bias is not None:
+        d_bias += poison
+
+
+class _Weights:
+    """What the kernels need of W alone, and W by tiles of rows in the compute type."""
+
+    def __init__(self, core: Any, where: tuple[int, int], head: Head, centered: bool):
+        C, D = head.C, head.D
+        self.weight, self.dtype = head.weight, head.dtype
+        self.summary = head.empty(2)
+        self.center = head.empty(D + 1) if centered else None
+        self.squares = head.empty(C) if centered else None
+        workspace = head.empty(core.cuda_head_weights_workspace(D, C))
+        core.cuda_head_weights(
+            *where, head.problem, workspace.data_ptr(), self.summary.data_ptr(), _address(self.center),
+            _address(self.squares), 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        self.scale = torch.exp2(self.summary[1])  # a whole power: exact
+        self._scale = self.scale.to(head.dtype)
+        self._minus_center = None if self.center is None else -self.center[:D].to(head.dtype)
+        self.length = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * head.dtype.itemsize)))
+        self._tile = head.empty(self.length, D, dtype=head.dtype)
+        self.nbytes = 8 * (workspace.numel() + C + D) + self._tile.nbytes
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows of W, each with its first row's index."""
+        for start in range(0, self.weight.shape[0], self.length):
+            rows = self.weight[start : start + self.length]
+            yield start, rows if rows.dtype == self.dtype else self._tile[: rows.shape[0]].copy_(rows)
+
+    def centered_tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The same of 2^e W - center."""
+        for start, rows in self.tiles():
+            block = self._tile[: rows.shape[0]]
+            yield start, torch.addcmul(self._minus_center, rows, self._scale, out=block)
+
+    def logits_into(self, out: Tensor, features: Tensor) -> None:
+        """out = features W^T, in the compute type."""
+        half = self.dtype == torch.float32 and features.dtype == self.weight.dtype and features.dtype in _PIECES
+        if half and takes_half_products():
+            for start in range(0, self.weight.shape[0], self.length):
+                rows = self.weight[start : start + self.length]
+                out[:, start : start + rows.shape[0]] = half_product(features, rows.T)
+            return
+        features = features.to(self.dtype)
+        if self.weight.dtype == self.dtype:
+            torch.mm(features, self.weight.T, out=out)
+            return
+        for start, rows in self.tiles():
+            torch.mm(features, rows.T, out=out[:, start : start + rows.shape[0]])
+
+    def product_into(self, out: Tensor, q: Tensor) -> None:
+        """out = q W in float64, from products of tiles: over 200,000 classes float32 alone loses 1e-4."""
+        self._sum_into(out, q, self.tiles())
+
+    def centered_product_into(self, out: Tensor, q: Tensor) -> None:
+        """out = q (2^e W - center), so that a large common row costs no digits."""
+        self._sum_into(out, q, self.centered_tiles())
+
+    @staticmethod
+    def _sum_into(out: Tensor, q: Tensor, tiles: Iterator[tuple[int, Tensor]]) -> None:
+        out.zero_()
+        for start, rows in tiles:
+            out += q[:, start : start + rows.shape[0]] @ rows
+
+
+def _chunk_length(N: int, per_row: int, fixed: int) -> int:
+    length = max(1, min(N, (WORKSPACE_BYTES - fixed) // per_row))
+    return -(-N // -(-N // length)) if N else 1  # equal chunks: no short last product
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

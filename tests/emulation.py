@@ -1,0 +1,103 @@
+"""The CUDA kernels compiled for the host, where no GPU is: their own sources over emulated threads (tests/emulator)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pybind11
+import torch
+from torch import Tensor
+
+from flatcore import _chunked_cuda, _native_cuda, _ops
+
+ROOT = Path(__file__).parents[1]
+ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
+
+
+@functools.cache
+def module() -> ModuleType:
+    """Compile once a session (10 s) and import."""
+    folder = Path(tempfile.mkdtemp(prefix="flatcore_emulator_"))
+    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/emulator/emulator.cpp"]
+    sources += [ROOT / "csrc/bind" / name for name in ("cuda.cpp", "cuda_head.cpp", "head_problem.cpp")]
+    includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]
+    flags += ['-DFLATCORE_CUDA_ARCHITECTURES="host"', *(f"-I{path}" for path in includes)]
+
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}_{source.suffix[1:]}.o")
+        done = subprocess.run(
+            [compiler, *flags, "-x", "c++", "-c", str(source), "-o", target], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    shared = folder / f"cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(shared)], check=True)
+    specification = importlib.util.spec_from_file_location("cuda_emulated", shared)
+    assert specification is not None and specification.loader is not None
+    found = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(found)
+    return found
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    """What the library does on a device; on the CPU it has no such product."""
+    return a.float() @ b.float()
+
+
+@contextmanager
+def emulated(order: str = "forwards") -> Iterator[None]:
+    """Run the CUDA path, its Python and its kernels, on CPU tensors; ``order`` of the threads between barriers."""
+    core = module()
+    core.set_order(ORDERS[order])
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (_native_cuda, "_core", core),
+            (_native_cuda, "stream", lambda x: (0, 0)),
+            (_chunked_cuda, "half_product", _half_product),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.dict(_ops.KERNELS, cpu=_native_cuda))
+        yield
+
+
+class Moved:
+    """The kernels of a CUDA device for CPU tensors: moved there, and the results back."""
+
+    def __getattr__(self, name: str):
+        function = getattr(_native_cuda, name)
+
+        def call(*arguments):
+            results = function(*(x.cuda() if isinstance(x, Tensor) else x for x in arguments))
+            if isinstance(results, Tensor):
+                return results.cpu()
+            return tuple(x.cpu() if isinstance(x, Tensor) else x for x in results)
+
+        return call
+
+
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Run every call on the first CUDA device, whatever the tensors' device."""
+    with mock.patch.dict(_ops.KERNELS, cpu=Moved()):
+        yield
+
+
+def cuda_kernels():
+    """The CUDA path for CPU tensors: on a device if there is one, otherwise emulated."""
+    return on_device() if torch.cuda.is_available() else emulated()

@@ -1,0 +1,124 @@
+// CUDA on the host, for tests: the kernels' own sources compile against this header, and every thread of a block is a
+// fiber. A barrier or a shuffle is where a fiber stops and the next one runs, so the order of the threads between two
+// barriers is the emulator's choice (set_order): a result that depends on it shows a race. A barrier that not all
+// threads reach is an error, not a hang. Blocks run one after the other; streams and devices do not exist.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+#define CUDART_VERSION 13000
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  explicit dim3(unsigned x_ = 1) : x(x_) {}
+};
+
+namespace emulator {
+
+extern thread_local dim3 thread_index, block_index, grid_size, block_size;
+
+// Runs the kernel for every thread of every block; throws what went wrong.
+void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void barrier();
+int barrier_or(int predicate);
+void warp_barrier();
+// The value that the lane hands in, for lane `source` to take after all have handed in.
+uint32_t exchange(uint32_t value, int source);
+
+}  // namespace emulator
+
+#define threadIdx ::emulator::thread_index
+#define blockIdx ::emulator::block_index
+#define gridDim ::emulator::grid_size
+#define blockDim ::emulator::block_size
+
+inline void __syncthreads() { emulator::barrier(); }
+inline int __syncthreads_or(int predicate) { return emulator::barrier_or(predicate); }
+inline void __syncwarp(unsigned = 0xffffffffU) { emulator::warp_barrier(); }
+
+template <class Word>
+Word emulated_exchange(Word value, int source) {
+  if constexpr (sizeof(Word) == 8) {
+    uint32_t words[2];
+    std::memcpy(words, &value, 8);
+    for (uint32_t& word : words) word = emulator::exchange(word, source);
+    std::memcpy(&value, words, 8);
+  } else {
+    static_assert(sizeof(Word) == 4);
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    word = emulator::exchange(word, source);
+    std::memcpy(&value, &word, 4);
+  }
+  return value;
+}
+// Lanes beyond the warp: the lane's own value, as on the device.
+template <class Word>
+Word __shfl_down_sync(unsigned, Word value, unsigned offset) {
+  const int lane = static_cast<int>(threadIdx.x % 32), source = lane + static_cast<int>(offset);
+  return emulated_exchange(value, source < 32 ? source : lane);
+}
+template <class Word>
+Word __shfl_xor_sync(unsigned, Word value, int mask) {
+  return emulated_exchange(value, static_cast<int>(threadIdx.x % 32) ^ mask);
+}
+template <class Word>
+Word __shfl_sync(unsigned, Word value, int source) {
+  return emulated_exchange(value, source);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    all |= emulated_exchange(static_cast<unsigned>(predicate != 0), lane) << lane;
+  }
+  return all;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+// ------------------------------------------------------------------------------------------------------- the runtime
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+struct cudaFuncAttributes {};
+
+inline const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "invalid"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
+template <class... Parameters, size_t... index>
+void emulated_call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<index...>) {
+  kernel(*static_cast<Parameters*>(arguments[index])...);
+}
+template <class... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t,
+                             cudaStream_t) {
+  if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
+  emulator::run(grid, block,
+                [&] { emulated_call(kernel, arguments, std::make_index_sequence<sizeof...(Parameters)>{}); });
+  return cudaSuccess;
+}
