@@ -33,7 +33,7 @@ def module() -> ModuleType:
     sources += [ROOT / "csrc/bind" / name for name in ("cuda.cpp", "cuda_head.cpp", "head_problem.cpp")]
     includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     compiler = os.environ.get("CXX", "c++")
-    flags = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]
+    flags = ["-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     flags += ['-DFLATCORE_CUDA_ARCHITECTURES="host"', *(f"-I{path}" for path in includes)]
 
     def compiled(source: Path) -> str:

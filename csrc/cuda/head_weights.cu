@@ -13,33 +13,39 @@ namespace flatcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kRows = kThreads / kWarp;  // a warp per row of W
+using Warp = Team<kWarp>;
 constexpr int64_t kSlices = 64;  // of the rows of W, for the sums over them
+
+__device__ __forceinline__ int64_t first_row() {
+  return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
+}
+unsigned grid_for_rows(int64_t rows) { return grid_for((rows + kRows - 1) / kRows); }
 
 // The largest magnitude and the sum of squares of rows of 2^e W; a row of the packed matrix on the way.
 template <class T, class V>
 __global__ void __launch_bounds__(kThreads)
     weight_rows(HeadWeights call, double* squares, double* largest, bool scaled) {
-  using Block = Team<kThreads>;
   const T* w = static_cast<const T*>(call.weight.data);
   V* packed = static_cast<V*>(call.packed);
   const double scale = scaled ? scalbn(1.0, static_cast<int>(call.summary[1])) : 1.0;
   const int64_t rows = packed != nullptr ? call.packed_rows : call.C;
-  for (int64_t j = blockIdx.x; j < rows; j += gridDim.x) {
+  for (int64_t j = first_row(); j < rows; j += static_cast<int64_t>(gridDim.x) * kRows) {
     RowPartial partial;
     const T* row = w + j * call.weight.row_stride;
-    for (int64_t d = Block::lane(); d < call.D && j < call.C; d += kThreads) {
+    for (int64_t d = Warp::lane(); d < call.D && j < call.C; d += kWarp) {
       const auto x = widened(row[d * call.weight.column_stride]);
       partial.take(static_cast<double>(x), scale);
       if (packed != nullptr) packed[j * call.packed_stride + d] = static_cast<V>(x);
     }
     if (packed != nullptr) {
       const int64_t from = j < call.C ? call.D : 0;
-      for (int64_t d = from + Block::lane(); d < call.packed_stride; d += kThreads) {
+      for (int64_t d = from + Warp::lane(); d < call.packed_stride; d += kWarp) {
         packed[j * call.packed_stride + d] = V{};
       }
     }
-    partial = Block::merged(partial, MergePartials{});
-    if (Block::lane() == 0 && j < call.C) {
+    partial = Warp::merged(partial, MergePartials{});
+    if (Warp::lane() == 0 && j < call.C) {
       squares[j] = partial.squares;
       largest[j] = partial.largest;
     }
@@ -111,18 +117,17 @@ __global__ void __launch_bounds__(kThreads) weight_center(HeadWeights call, cons
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) weight_centered(HeadWeights call) {
-  using Block = Team<kThreads>;
   const T* w = static_cast<const T*>(call.weight.data);
   const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
-  for (int64_t j = blockIdx.x; j < call.C; j += gridDim.x) {
+  for (int64_t j = first_row(); j < call.C; j += static_cast<int64_t>(gridDim.x) * kRows) {
     const T* row = w + j * call.weight.row_stride;
     Sums<1> sum{};
-    for (int64_t d = Block::lane(); d < call.D; d += kThreads) {
+    for (int64_t d = Warp::lane(); d < call.D; d += kWarp) {
       const double x = static_cast<double>(widened(row[d * call.weight.column_stride])) * scale - call.center[d];
       sum.at[0] += x * x;
     }
-    sum = Block::merged(sum, AddSums{});
-    if (Block::lane() != 0) continue;
+    sum = Warp::merged(sum, AddSums{});
+    if (Warp::lane() != 0) continue;
     const double b = call.include_bias ? call.bias[j] * scale - call.center[call.D] : 0.0;
     call.centered_squares[j] = sum.at[0] + b * b;
   }
@@ -131,11 +136,9 @@ __global__ void __launch_bounds__(kThreads) weight_centered(HeadWeights call) {
 // A warp per pair of rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) weight_distances(HeadWeights call) {
-  using Warp = Team<kWarp>;
-  constexpr int64_t warps = kThreads / kWarp;
   const T* w = static_cast<const T*>(call.weight.data);
   const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
-  for (int64_t pair = blockIdx.x * warps + threadIdx.x / kWarp; pair < call.C * call.C; pair += gridDim.x * warps) {
+  for (int64_t pair = first_row(); pair < call.C * call.C; pair += static_cast<int64_t>(gridDim.x) * kRows) {
     const int64_t j = pair / call.C, k = pair % call.C;
     if (k < j) continue;
     Sums<1> sum{};
@@ -163,7 +166,7 @@ Launched run(const HeadWeights& call) {
   double* squares = call.workspace;
   double* largest = squares + call.C;
   double* parts = largest + call.C;
-  const unsigned rows = grid_for(call.packed != nullptr ? call.packed_rows : call.C);
+  const unsigned rows = grid_for_rows(call.packed != nullptr ? call.packed_rows : call.C);
   Launched done{};
   const auto then = [&](const char* what, unsigned grid, auto kernel, auto... arguments) {
     if (done.error == nullptr) done = launch(what, call.stream, grid, kThreads, kernel, call, arguments...);
@@ -178,11 +181,10 @@ Launched run(const HeadWeights& call) {
     const int64_t columns = (call.D + 1 + kThreads - 1) / kThreads;
     then("head_weights: slices", grid_for(columns * kSlices), &weight_slices<T>, parts);
     then("head_weights: centre", grid_for(columns), &weight_center, parts);
-    then("head_weights: squares", grid_for(call.C), &weight_centered<T>);
+    then("head_weights: squares", grid_for_rows(call.C), &weight_centered<T>);
   }
   if (call.distances != nullptr) {
-    then("head_weights: distances", grid_for((call.C * call.C + kThreads / kWarp - 1) / (kThreads / kWarp)),
-         &weight_distances<T>);
+    then("head_weights: distances", grid_for_rows(call.C * call.C), &weight_distances<T>);
   }
   return done;
 }

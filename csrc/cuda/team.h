@@ -21,18 +21,22 @@ namespace flatcore::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffU;
 
-// A value of another lane, word by word: what shuffle(word) gives for each 32-bit word.
+// A value of another lane: shuffle(word) gives the other lane's word. Emulated threads exchange values as they are.
 template <class Value, class Shuffle>
 __device__ __forceinline__ Value shuffled(const Value& value, Shuffle shuffle) {
-  static_assert(sizeof(Value) % 4 == 0, "whole words");
-  constexpr int words = sizeof(Value) / 4;
-  uint32_t in[words], out[words];
+  static_assert(sizeof(Value) % 8 == 0, "whole words");
+#if defined(__CUDACC__)
+  constexpr int words = sizeof(Value) / 8;
+  unsigned long long in[words], out[words];
   memcpy(in, &value, sizeof(Value));
   FLATCORE_UNROLL
   for (int i = 0; i < words; ++i) out[i] = shuffle(in[i]);
   Value other;
   memcpy(&other, out, sizeof(Value));
   return other;
+#else
+  return shuffle(value);
+#endif
 }
 
 template <int width>
@@ -56,12 +60,12 @@ class Team {
   static __device__ __forceinline__ Value merged(Value value, Merge merge) {
     FLATCORE_UNROLL
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      value = merge(value, shuffled(value, [&](uint32_t word) {
+      value = merge(value, shuffled(value, [&](auto word) {
                       return __shfl_down_sync(kAllLanes, word, static_cast<unsigned>(offset));
                     }));
     }
     if constexpr (width == kWarp) {
-      return shuffled(value, [](uint32_t word) { return __shfl_sync(kAllLanes, word, 0); });
+      return shuffled(value, [](auto word) { return __shfl_sync(kAllLanes, word, 0); });
     } else {
       constexpr int warps = width / kWarp;
       __shared__ Slot<Value> slots[warps];

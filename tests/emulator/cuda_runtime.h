@@ -26,15 +26,15 @@ struct dim3 {
 
 namespace emulator {
 
-extern thread_local dim3 thread_index, block_index, grid_size, block_size;
+extern dim3 thread_index, block_index, grid_size, block_size;
 
 // Runs the kernel for every thread of every block; throws what went wrong.
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void barrier();
 int barrier_or(int predicate);
 void warp_barrier();
-// The value that the lane hands in, for lane `source` to take after all have handed in.
-uint32_t exchange(uint32_t value, int source);
+// Hands in the lane's value, and takes that of lane `source` when all have handed in.
+void exchange(void* value, size_t size, int source);
 
 }  // namespace emulator
 
@@ -47,20 +47,9 @@ inline void __syncthreads() { emulator::barrier(); }
 inline int __syncthreads_or(int predicate) { return emulator::barrier_or(predicate); }
 inline void __syncwarp(unsigned = 0xffffffffU) { emulator::warp_barrier(); }
 
-template <class Word>
-Word emulated_exchange(Word value, int source) {
-  if constexpr (sizeof(Word) == 8) {
-    uint32_t words[2];
-    std::memcpy(words, &value, 8);
-    for (uint32_t& word : words) word = emulator::exchange(word, source);
-    std::memcpy(&value, words, 8);
-  } else {
-    static_assert(sizeof(Word) == 4);
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    word = emulator::exchange(word, source);
-    std::memcpy(&value, &word, 4);
-  }
+template <class Value>
+Value emulated_exchange(Value value, int source) {
+  emulator::exchange(&value, sizeof(Value), source);
   return value;
 }
 // Lanes beyond the warp: the lane's own value, as on the device.

@@ -1,9 +1,9 @@
 // The scheduler of the emulated threads, and a module with the bindings of the CUDA kernels compiled for the host.
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -12,54 +12,108 @@
 #include "bind/bind.h"
 #include "cuda_runtime.h"
 
+// swapcontext makes a system call, and a block of 256 threads switches some thousand times.
+#if defined(__x86_64__)
+extern "C" void flatcore_switch(void** from, void* to);
+asm(R"(
+.text
+.type flatcore_switch, @function
+flatcore_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+#endif
+
 namespace emulator {
 
-thread_local dim3 thread_index, block_index, grid_size, block_size;
+dim3 thread_index, block_index, grid_size, block_size;
 
 namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr int kWarp = 32;
+constexpr size_t kLargest = 128;  // bytes of a value that lanes exchange
 enum class State { kReady, kBlock, kWarpwide, kDone };
+
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void prepare(char* stack, void (*function)()) {
+    // what flatcore_switch pops: six registers, then the function, with the stack as a call leaves it
+    auto top = (reinterpret_cast<uintptr_t>(stack) + kStack) & ~uintptr_t{15};
+    void** slots = reinterpret_cast<void**>(top) - 8;
+    for (int i = 0; i < 8; ++i) slots[i] = nullptr;
+    slots[6] = reinterpret_cast<void*>(function);
+    stack_pointer = slots;
+  }
+  void switch_to(Context& other) { flatcore_switch(&stack_pointer, other.stack_pointer); }
+};
+#else
+struct Context {
+  ucontext_t context;
+
+  void prepare(char* stack, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+  void switch_to(Context& other) { swapcontext(&context, &other.context); }
+};
+#endif
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
-  ucontext_t start;
-  jmp_buf resume;
+  Context context;
   bool started = false;
   State state = State::kReady;
   int predicate = 0;
-  uint32_t handed[2] = {0, 0};  // alternately, so that a lane that runs ahead leaves the last exchange's value
+  char handed[2][kLargest];  // alternately, so that a lane that runs ahead leaves the last exchange's value
   unsigned exchanges = 0;
 };
 
-thread_local std::vector<std::unique_ptr<Fiber>> fibers;
-thread_local int current = 0, any = 0;
-thread_local jmp_buf scheduler;
-thread_local const std::function<void()>* body = nullptr;
+std::vector<std::unique_ptr<Fiber>> fibers;
+int current = 0, any = 0;
+Context scheduler;
+const std::function<void()>* body = nullptr;
 int order = 0;
+std::mutex one_at_a_time;
 
+void wait(State state);
+
+// A fiber lives on from block to block: creating one takes two system calls.
 void enter() {
-  (*body)();
-  fibers[static_cast<size_t>(current)]->state = State::kDone;
-  _longjmp(scheduler, 1);
+  while (true) {
+    (*body)();
+    wait(State::kDone);
+  }
 }
 
-// Not inlined: what a longjmp may leave of the caller's registers is then its own affair.
-__attribute__((noinline)) void resume(int index) {
+void resume(int index) {
   current = index;
   thread_index.x = static_cast<unsigned>(index);
-  Fiber& fiber = *fibers[static_cast<size_t>(index)];
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.resume, 1);
-  fiber.started = true;
-  setcontext(&fiber.start);
+  scheduler.switch_to(fibers[static_cast<size_t>(index)]->context);
 }
 
-__attribute__((noinline)) void wait(State state) {
+void wait(State state) {
   Fiber& fiber = *fibers[static_cast<size_t>(current)];
   fiber.state = state;
-  if (_setjmp(fiber.resume) == 0) _longjmp(scheduler, 1);
+  fiber.context.switch_to(scheduler);
 }
 
 // Lets the fibers of [first, last) go on that all wait in `state`; false if none was to be released.
@@ -80,14 +134,11 @@ void run_block(int threads, std::mt19937& random) {
   for (int i = 0; i < threads; ++i) turns[static_cast<size_t>(i)] = order == 1 ? threads - 1 - i : i;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[static_cast<size_t>(i)];
-    fiber.started = false;
     fiber.state = State::kReady;
     fiber.exchanges = 0;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get();
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, enter, 0);
+    if (fiber.started) continue;
+    fiber.context.prepare(fiber.stack.get(), enter);
+    fiber.started = true;
   }
   while (true) {
     if (order == 2) std::shuffle(turns.begin(), turns.end(), random);
@@ -103,6 +154,7 @@ void run_block(int threads, std::mt19937& random) {
     bool released = release(0, threads, State::kBlock);
     for (int warp = 0; warp < threads; warp += kWarp) released |= release(warp, warp + kWarp, State::kWarpwide);
     if (!ran && !released) {
+      fibers.clear();  // they stand in the middle of the kernel
       throw std::runtime_error("a barrier or shuffle in block " + std::to_string(block_index.x) +
                                " was not reached by all threads");
     }
@@ -112,6 +164,7 @@ void run_block(int threads, std::mt19937& random) {
 }  // namespace
 
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (block.x % kWarp != 0) throw std::runtime_error("whole warps only");
   while (fibers.size() < block.x) fibers.push_back(std::make_unique<Fiber>());
   grid_size = grid;
@@ -137,13 +190,14 @@ int barrier_or(int predicate) {
 
 void warp_barrier() { wait(State::kWarpwide); }
 
-uint32_t exchange(uint32_t value, int source) {
+void exchange(void* value, size_t size, int source) {
+  if (size > kLargest) throw std::runtime_error("a value of " + std::to_string(size) + " bytes is exchanged");
   Fiber& fiber = *fibers[static_cast<size_t>(current)];
   const unsigned slot = fiber.exchanges++ % 2;
-  fiber.handed[slot] = value;
+  std::memcpy(fiber.handed[slot], value, size);
   const int first = current - current % kWarp;
   wait(State::kWarpwide);
-  return fibers[static_cast<size_t>(first + source)]->handed[slot];
+  std::memcpy(value, fibers[static_cast<size_t>(first + source)]->handed[slot], size);
 }
 
 }  // namespace emulator
