@@ -39,7 +39,10 @@ def module() -> ModuleType:
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}_{source.suffix[1:]}.o")
         done = subprocess.run(
-            [compiler, *flags, "-x", "c++", "-c", str(source), "-o", target], capture_output=True, text=True, check=False
+            [compiler, *flags, "-x", "c++", "-c", str(source), "-o", target],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return target

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a device: numbers, streams, graphs, devices. Nothing here runs without one (--require-cuda fails).
+"""The CUDA kernels: numbers on a device or, without one, over emulated threads; streams, graphs and memory on a device.
 
 Letters: N rows of K entries.
 """
@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
+import emulation
 import numpy as np
 import oracles
 import pytest
@@ -24,14 +25,21 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WIDTHS = (1, 2, 3, 7, 8, 9, 31, 33, 127, 129, 1023, 1024, 1025, 16383, 16384, 16385, 49157)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(autouse=True)
-def native(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The kernels by force, on a device that can run them."""
-    if not flatcore.cuda.is_available():
-        message = f"no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}"
-        (pytest.fail if request.config.getoption("--require-cuda") else pytest.skip)(message)
-    with flatcore.backend("native"):
+def native() -> Iterator[None]:
+    """The kernels by force."""
+    with flatcore.backend("native"), emulation.cuda_kernels():
         yield
+
+
+@pytest.fixture
+def device() -> None:
+    """What is no question to emulated threads."""
+    if not flatcore.cuda.is_available():  # --require-cuda refuses to start
+        pytest.skip(f"no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}")
 
 
 def check(x: Tensor) -> None:
@@ -54,7 +62,7 @@ def check(x: Tensor) -> None:
 def test_widths_and_misaligned_rows(width: int, dtype: torch.dtype, offset: int) -> None:
     whole = torch.randn(3, width + offset, dtype=torch.float64)
     whole[0, -1] = 40  # a tail that is dropped shows in every norm
-    whole = whole.to("cuda", dtype)
+    whole = whole.to(DEVICE, dtype)
     check(whole[:, offset:])
     check(whole.T.contiguous().T[:, offset:])
 
@@ -62,10 +70,10 @@ def test_widths_and_misaligned_rows(width: int, dtype: torch.dtype, offset: int)
 @pytest.mark.parametrize("size", (1e200, 1e300, 1e-160, 1e-300, 1e-320))
 @pytest.mark.parametrize("width", (65, 2000, 20000))
 def test_squares_beyond_the_range(size: float, width: int) -> None:
-    check((torch.rand(2, width, dtype=torch.float64) * size).cuda())
+    check((torch.rand(2, width, dtype=torch.float64) * size).to(DEVICE))
 
 
-def test_many_rows_and_nan_in_its_row_only() -> None:
+def test_many_rows_and_nan_in_its_row_only(device: None) -> None:
     x = torch.randn(100_003, 37, device="cuda")
     x[5, 36], x[99_999, 0] = math.nan, math.inf
     got = flatcore.row_norms(x)
@@ -84,8 +92,8 @@ def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
     z = (4 * torch.randn(5, classes, generator=g, dtype=torch.float64)).to(dtype)
     z[1, 1] = 120.0  # beyond what float32's usual gradient sees
     y = torch.tensor([0, 1, classes - 1, 1, 0])
-    leaf = z.cuda().requires_grad_()
-    loss = flatcore.unmasked_cross_entropy(leaf, y.cuda(), reduction="none")
+    leaf = z.to(DEVICE).requires_grad_()
+    loss = flatcore.unmasked_cross_entropy(leaf, y.to(DEVICE), reduction="none")
     loss.sum().backward()
     truth, result = oracles.exact_cross_entropy(z, y), torch.float64 if dtype == torch.float64 else torch.float32
     bound = tolerance("loss", truth["loss"], truth["log_loss"], result)
@@ -93,7 +101,7 @@ def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
     assert_within("cotangent", leaf.grad.cpu(), truth["cotangent"], cotangent_tolerance(dtype))
 
 
-def test_unmasked_bad_rows_are_nan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmasked_bad_rows_are_nan_alone(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatcore import _backend
 
     z = torch.randn(4, 10, device="cuda")
@@ -106,7 +114,7 @@ def test_unmasked_bad_rows_are_nan_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         flatcore.unmasked_cross_entropy(z, y)
 
 
-def test_beyond_32_bits() -> None:
+def test_beyond_32_bits(device: None) -> None:
     if torch.cuda.mem_get_info()[0] < 10 << 30:
         pytest.skip("10 GiB of device memory are not free")
     x = torch.zeros(3, 1 << 30, dtype=torch.float16, device="cuda")
@@ -114,7 +122,7 @@ def test_beyond_32_bits() -> None:
     assert flatcore.row_norms(x).tolist() == [[0, 0, 3]] * 3
 
 
-def test_the_callers_stream() -> None:
+def test_the_callers_stream(device: None) -> None:
     """The norms of a matrix that is still being filled on a side stream are those of the filled one."""
     stream = torch.cuda.Stream()
     x = torch.zeros(512, 20_000, device="cuda")
@@ -128,7 +136,7 @@ def test_the_callers_stream() -> None:
 
 
 @pytest.mark.parametrize("width", (100, 20_000))
-def test_graph_capture_as_the_first_call_of_a_process(width: int) -> None:
+def test_graph_capture_as_the_first_call_of_a_process(device: None, width: int) -> None:
     script = f"""
         import torch, flatcore
         x = torch.zeros(8, {width}, device="cuda")
@@ -145,7 +153,7 @@ def test_graph_capture_as_the_first_call_of_a_process(width: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_another_device_is_left_current() -> None:
+def test_another_device_is_left_current(device: None) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one device only")
     x = torch.ones(4, 2000, device="cuda:1")

@@ -13,7 +13,7 @@ from checks import LABELLED_LOGS, Problem, bits
 from torch import Tensor
 
 import flatcore
-from flatcore import _chunked
+from flatcore import _chunked, _chunked_cuda
 
 DTYPES = (torch.float32, torch.float64)
 # one below, at and one above 4, 8, 16, 32 and 64
@@ -100,6 +100,7 @@ def test_many_chunks(path: str, name: str, rows_per_chunk: int, monkeypatch: pyt
     classes, width = case.weight.shape
     fixed = 1 << 16 if rows_per_chunk > 1 else 0
     monkeypatch.setattr(_chunked, "WORKSPACE_BYTES", fixed + rows_per_chunk * 4 * (classes + width))
+    monkeypatch.setattr(_chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows_per_chunk))
     problem = Problem(case)
     problem.check_head_metrics()
     problem.check_views()

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "cuda/elements.h"
 #include "cuda_runtime.h"
 
 // swapcontext makes a system call, and a block of 256 threads switches some thousand times.
@@ -202,10 +203,63 @@ void exchange(void* value, size_t size, int source) {
 
 }  // namespace emulator
 
+namespace {
+
+// Kernels with a mistake, for a test of the emulator.
+void planted_barrier(double*) {
+  if (threadIdx.x < 40) __syncthreads();
+}
+void planted_shuffle(double* out) {
+  if (threadIdx.x != 3) *out = __shfl_sync(0xffffffffU, 1.0, 0);
+}
+void planted_race(double* out) {
+  __shared__ double last;
+  last = threadIdx.x;
+  __syncthreads();
+  *out = last;
+}
+void planted_none(double* out) {
+  __shared__ double last[64];
+  last[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  *out = last[63 - threadIdx.x] + threadIdx.x;
+}
+
+double planted(const std::string& name) {
+  double out = 0.0;
+  const auto kernel = name == "barrier"   ? planted_barrier
+                      : name == "shuffle" ? planted_shuffle
+                      : name == "race"    ? planted_race
+                                          : planted_none;
+  emulator::run(dim3(1), dim3(64), [&] { kernel(&out); });
+  return out;
+}
+
+using flatcore::bind::pointer;
+
+void narrow_halves(uintptr_t x, uintptr_t half, uintptr_t bhalf, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    pointer<flatcore::Half>(half)[i] = flatcore::cuda::Narrowed<flatcore::Half>::of(pointer<float>(x)[i]);
+    pointer<flatcore::BHalf>(bhalf)[i] = flatcore::cuda::Narrowed<flatcore::BHalf>::of(pointer<float>(x)[i]);
+  }
+}
+
+void widen_halves(uintptr_t bits, uintptr_t half, uintptr_t bhalf, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    pointer<double>(half)[i] = static_cast<double>(flatcore::cuda::widened(pointer<flatcore::Half>(bits)[i]));
+    pointer<double>(bhalf)[i] = static_cast<double>(flatcore::cuda::widened(pointer<flatcore::BHalf>(bits)[i]));
+  }
+}
+
+}  // namespace
+
 PYBIND11_MODULE(cuda_emulated, module) {
   module.def(
       "set_order", [](int order) { emulator::order = order; }, pybind11::arg("order"),
       "0: threads in order, 1: backwards, 2: shuffled anew between barriers.");
+  module.def("planted", &planted, pybind11::arg("name"));
+  module.def("narrow_halves", &narrow_halves);
+  module.def("widen_halves", &widen_halves);
   flatcore::bind::register_head_problem(module);
   flatcore::bind::register_cuda(module);
 }
