@@ -1,18 +1,23 @@
 """Arrays of other libraries in, the same kind out.
 
-NumPy arrays are read by their own attributes; anything else with ``__dlpack__`` goes through it.
+NumPy arrays are read by their own attributes; anything else with ``__dlpack__`` goes through it. CuPy's are worked on in
+CuPy's current stream.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 
 
@@ -102,3 +107,28 @@ def returner(like: Any) -> Callable[[Tensor], Any]:
             "its library has no from_dlpack; pass torch tensors or NumPy arrays"
         )
     return from_dlpack
+
+
+def on_the_arrays_stream(function: _Function) -> _Function:
+    """Let a public function work in the stream that the library of its first array is working in.
+
+    torch tensors have torch's; of the others only CuPy has streams of its own.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        first = arguments[0] if arguments else next(iter(options.values()), None)
+        if isinstance(first, Tensor) or type(first).__module__.partition(".")[0] != "cupy":
+            return function(*arguments, **options)
+        with _cupy_stream(first):
+            return function(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
+def _cupy_stream(array: Any) -> AbstractContextManager[Any]:
+    device = array.device.id
+    with array.device:
+        address = sys.modules["cupy"].cuda.get_current_stream().ptr
+    stream = torch.cuda.ExternalStream(address, device=device) if address else torch.cuda.default_stream(device)
+    return torch.cuda.stream(stream)

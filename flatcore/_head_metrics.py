@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _ops
-from ._arrays import as_tensor, returner
+from ._arrays import as_tensor, on_the_arrays_stream, returner
 from ._reduction import Measure
 from ._validate import (
     INTEGERS,
@@ -265,6 +265,7 @@ def check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
     return True
 
 
+@on_the_arrays_stream
 def hessian_trace(
     features: Any,
     linear_weight: Any,
@@ -346,6 +347,7 @@ def hessian_trace(
     )
 
 
+@on_the_arrays_stream
 def relative_flatness(
     features: Any,
     linear_weight: Any,
@@ -413,6 +415,7 @@ def relative_flatness(
     )  # fmt: skip
 
 
+@on_the_arrays_stream
 def feature_gradient_norms(
     features: Any,
     linear_weight: Any,
@@ -469,6 +472,7 @@ def feature_gradient_norms(
     return inputs.measure(name, features, reduction=reduction, log=log)
 
 
+@on_the_arrays_stream
 def head_metrics(
     features: Any,
     linear_weight: Any,

@@ -67,7 +67,7 @@ def _run_head_metrics_backward(
 
 def _checks_labels(target: Tensor, kernels: Any) -> bool:
     """The CPU's kernels find a bad label on their way; on another device a check waits for it."""
-    return kernels is None if target.device.type == "cpu" else _backend.validate_on_device
+    return kernels is not _native if target.device.type == "cpu" else _backend.validate_on_device
 
 
 def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:

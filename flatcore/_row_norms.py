@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 from . import _ops
-from ._arrays import as_tensor, returner
+from ._arrays import as_tensor, on_the_arrays_stream, returner
 from ._validate import check_floating, check_no_grad, check_option, check_tensor
 
 _ORDS = (1, 2, math.inf)
 
 
+@on_the_arrays_stream
 def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
     r"""L1, L2 and L-infinity norms of every row, all from one read of the matrix.
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._arrays import as_tensor, returner
+from ._arrays import as_tensor, on_the_arrays_stream, returner
 from ._validate import INTEGERS, check_device, check_floating, check_integer, check_option, check_tensor
 
 _REDUCTIONS = ("sum", "mean", "none")
 
 
+@on_the_arrays_stream
 def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", ignore_index: int = -100) -> Any:
     r"""Cross-entropy for attacks and saliency: its backward follows the exact gradient's direction at every confidence.
 

@@ -173,7 +173,7 @@ __device__ __forceinline__ void norm_part(const HeadBackwardChunk& call, int64_t
 }
 
 template <class V>
-__global__ void __launch_bounds__(kThreads) chunk_cotangent(HeadBackwardChunk call) {
+__global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk call) {
   const double inverse_temperature = 1.0 / call.temperature;
   const double w_scale = scalbn(1.0, static_cast<int>(call.summary[1]));
   const bool weights = (call.fields & kWeightFields) != 0;
