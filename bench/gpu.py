@@ -199,7 +199,7 @@ def _measure(work: Work, device: torch.device, copy: float, compile: bool) -> di
     limit = {
         "copy": lambda: work.nbytes() / copy / 1e9,
         "products": lambda: _product_seconds(work, device),
-        "launch": lambda: math.nan,
+        "launch": lambda: None,
     }[work.bound]()
     rows: list[dict[str, Any]] = []
     with torch.set_grad_enabled(False):
@@ -220,7 +220,7 @@ def _measure(work: Work, device: torch.device, copy: float, compile: bool) -> di
         median = statistics.median(seconds)
         rows.append({
             "name": name, "median_s": median, "least_s": min(seconds), "most_s": max(seconds),
-            "times_limit": median / limit, "gb_s": work.nbytes() / median / 1e9,
+            "times_limit": None if limit is None else median / limit, "gb_s": work.nbytes() / median / 1e9,
             "share_of_copy": work.nbytes() / median / 1e9 / copy, "peak_mb": peak, "largest_relative_error": error,
         })  # fmt: skip
     return {
@@ -275,7 +275,8 @@ def _markdown(entry: dict[str, Any]) -> str:
     lines = [
         f"## {entry['key']}: {entry['question']}, N={entry['N']:,}, D={entry['D']:,}, C={entry['C']:,}, {entry['dtype']}",
         "",
-        f"Limit ({entry['bound']}): {entry['limit_s'] * 1e3:.3f} ms; path {entry['path']}.",
+        (f"Limit ({entry['bound']}): {entry['limit_s'] * 1e3:.3f} ms; " if entry["limit_s"] else "")
+        + f"path {entry['path']}.",
         "",
         "| | median ms | least - most | times limit | GB/s | of copy | peak MB | largest relative error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -287,7 +288,7 @@ def _markdown(entry: dict[str, Any]) -> str:
         peak, error = row["peak_mb"], row["largest_relative_error"]
         lines.append(
             f"| {row['name']} | {row['median_s'] * 1e3:.3f} | {row['least_s'] * 1e3:.3f} - {row['most_s'] * 1e3:.3f} | "
-            f"{row['times_limit']:.2f} | {row['gb_s']:.0f} | {100 * row['share_of_copy']:.0f} % | "
+            f"{'' if row['times_limit'] is None else format(row['times_limit'], '.2f')} | {row['gb_s']:.0f} | {100 * row['share_of_copy']:.0f} % | "
             f"{'' if peak is None else f'{peak:.1f}'} | {'' if error is None else f'{error:.1e}'} |"
         )
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ ABI: Final[int]
 VERSION: Final[str]
 COMPILER: Final[str]
 CUDA: Final[bool]
+CUDA_FUSED_CLASSES: Final[int]
 HEAD_BACKWARD_ROW_BYTES: Final[int]
 HEAD_ROW_BYTES: Final[int]
 
@@ -31,11 +32,130 @@ class HeadProblem:
         double_values: bool,
         prediction: int,
     ) -> None: ...
-    def measure_workspace(self) -> int: ...
-    def workspace(self) -> int: ...
 
 def cpu_target(name: str) -> str: ...
 def cpu_targets() -> tuple[str, ...]: ...
+def cuda_architectures() -> str: ...  # these exist where CUDA is True
+def cuda_head_chunk_cotangent(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    q: int,
+    g: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+    numbers: int,
+    d_features: int,
+    d_weight: int,
+    d_bias: int,
+    scratch: int,
+) -> None: ...
+def cuda_head_chunk_directions(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    numbers: int,
+    mean: int,
+    direction: int,
+    top_row: int,
+    top_bias: int,
+    top: int,
+) -> None: ...
+def cuda_head_chunk_statistics(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    z: int,
+    z_stride: int,
+    q: int,
+    q_pieces: int,
+    pieces: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+) -> None: ...
+def cuda_head_chunk_weights(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q_pieces: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    mean: int,
+    special: int,
+) -> None: ...
+def cuda_head_explicit(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    special: int,
+    summary: int,
+    scratch: int,
+    slots: int,
+) -> None: ...
+def cuda_head_metrics(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    packed: int,
+    packed_stride: int,
+    summary: int,
+    distances: int,
+    bias_distances: int,
+    special: int,
+) -> None: ...
+def cuda_head_packing(problem: HeadProblem) -> tuple[int, int]: ...
+def cuda_head_weights(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    workspace: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    packed: int,
+    packed_rows: int,
+    packed_stride: int,
+    distances: int,
+    bias_distances: int,
+) -> None: ...
+def cuda_head_weights_workspace(D: int, C: int) -> int: ...
+def cuda_row_norms(
+    device: int, stream: int, x: _Matrix, N: int, K: int, l1: int, l2: int, linf: int, workspace: int
+) -> None: ...
+def cuda_row_norms_workspace(N: int, K: int) -> int: ...
+def cuda_runtime() -> tuple[int, int, int, str]: ...
+def cuda_unmasked_cross_entropy(
+    device: int,
+    stream: int,
+    logits: _Matrix,
+    labels: int,
+    N: int,
+    C: int,
+    ignore_index: int,
+    loss: int,
+    log_scale: int,
+    cotangent: int,
+) -> None: ...
 def head_chunk_cotangent(
     target: str,
     problem: HeadProblem,
@@ -115,6 +235,7 @@ def head_measure(
     double_value: bool,
     coefficient: int,
 ) -> int: ...
+def head_measure_workspace(problem: HeadProblem) -> int: ...
 def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
 def head_metrics_backward(
     target: str,
@@ -129,6 +250,7 @@ def head_metrics_backward(
     workspace: int,
 ) -> None: ...
 def head_metrics_backward_workspace(problem: HeadProblem) -> int: ...
+def head_metrics_workspace(problem: HeadProblem) -> int: ...
 def head_reduction(
     target: str,
     logs: int,
@@ -145,24 +267,6 @@ def head_reduction(
 ) -> None: ...
 def head_summary(
     target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
-) -> None: ...
-def cuda_architectures() -> str: ...  # these exist where CUDA is True
-def cuda_runtime() -> tuple[int, int, int, str]: ...
-def cuda_row_norms(
-    device: int, stream: int, x: _Matrix, N: int, K: int, l1: int, l2: int, linf: int, workspace: int
-) -> None: ...
-def cuda_row_norms_workspace(N: int, K: int) -> int: ...
-def cuda_unmasked_cross_entropy(
-    device: int,
-    stream: int,
-    logits: _Matrix,
-    labels: int,
-    N: int,
-    C: int,
-    ignore_index: int,
-    loss: int,
-    log_scale: int,
-    cotangent: int,
 ) -> None: ...
 def row_norms(
     target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _backend
 from ._backend import _core
+from ._chunked_cuda import WORKSPACE_BYTES
 
 
 def is_built() -> bool:
@@ -40,7 +41,8 @@ def show_config() -> dict[str, Any]:
         that is too old for this one); ``runtime`` and ``driver``, versions such as "13.0" (the driver's is the newest
         runtime that it serves), or None; ``devices``, their number; ``architectures``, those that were compiled;
         ``kernels``, the computations that have one, which ``flatcore.backend("native")`` takes; ``proven``, those of them
-        whose tests have passed on a device, which ``"auto"`` takes. All others run on the reference.
+        whose tests have passed on a device, which ``"auto"`` takes; all others run on the reference; ``fused_classes`` (small
+        heads, in one kernel) and ``workspace_bytes``, the bound of a larger head's buffers.
 
     Example:
         >>> import flatcore
@@ -60,6 +62,8 @@ def show_config() -> dict[str, Any]:
         "architectures": _core.cuda_architectures() if built else None,
         "kernels": _backend.CUDA_STEMS if built else (),
         "proven": _backend.CUDA_PROVEN if built else (),
+        "fused_classes": _core.CUDA_FUSED_CLASSES if built else None,
+        "workspace_bytes": WORKSPACE_BYTES if built else None,
     }
 
 
