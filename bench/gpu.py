@@ -285,12 +285,11 @@ def _markdown(entry: dict[str, Any]) -> str:
         if "failed" in row:
             lines.append(f"| {row['name']} | {row['failed']} | | | | | | |")
             continue
-        peak, error = row["peak_mb"], row["largest_relative_error"]
-        lines.append(
-            f"| {row['name']} | {row['median_s'] * 1e3:.3f} | {row['least_s'] * 1e3:.3f} - {row['most_s'] * 1e3:.3f} | "
-            f"{'' if row['times_limit'] is None else format(row['times_limit'], '.2f')} | {row['gb_s']:.0f} | {100 * row['share_of_copy']:.0f} % | "
-            f"{'' if peak is None else f'{peak:.1f}'} | {'' if error is None else f'{error:.1e}'} |"
-        )
+        cells = [f"{row['median_s'] * 1e3:.3f}", f"{row['least_s'] * 1e3:.3f} - {row['most_s'] * 1e3:.3f}"]
+        for key, form in (("times_limit", ".2f"), ("gb_s", ".0f"), ("share_of_copy", ".0%"), ("peak_mb", ".1f"),
+                          ("largest_relative_error", ".1e")):  # fmt: skip
+            cells.append("" if row[key] is None else format(row[key], form))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -41,8 +41,8 @@ def show_config() -> dict[str, Any]:
         that is too old for this one); ``runtime`` and ``driver``, versions such as "13.0" (the driver's is the newest
         runtime that it serves), or None; ``devices``, their number; ``architectures``, those that were compiled;
         ``kernels``, the computations that have one, which ``flatcore.backend("native")`` takes; ``proven``, those of them
-        whose tests have passed on a device, which ``"auto"`` takes; all others run on the reference; ``fused_classes`` (small
-        heads, in one kernel) and ``workspace_bytes``, the bound of a larger head's buffers.
+        whose tests have passed on a device, which ``"auto"`` takes; all others run on the reference; ``fused_classes``
+        (small heads, in one kernel) and ``workspace_bytes``, the bound of a larger head's buffers.
 
     Example:
         >>> import flatcore

@@ -167,7 +167,7 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
   }
   const bool bad = poison != poison || tail.m < 0;
   const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
-  state = {tail.t, tail.r, split.log1p_tau,  split.eps, split.log_eps, split.confidence, log_n,
+  state = {tail.t, tail.r, split.log1p_tau,   split.eps, split.log_eps, split.confidence, log_n,
            0.0,    0.0,    bad ? -1 : tail.m, 1.0};
 
   const Label label = label_of(call, n);
