@@ -135,22 +135,71 @@ def test_the_callers_stream(device: None) -> None:
     assert (got == 20_000).all()
 
 
-@pytest.mark.parametrize("width", (100, 20_000))
-def test_graph_capture_as_the_first_call_of_a_process(device: None, width: int) -> None:
+# what is called, after W (C, D) and x (8, D) were made; W's library products need their handles first
+CALLS = {
+    "short rows": (3, 100, "flatcore.row_norms(x, ord=1)"),
+    "long rows": (3, 20_000, "flatcore.row_norms(x, ord=1)"),
+    "small head": (10, 33, "flatcore.head_metrics(x, W, y).layerwise"),
+    "small measure": (10, 33, "flatcore.relative_flatness(x, W, measure='neuronwise')"),
+    "large head": (100, 33, "flatcore.head_metrics(x, W, y).neuronwise"),
+    "half head": (100, 33, "flatcore.head_metrics(x.half(), W.half(), y).neuronwise"),
+    "gradient": (10, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
+    "gradient of a norm": (
+        100, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",
+    ),
+    "cotangent": (1500, 33, "flatcore.unmasked_cross_entropy(x @ W.T, y)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_graph_capture_as_the_first_call_of_a_process(device: None, call: str) -> None:
+    classes, width, expression = CALLS[call]
     script = f"""
         import torch, flatcore
-        x = torch.zeros(8, {width}, device="cuda")
+        g = torch.Generator("cuda").manual_seed(0)
+        W = torch.randn({classes}, {width}, generator=g, device="cuda")
+        x, y = torch.zeros(8, {width}, device="cuda"), torch.arange(8, device="cuda") % {classes}
+        torch.mm(x, W.T), torch.mm(x.half(), W.half().T)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with flatcore.backend("native"), torch.cuda.graph(graph):
-            got = flatcore.row_norms(x, ord=(1, 2))
-        x.fill_(2)
-        graph.replay()
+        with flatcore.backend("native"):
+            with torch.cuda.graph(graph):
+                got = {expression}
+            x.normal_()
+            graph.replay()
+            torch.testing.assert_close(got, {expression}, rtol=0, atol=0)
         torch.cuda.synchronize()
-        assert (got[0] == 2 * {width}).all(), got
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_waits_for_the_device(device: None, call: str) -> None:
+    classes, width, expression = CALLS[call]
+    given = {
+        "W": torch.randn(classes, width, device="cuda"), "x": torch.randn(8, width, device="cuda"),
+        "y": torch.arange(8, device="cuda") % classes, "torch": torch, "flatcore": flatcore,
+    }  # fmt: skip
+    eval(expression, given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eval(expression, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cupy_arrays_on_a_stream_of_their_own(device: None) -> None:
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Stream(non_blocking=True):
+        x = cupy.random.standard_normal((4096, 4096), dtype=cupy.float32)
+        for _ in range(50):
+            x = x * 1
+        got = flatcore.row_norms(x, ord=1)
+        assert isinstance(got, cupy.ndarray)
+        cupy.testing.assert_allclose(got, cupy.abs(x).sum(axis=1), rtol=1e-5)
+    with pytest.raises(ValueError, match="linear_weight"):
+        flatcore.hessian_trace(cupy.ones((2, 3), dtype=cupy.float32), np.ones((2, 3), dtype=np.float32))
 
 
 def test_another_device_is_left_current(device: None) -> None:
