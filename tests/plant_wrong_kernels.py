@@ -22,9 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _VALUES = ("tests/test_head_metrics.py",)
-_BACKWARD = ("tests/test_head_metrics_backward.py", "-k", "gradcheck and fused")
-_FUSED = (*_VALUES, "-k", "fused")
-_CHUNKED = (*_VALUES, "-k", "chunked")
+_BACKWARD = ("tests/test_head_metrics_backward.py", "-k", "gradcheck and fused and not cuda")
+_FUSED = (*_VALUES, "-k", "fused and not cuda")
+_CHUNKED = (*_VALUES, "-k", "chunked and not cuda")
+_CUDA = (*_VALUES, "--emulate-all", "-k", "cuda")
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,48 @@ PLANTS = (
         "(sum.pairs[j * layout.classes_stride + k] + sum.pairs[k * layout.classes_stride + j]) * scale;",
         "2.0 * sum.pairs[j * layout.classes_stride + k] * scale;",
         _BACKWARD,
+    ),
+    Plant(
+        "CUDA: u of the rest not rescaled",
+        "csrc/cuda/head_metrics_chunk.cu",
+        "u1 = u1 * f + 1.0;",
+        "u1 = u1 + 1.0;",
+        _CUDA,
+    ),
+    Plant(
+        "CUDA: one lane's share dropped in the fold",
+        "csrc/cuda/head_metrics.cu",
+        "const int index = at + ((threadIdx.x & offset) != 0 ? half : 0);",
+        "const int index = at + ((threadIdx.x & offset) != 0 && offset != 4 ? half : 0);",
+        _CUDA,
+    ),
+    Plant(
+        "CUDA: no barrier before q overwrites the target's logit",
+        "csrc/cuda/head_metrics_chunk.cu",
+        "    Group::sync();  // z_y is read before q overwrites it\n",
+        "",
+        ("tests/test_cuda_build.py", "-k", "order"),
+    ),
+    Plant(
+        "CUDA: marked rows left undone",
+        "csrc/cuda/head_explicit.cu",
+        "if (call.special[i] != 0) explicit_row",
+        "if (call.special[i] > 2) explicit_row",
+        _CUDA,
+    ),
+    Plant(
+        "CUDA: centre left in q W",
+        "csrc/cuda/head_metrics_chunk.cu",
+        "* raw_scale - q_sum * center;",
+        "* raw_scale;",
+        _CUDA,
+    ),
+    Plant(
+        "CUDA: the top class's own cotangent from its difference",
+        "csrc/cuda/head_metrics_backward.cu",
+        "if (!top_label && threadIdx.x == 0) g[state.m] = static_cast<V>(-sum.at[0]);",
+        "",
+        ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
 )
 # what the copy without a change must pass before a red one means anything
