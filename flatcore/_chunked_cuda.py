@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._chunked import full_precision
+from ._head_cuda import Head
 from .reference import FIELDS
-
-if TYPE_CHECKING:
-    from ._native_cuda import Head
 
 WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk

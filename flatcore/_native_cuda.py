@@ -13,13 +13,12 @@ from torch import Tensor
 
 from . import _chunked_cuda, _native
 from ._backend import _core
+from ._head_cuda import Head
 from ._native import address, as_dtype, is_double, matrix, readable
 from ._reduction import Measure, reduce, reduce_with_coefficient
 from .reference import FIELDS
 
 _log = logging.getLogger("flatcore")
-_SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
-_MOST_SLOTS = 1024  # such blocks
 
 
 def stream(x: Tensor) -> tuple[int, int]:
@@ -33,47 +32,6 @@ def choose_path(C: int) -> str:
     if _native.forced_path == "fused" and limit < C:
         raise ValueError(f"the fused path takes at most {limit} classes on a CUDA device, got {C}")
     return _native.forced_path or ("fused" if limit >= C else "chunked")
-
-
-class Head:
-    """A head as the kernels take it, with the tensors whose memory it names."""
-
-    def __init__(
-        self,
-        features: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        logits: Tensor | None,
-        target: Tensor | None,
-        temperature: float,
-        ignore_index: int,
-        include_bias: bool,
-        norm_power: int,
-        fields: int,
-        values: Tensor | None = None,
-        prediction: Tensor | None = None,
-    ):
-        self.features, self.weight = readable(features), readable(linear_weight)
-        self.logits = None if logits is None else readable(logits)
-        self.bias = None if linear_bias is None else as_dtype(readable(linear_bias), torch.float64).contiguous()
-        self.target = None if target is None else readable(target).contiguous()
-        (self.N, self.D), self.C = features.shape, linear_weight.shape[0]
-        self.fields, self.include_bias = fields, include_bias
-        self.dtype = torch.float64 if is_double(features, linear_weight, logits) else torch.float32
-        self.problem = _core.HeadProblem(
-            matrix(self.features), matrix(self.weight), matrix(self.logits), address(self.bias), address(self.target),
-            self.N, self.D, self.C, temperature, ignore_index, include_bias, norm_power, fields,
-            self.dtype is torch.float64, 1, address(values), values is not None and values.dtype is torch.float64,
-            address(prediction),
-        )  # fmt: skip
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Uninitialised memory on the head's device, from its framework's allocator."""
-        return self.features.new_empty(shape, dtype=dtype)
-
-    def explicit_slots(self) -> int:
-        """How many rows are done from explicit differences at a time."""
-        return max(1, min(-(-self.N // 128), _MOST_SLOTS, _SCRATCH_BYTES // (16 * self.C)))
 
 
 def head_metrics(
@@ -95,7 +53,7 @@ def head_metrics(
     values = features.new_empty((fields.bit_count(), N), dtype=torch.float64 if wide else torch.float32)
     prediction = features.new_empty((N,), dtype=torch.int64)
     head = Head(
-        features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
+        _core, features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
         fields, values, prediction,
     )  # fmt: skip
     _native.last_path = path = choose_path(head.C)
@@ -168,7 +126,7 @@ def head_metrics_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run the kernels of this stem: the wanted gradients of features, weight, bias and logits, None for the others."""
     head = Head(
-        features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
+        _core, features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
         1 << field,
     )  # fmt: skip
     N, D, C = head.N, head.D, head.C
