@@ -231,14 +231,14 @@ PLANTS = (
         "CUDA: centre left in q W",
         "csrc/cuda/head_metrics_chunk.cu",
         "* raw_scale - q_sum * center;",
-        "* raw_scale;",
+        "* raw_scale + 0.0 * q_sum * center;",
         _CUDA,
     ),
     Plant(
-        "CUDA: the top class's own cotangent from its difference",
+        "CUDA: the top class's share of the variance's cotangent",
         "csrc/cuda/head_metrics_backward.cu",
-        "if (!top_label && threadIdx.x == 0) g[state.m] = static_cast<V>(-sum.at[0]);",
-        "",
+        "(state.eps * row.delta2 * inverse - 1.0)",
+        "(state.eps * row.delta2 * inverse + 1.0)",
         ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
 )
