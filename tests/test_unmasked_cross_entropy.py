@@ -261,8 +261,10 @@ def test_strides_and_misaligned_rows(target: str, dtype: torch.dtype) -> None:
         labels = y[: z.shape[0]]
         want = _ops.unmasked_cross_entropy(z.contiguous(), labels, -100, True)
         for got, expected in zip(_ops.unmasked_cross_entropy(z, labels, -100, True), want, strict=True):
-            if target == "cuda":  # a row's 16-byte boundaries decide which lane takes what
-                torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(got.dtype).eps, atol=0, msg=name)
+            if target == "cuda":
+                # a row's 16-byte boundaries decide which lane takes what: within the contract of tolerance.py
+                rtol = 1e-12 if got.dtype == torch.float64 else max(4e-6, torch.finfo(got.dtype).eps)
+                torch.testing.assert_close(got, expected, rtol=rtol, atol=0, msg=name)
             else:
                 assert_same(name, got, expected)
 
