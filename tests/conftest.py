@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases on emulated threads keep one in four, chosen by name: all take a quarter of an hour."""
+    """Of the cases on emulated threads keep one in four, chosen by name: all take about ten minutes."""
     if torch.cuda.is_available() or config.getoption("--emulate-all"):
         return
     kept, left = [], []
