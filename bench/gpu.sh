@@ -22,11 +22,11 @@ step() { # name, seconds, command...
     tail -n 3 "$out/$name.log"
 }
 
-step build 150 pip install --no-build-isolation --no-deps --target "$out/site" --upgrade .
+step build 80 pip install --no-build-isolation --no-deps --target "$out/site" --upgrade .
 cp "$out"/site/flatcore/_core*.so flatcore/ 2>> "$out/build.log" || failed=1 # this tree's Python, the built module
 trap 'rm -rf flatcore/_core*.so "$out/site"' EXIT
 
-step tests 210 python -m pytest -q -p no:cacheprovider --require-cuda -k cuda tests/test_cuda.py tests/test_row_norms.py \
+step tests 180 python -m pytest -q -p no:cacheprovider --require-cuda -k cuda tests/test_cuda.py tests/test_row_norms.py \
     tests/test_unmasked_cross_entropy.py tests/test_edges.py tests/test_shapes.py tests/test_head_metrics_backward.py \
     tests/test_properties.py tests/test_head_metrics.py
 
@@ -35,7 +35,7 @@ if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
         only=(--kernel-regex kns=flatcore)
         [ $tool != initcheck ] || only=() # it has to see what torch's kernels write
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer-$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer-$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "${only[@]}" python bench/gpu_selection.py
     done
 else
@@ -43,6 +43,6 @@ else
     failed=1
 fi
 
-step gpu 200 python bench/gpu.py --out "$out/gpu.json"
+step gpu 190 python bench/gpu.py --out "$out/gpu.json"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv >> "$out/summary.txt" 2>&1
 exit $failed
