@@ -24,14 +24,14 @@ _LIBRARY_BYTES = (
     12 << 20
 )  # of these for what the library packs for its products: 9 MB were seen at D = 2048, C = 32,000
 _TILE_BYTES = 8 << 20  # rows of W converted or centred at a time: they stay in the last-level cache for the product
-_TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
+TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
 _DISTANCE_CLASSES = 2048  # up to here the (C, C) table fits a quarter of the workspace in float32
 
-_NEURONWISE = 1 << FIELDS.index("log_neuronwise")
-_LAYERWISE = 1 << FIELDS.index("log_layerwise")
-_GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
+NEURONWISE = 1 << FIELDS.index("log_neuronwise")
+LAYERWISE = 1 << FIELDS.index("log_layerwise")
+GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
 
-_POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
+POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
 
 _precision_lock = threading.Lock()
 _precision_users = 0
@@ -91,17 +91,17 @@ def head_metrics(
     dtype = torch.float64 if double else torch.float32
     itemsize = 8 if double else 4
     (N, D), C = features.shape, linear_weight.shape[0]
-    weights = bool(fields & (_NEURONWISE | _GRADIENT))
+    weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
     # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
     by_distance = (
-        weights and not fields & _GRADIENT and C <= _DISTANCE_CLASSES and 2 * N * C + C * D < 2 * N * D
+        weights and not fields & GRADIENT and C <= _DISTANCE_CLASSES and 2 * N * C + C * D < 2 * N * D
         and (direct or C * D * itemsize <= _TILE_BYTES)
     )  # fmt: skip
 
     center = torch.empty(D + 1, dtype=torch.float64) if weights and not by_distance else None
     squares = torch.empty(C, dtype=torch.float64) if center is not None else None
-    summary = _summary(target_name, problem, C, weights or bool(fields & _LAYERWISE), center, squares)
+    summary = _summary(target_name, problem, C, weights or bool(fields & LAYERWISE), center, squares)
     exponent = int(summary[1])
 
     distances = None
@@ -120,7 +120,7 @@ def head_metrics(
     fixed += 0 if scratch is None else 8 * scratch.numel()
     tile = None
     if (logits is None and not direct) or center is not None:
-        tile_rows = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
+        tile_rows = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
         tile = torch.empty(tile_rows, D, dtype=dtype)
         fixed += tile.numel() * itemsize
     borrowed = logits is not None and logits.dtype == dtype and logits.stride(1) == 1
@@ -152,8 +152,8 @@ def head_metrics(
                 _logits_into(source, features[first : first + rows], linear_weight, tile, dtype)
             q = z[:rows] if weights else None
             bad = _core.head_chunk_statistics(
-                target_name, problem, first, rows, source.data_ptr(), source.stride(0), _address(q), C,
-                summary.data_ptr(), _address(center), _address(squares), state.data_ptr(),
+                target_name, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
+                summary.data_ptr(), address(center), address(squares), state.data_ptr(),
             )  # fmt: skip
             if bad >= 0 and first_bad < 0:
                 first_bad = bad
@@ -164,8 +164,8 @@ def head_metrics(
             else:
                 _product_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
             _core.head_chunk_weights(
-                target_name, problem, first, rows, _address(q), C, summary.data_ptr(), _address(center), state.data_ptr(),
-                _address(mean), D, _address(spread), C, scratch.data_ptr(),
+                target_name, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
+                address(mean), D, address(spread), C, scratch.data_ptr(),
             )  # fmt: skip
     return first_bad
 
@@ -196,8 +196,8 @@ def head_metrics_backward(
     itemsize = 8 if double else 4
     (N, D), C = features.shape, linear_weight.shape[0]
     bit = 1 << field
-    weights, neuronwise = bool(bit & (_NEURONWISE | _GRADIENT)), bool(bit & _NEURONWISE)
-    layerwise = bool(bit & _LAYERWISE)
+    weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
+    layerwise = bool(bit & LAYERWISE)
     center = torch.empty(D + 1, dtype=torch.float64) if weights else None
     squares = torch.empty(C, dtype=torch.float64) if weights else None
     summary = _summary(target_name, problem, C, weights or layerwise, center, squares)
@@ -206,7 +206,7 @@ def head_metrics_backward(
 
     scratch = torch.empty(_core.head_chunk_scratch(C, D), dtype=torch.float64)
     fixed = 8 * (3 * C + D) + 8 * scratch.numel()
-    tile_rows = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
+    tile_rows = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
     tile = torch.empty(tile_rows, D, dtype=dtype)
     fixed += tile.numel() * itemsize
     per_row = _core.HEAD_ROW_BYTES + _core.HEAD_BACKWARD_ROW_BYTES + (2 if weights else 1) * C * itemsize
@@ -238,28 +238,28 @@ def head_metrics_backward(
             else:
                 _logits_into(z, features[here], linear_weight, tile, dtype)
             _core.head_chunk_statistics(
-                target_name, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), _address(center),
-                _address(squares), state.data_ptr(),
+                target_name, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), address(center),
+                address(squares), state.data_ptr(),
             )  # fmt: skip
             g = z
             if weights:
                 g = cotangent[:rows]
                 _product_into(sums[:rows], part[:rows], z, linear_weight, shift, scale, tile)
                 _core.head_chunk_directions(
-                    target_name, problem, first, rows, c.data_ptr(), summary.data_ptr(), _address(center),
-                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), _address(top_row),
-                    _address(top_bias), _address(top),
+                    target_name, problem, first, rows, c.data_ptr(), summary.data_ptr(), address(center),
+                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), address(top_row),
+                    address(top_bias), address(top),
                 )  # fmt: skip
                 for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
                     g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
             mine = None if d_features is None else d_features[here]
             _core.head_chunk_cotangent(
                 target_name, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), C, summary.data_ptr(),
-                _address(center), _address(squares), state.data_ptr(), numbers.data_ptr(), _address(mine),
-                _address(d_weight), _address(d_bias), scratch.data_ptr(),
+                address(center), address(squares), state.data_ptr(), numbers.data_ptr(), address(mine),
+                address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
             numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
-            poisoned |= bool((numbers_here[:, 5].view(torch.int64) == _POISONED).any())
+            poisoned |= bool((numbers_here[:, 5].view(torch.int64) == POISONED).any())
             share += numbers_here[:, 0].sum()
             if logits is None:
                 if mine is not None:
@@ -306,12 +306,13 @@ def _summary(target_name: str, problem, C: int, wanted: bool, center: Tensor | N
     if wanted:
         row_workspace = torch.empty(2 * C, dtype=torch.float64)
         _core.head_summary(
-            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), _address(center), _address(squares)
+            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), address(center), address(squares)
         )
     return summary
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """Address of the first element, 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -349,7 +350,7 @@ def _tiles(
     weight: Tensor, center: Tensor | None, scale: float, tile: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of scale W - center (center None: of W) in the compute type, each with its first row's index."""
-    length = _TILE_CLASSES if tile is None else tile.shape[0]
+    length = TILE_CLASSES if tile is None else tile.shape[0]
     for start in range(0, weight.shape[0], length):
         rows = weight[start : start + length]
         if center is None and weight.dtype == dtype:

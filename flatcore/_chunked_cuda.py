@@ -13,20 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chunked import full_precision
+from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, POISONED, TILE_CLASSES, address, full_precision
 from ._head_cuda import Head
-from .reference import FIELDS
 
 WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
 has some 200 rows, so that its product takes longer than reading W for it."""
 _TILE_BYTES = 16 << 20  # rows of W converted or centred at a time
-_TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
 
-NEURONWISE = 1 << FIELDS.index("log_neuronwise")
-LAYERWISE = 1 << FIELDS.index("log_layerwise")
-GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
-_POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
 _PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of q that keep 22 and 24 bits of it
 
 
@@ -72,22 +66,22 @@ def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
                     prepared.logits_into(source, head.features[here])
             q = z[:rows] if weights and not pieces else None  # type: ignore[index]
             core.cuda_head_chunk_statistics(
-                *where, problem, first, rows, source.data_ptr(), source.stride(0), _address(q), _address(parts), pieces,
-                prepared.summary.data_ptr(), _address(prepared.center), _address(prepared.squares), state.data_ptr(),
+                *where, problem, first, rows, source.data_ptr(), source.stride(0), address(q), address(parts), pieces,
+                prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
             )  # fmt: skip
             if not weights:
                 continue
             if parts is not None:
                 q_parts = parts[: pieces * rows * C].view(pieces, rows, C)
                 mean[:rows].zero_()  # type: ignore[index]
-                for start in range(0, C, _TILE_CLASSES):
-                    stop = min(C, start + _TILE_CLASSES)
+                for start in range(0, C, TILE_CLASSES):
+                    stop = min(C, start + TILE_CLASSES)
                     for part in q_parts:
                         mean[:rows] += half_product(part[:, start:stop], head.weight[start:stop])  # type: ignore[index]
             else:
                 prepared.centered_product_into(mean[:rows], q)  # type: ignore[index, arg-type]
             core.cuda_head_chunk_weights(
-                *where, problem, first, rows, _address(parts), prepared.summary.data_ptr(), _address(prepared.center),
+                *where, problem, first, rows, address(parts), prepared.summary.data_ptr(), address(prepared.center),
                 state.data_ptr(), mean.data_ptr(), special.data_ptr(),  # type: ignore[union-attr]
             )  # fmt: skip
             core.cuda_head_explicit(
@@ -140,26 +134,26 @@ def head_metrics_backward(
                 prepared.logits_into(z, head.features[here])
             core.cuda_head_chunk_statistics(
                 *where, problem, first, rows, z.data_ptr(), C, z.data_ptr(), 0, 0, prepared.summary.data_ptr(),
-                _address(prepared.center), _address(prepared.squares), state.data_ptr(),
+                address(prepared.center), address(prepared.squares), state.data_ptr(),
             )  # fmt: skip
             g = z
             if cotangent is not None and direction is not None:
                 g = cotangent[:rows]
                 prepared.centered_product_into(sums[:rows], z)
                 core.cuda_head_chunk_directions(
-                    *where, problem, first, rows, c.data_ptr(), prepared.summary.data_ptr(), _address(prepared.center),
-                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), _address(top_row),
-                    _address(top_bias), _address(top),
+                    *where, problem, first, rows, c.data_ptr(), prepared.summary.data_ptr(), address(prepared.center),
+                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), address(top_row),
+                    address(top_bias), address(top),
                 )  # fmt: skip
                 for start, tile in prepared.centered_tiles():
                     torch.mm(direction[:rows], tile.T, out=g[:, start : start + tile.shape[0]])
             mine = None if d_features is None else d_features[here]
             core.cuda_head_chunk_cotangent(
                 *where, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), prepared.summary.data_ptr(),
-                _address(prepared.center), _address(prepared.squares), state.data_ptr(), numbers.data_ptr(),
-                _address(mine), _address(d_weight), _address(d_bias), scratch.data_ptr(),
+                address(prepared.center), address(prepared.squares), state.data_ptr(), numbers.data_ptr(),
+                address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
-            poisoned = (numbers[:rows, 5].view(torch.int64) == _POISONED).any()
+            poisoned = (numbers[:rows, 5].view(torch.int64) == POISONED).any()
             poison += torch.where(poisoned, math.nan, 0.0)
             share += numbers[:rows, 0].sum()
             if head.logits is None:
@@ -220,13 +214,13 @@ class _Weights:
         self.squares = head.empty(C) if centered else None
         workspace = head.empty(core.cuda_head_weights_workspace(D, C))
         core.cuda_head_weights(
-            *where, head.problem, workspace.data_ptr(), self.summary.data_ptr(), _address(self.center),
-            _address(self.squares), 0, 0, 0, 0, 0,
+            *where, head.problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
+            address(self.squares), 0, 0, 0, 0, 0,
         )  # fmt: skip
         self.scale = torch.exp2(self.summary[1])  # a whole power: exact
         self._scale = self.scale.to(head.dtype)
         self._minus_center = None if self.center is None else -self.center[:D].to(head.dtype)
-        self.length = max(1, min(C, _TILE_CLASSES, _TILE_BYTES // max(1, D * head.dtype.itemsize)))
+        self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * head.dtype.itemsize)))
         self._tile = head.empty(self.length, D, dtype=head.dtype)
         self.nbytes = 8 * (workspace.numel() + C + D) + self._tile.nbytes
 
@@ -275,7 +269,3 @@ class _Weights:
 def _chunk_length(N: int, per_row: int, fixed: int) -> int:
     length = max(1, min(N, (WORKSPACE_BYTES - fixed) // per_row))
     return -(-N // -(-N // length)) if N else 1  # equal chunks: no short last product
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

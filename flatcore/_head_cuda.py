@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import address, as_dtype, is_double, matrix, readable
+from ._chunked import address
+from ._native import as_dtype, is_double, matrix, readable
 
 _SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
 _MOST_SLOTS = 1024  # such blocks

@@ -6,12 +6,14 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backend, _chunked
 from ._backend import _core
+from ._chunked import address
 from ._reduction import Measure
 from .reference import FIELDS
 
@@ -240,18 +242,20 @@ def head_metrics_backward(
             call.bias if include_bias else None, call.logits, norm_power, field, double, call.threads, d_features,
             d_weight, d_bias, d_logits,
         )  # fmt: skip
-    # a gradient is wanted only of an input that is there
-    return (
-        None if d_features is None else as_dtype(d_features, features.dtype),
-        None if d_weight is None else as_dtype(d_weight, linear_weight.dtype),
-        None if d_bias is None else as_dtype(d_bias, linear_bias.dtype),  # type: ignore[union-attr]
-        None if d_logits is None else as_dtype(d_logits, logits.dtype),  # type: ignore[union-attr]
-    )
+    return in_dtypes_of((features, linear_weight, linear_bias, logits), (d_features, d_weight, d_bias, d_logits))
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in another type; a conversion that has nothing to do takes 1 us nevertheless."""
     return x if x.dtype is dtype else x.to(dtype)
+
+
+def in_dtypes_of(inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:
+    """The gradients in their inputs' dtypes; one is wanted only of an input that is there."""
+    return tuple(
+        None if x is None or gradient is None else as_dtype(gradient, x.dtype)
+        for x, gradient in zip(inputs, gradients, strict=True)
+    )
 
 
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -279,11 +283,6 @@ def head_reduction(
         _REDUCTIONS[reduction], log, count_rows, value.data_ptr(), dtype == torch.float64, address(coefficient),
     )  # fmt: skip
     return value, coefficient
-
-
-def address(x: Tensor | None) -> int:
-    """Address of the first element, 0 for None."""
-    return 0 if x is None else x.data_ptr()
 
 
 def bad_label(label: int, row: int, C: int, ignore_index: int) -> ValueError:

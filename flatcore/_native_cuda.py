@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import _chunked_cuda, _native
 from ._backend import _core
+from ._chunked import GRADIENT, NEURONWISE, address
 from ._head_cuda import Head
-from ._native import address, as_dtype, is_double, matrix, readable
+from ._native import as_dtype, in_dtypes_of, is_double, matrix, readable
 from ._reduction import Measure, reduce, reduce_with_coefficient
 from .reference import FIELDS
 
@@ -72,7 +73,7 @@ def _fused(head: Head) -> None:
     packed_rows, stride = _core.cuda_head_packing(problem)
     packed = head.empty(packed_rows, stride, dtype=head.dtype)
     summary, workspace = head.empty(2), head.empty(_core.cuda_head_weights_workspace(head.D, C))
-    weights = bool(head.fields & (_chunked_cuda.NEURONWISE | _chunked_cuda.GRADIENT))
+    weights = bool(head.fields & (NEURONWISE | GRADIENT))
     distances = head.empty(C, C) if weights else None
     bias_distances = head.empty(C, C) if weights and head.include_bias else None
     special = head.empty(head.N, dtype=torch.uint8) if weights else None
@@ -141,13 +142,7 @@ def head_metrics_backward(
     _chunked_cuda.head_metrics_backward(
         _core, stream(head.features), head, c.contiguous(), norm_power, field, d_features, d_weight, d_bias, d_logits
     )
-    # a gradient is wanted only of an input that is there
-    return (
-        None if d_features is None else as_dtype(d_features, features.dtype),
-        None if d_weight is None else as_dtype(d_weight, linear_weight.dtype),
-        None if d_bias is None else as_dtype(d_bias, linear_bias.dtype),  # type: ignore[union-attr]
-        None if d_logits is None else as_dtype(d_logits, logits.dtype),  # type: ignore[union-attr]
-    )
+    return in_dtypes_of((features, linear_weight, linear_bias, logits), (d_features, d_weight, d_bias, d_logits))
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

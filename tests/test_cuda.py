@@ -189,8 +189,11 @@ def test_nothing_waits_for_the_device(device: None, call: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cupy_arrays_on_a_stream_of_their_own(device: None) -> None:
-    cupy = pytest.importorskip("cupy")
+def test_cupy_arrays_on_a_stream_of_their_own(device: None, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--require-cuda"):
+        pytest.importorskip("cupy")
+    import cupy
+
     with cupy.cuda.Stream(non_blocking=True):
         x = cupy.random.standard_normal((4096, 4096), dtype=cupy.float32)
         for _ in range(50):

@@ -27,14 +27,6 @@ __device__ __forceinline__ void explicit_logits(const HeadProblem& call, int64_t
   __syncthreads();
 }
 
-struct CombineTails {
-  double inverse_temperature;
-  __device__ __forceinline__ math::SoftmaxTail operator()(const math::SoftmaxTail& a,
-                                                          const math::SoftmaxTail& b) const {
-    return math::combine(a, b, inverse_temperature);
-  }
-};
-
 __device__ __forceinline__ math::SoftmaxTail explicit_tail(const HeadProblem& call, const double* z) {
   const CombineTails combine{1.0 / call.temperature};
   math::SoftmaxTail tail = math::empty_tail();

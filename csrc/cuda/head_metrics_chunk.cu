@@ -85,14 +85,6 @@ struct LaneTail {
   }
 };
 
-struct CombineTails {
-  double inverse_temperature;
-  __device__ __forceinline__ math::SoftmaxTail operator()(const math::SoftmaxTail& a,
-                                                          const math::SoftmaxTail& b) const {
-    return math::combine(a, b, inverse_temperature);
-  }
-};
-
 // What q is multiplied by before it is cut into pieces of 16 bits.
 template <class T>
 constexpr double kPieceScale = 1.0;

@@ -44,6 +44,14 @@ __device__ __forceinline__ double log_feature_squares(const HeadProblem& call, i
   return kNan;
 }
 
+struct CombineTails {
+  double inverse_temperature;
+  __device__ __forceinline__ math::SoftmaxTail operator()(const math::SoftmaxTail& a,
+                                                          const math::SoftmaxTail& b) const {
+    return math::combine(a, b, inverse_temperature);
+  }
+};
+
 // Where each wanted field's values go: row of the block by the number of wanted fields before it.
 struct Values {
   void* values;
