@@ -8,14 +8,13 @@ rows where that is cheaper; a kernel finishes. Never N x C numbers: the chunk is
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ._backend import _core
+from ._precision import full_precision
 from .reference import FIELDS
 
 WORKSPACE_BYTES = 64 << 20
@@ -32,49 +31,6 @@ LAYERWISE = 1 << FIELDS.index("log_layerwise")
 GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
 
 POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
-
-_precision_lock = threading.Lock()
-_precision_users = 0
-_precision_before = ("highest", "none")
-
-
-@contextmanager
-def full_precision(device_type: str = "cpu") -> Iterator[None]:
-    """Products in full float32: autocast off, and the process's matmul precision at its highest while any of them runs.
-
-    The first of several threads raises it and the last one restores it.
-    """
-    global _precision_users, _precision_before
-    with torch.autocast(device_type, enabled=False):
-        with _precision_lock:
-            if _precision_users == 0:
-                _precision_before = torch.get_float32_matmul_precision(), _cpu_precision()
-                if _precision_before[0] != "highest" or _precision_before[1] not in ("none", "ieee"):
-                    torch.set_float32_matmul_precision("highest")
-                    _set_cpu_precision("ieee")
-            _precision_users += 1
-        try:
-            yield
-        finally:
-            with _precision_lock:
-                _precision_users -= 1
-                if _precision_users == 0 and _precision_before != (
-                    torch.get_float32_matmul_precision(),
-                    _cpu_precision(),
-                ):
-                    torch.set_float32_matmul_precision(_precision_before[0])
-                    _set_cpu_precision(_precision_before[1])
-
-
-def _cpu_precision() -> str:
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    return getattr(matmul, "fp32_precision", "none")
-
-
-def _set_cpu_precision(value: str) -> None:
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(matmul, "fp32_precision"):
-        matmul.fp32_precision = value
 
 
 def head_metrics(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, POISONED, TILE_CLASSES, address, full_precision
+from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, POISONED, TILE_CLASSES, address
 from ._head_cuda import Head
+from ._precision import full_precision
 
 WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk

@@ -151,3 +151,15 @@ def check_option(value: Any, name: str, options: tuple[Any, ...]) -> Any:
     if not known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
+
+
+def one_output(what: str, remedy: str) -> str:
+    """Text about a head of one class, nearly always a sigmoid's, whose softmax measures are all 0.
+
+    ``remedy`` completes the sentence for the caller at hand: where the row of zeros goes.
+    """
+    return (
+        f"{what} has one output (C = 1): the softmax over one class is the constant 1, so that the trace, every measure and "
+        f"every gradient are 0 (log -inf). If it is the head of a sigmoid (a binary classifier), use the softmax head of "
+        f"two classes that has its probabilities, a row of zeros before its own: {remedy}"
+    )
