@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, show_config
+from ._validate import check_norm
 
 _EXAMPLES = """\
 examples:
@@ -101,9 +102,10 @@ def _positive(text: str) -> float:
 
 
 def _norm(text: str) -> float:
-    if text not in ("2", "inf"):
-        raise argparse.ArgumentTypeError(f"must be 2 or inf, got {text!r}")
-    return float(text)
+    try:
+        return check_norm(2 if text == "2" else text, "norm", (2, math.inf))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be 2 or inf, got {text!r}") from None
 
 
 def _add_model_commands(commands: Any) -> None:

@@ -1,11 +1,13 @@
 """Arrays of other libraries in, the same kind out.
 
-NumPy arrays are read by their own attributes; anything else with ``__dlpack__`` goes through it. CuPy's are worked on in
-CuPy's current stream.
+NumPy arrays are read by their own attributes; anything else with ``__dlpack__`` goes through it. What such an array says of
+itself on the CPU is read from its capsule here: a negative stride, which array-api-strict hides, makes torch abort the
+process. CuPy's arrays are worked on in CuPy's current stream.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import sys
@@ -59,16 +61,90 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
     return torch.from_numpy(array)
 
 
+class _DLTensor(ctypes.Structure):
+    """An array as the DLPack exchange describes it: strides in elements, None for a compact one."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+# where it stands in a capsule: first, or after version (2 x 4 bytes), context, deleter (pointers) and flags (8 bytes)
+_CAPSULES = {b"dltensor": 0, b"dltensor_versioned": 16 + 2 * ctypes.sizeof(ctypes.c_void_p)}
+_CPU = 1
+_DLPACK_DTYPES = {
+    (0, 8): torch.int8, (0, 16): torch.int16, (0, 32): torch.int32, (0, 64): torch.int64,
+    (1, 8): torch.uint8, (1, 16): torch.uint16, (1, 32): torch.uint32, (1, 64): torch.uint64,
+    (2, 16): torch.float16, (2, 32): torch.float32, (2, 64): torch.float64, (4, 16): torch.bfloat16,
+}  # fmt: skip
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, (ctypes.py_object,)
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+
+
 def _from_dlpack(array: Any, name: str) -> Tensor:
-    strides = getattr(array, "strides", None)
-    if isinstance(strides, tuple) and any(isinstance(s, int) and s < 0 for s in strides):
-        raise ValueError(
-            f"{name} must have non-negative strides to be exchanged through DLPack, got {strides}; copy it first"
+    if _is_traced(array):
+        raise TypeError(
+            f"{name} is a JAX tracer ({_kind(array)}): flatcore computes with numbers and cannot be traced by jax.jit, vmap "
+            "or grad; call it outside of them, or through jax.pure_callback"
         )
     try:
-        return torch.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError) as error:
+        if int(array.__dlpack_device__()[0]) != _CPU:
+            return torch.from_dlpack(array)
+        try:
+            capsule = array.__dlpack__(max_version=(1, 0))  # older versions refuse read-only arrays
+        except TypeError:
+            capsule = array.__dlpack__()
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} of type {_kind(array)} could not be read through DLPack: {error}") from error
+    return _from_capsule(capsule, name)
+
+
+def _from_capsule(capsule: Any, name: str) -> Tensor:
+    """Tensor over the memory of a capsule on the CPU, which it keeps; a copy where torch cannot take its strides."""
+    kind = _capsule_name(capsule)
+    address = _capsule_pointer(capsule, kind)
+    # the versioned one begins with its major version
+    if kind not in _CAPSULES or (kind != b"dltensor" and ctypes.c_uint32.from_address(address).value != 1):
+        raise TypeError(f"{name} could not be read through DLPack: its version is not known ({kind!r})")
+    given = _DLTensor.from_address(address + _CAPSULES[kind])
+    dtype = _DLPACK_DTYPES.get((given.code, given.bits)) if given.lanes == 1 else None
+    if dtype is None:
+        raise TypeError(
+            f"{name} must have a floating dtype (float16, bfloat16, float32, float64) or, for labels, an integer one; got "
+            f"DLPack type code {given.code} of {given.bits} bits"
+        )
+    shape = tuple(given.shape[: given.ndim])
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    size = dtype.itemsize
+    strides, step = [], size
+    for axis in reversed(range(given.ndim)):
+        strides.insert(0, given.strides[axis] * size if given.strides else step)
+        step *= shape[axis]
+    first = (given.data or 0) + given.byte_offset
+    spans = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    lowest = first + sum(span for span in spans if span < 0)
+    memory = (ctypes.c_char * (sum(map(abs, spans)) + size)).from_address(lowest)
+    memory.capsule = capsule  # keeps the array alive
+    words = np.ndarray(shape, np.dtype(f"i{size}"), memory, first - lowest, strides)
+    if not words.flags.aligned or any(stride < 0 for stride in strides):
+        words = np.array(words, order="C", copy=True)
+    return torch.from_numpy(words).view(dtype)
+
+
+def _is_traced(array: Any) -> bool:
+    return any(kind.__name__ == "Tracer" and kind.__module__.startswith("jax") for kind in type(array).__mro__)
 
 
 def _kind(value: Any) -> str:
@@ -79,16 +155,20 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """Tensor view of an array, without a copy where the memory allows it.
 
     Raises:
-        TypeError: not a tensor, NumPy array or object with ``__dlpack__``; or a dtype that flatcore does not take.
-        ValueError: negative strides in an array other than NumPy's.
+        TypeError: not a tensor, NumPy array or object with ``__dlpack__``; a dtype that flatcore does not take; a JAX
+            tracer.
+        ValueError: a label that int64 does not hold.
     """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(value, name)
-    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+    if hasattr(type(value), "__dlpack__") and not isinstance(value, np.generic):
         return _from_dlpack(value, name)
-    raise TypeError(f"{name} must be a torch.Tensor, a numpy.ndarray or an array with __dlpack__, got {_kind(value)}")
+    way = f"; a quantized layer's weight is a method: pass {name}().dequantize()" if callable(value) else ""
+    raise TypeError(
+        f"{name} must be a torch.Tensor, a numpy.ndarray or an array with __dlpack__, got {_kind(value)}{way}"
+    )
 
 
 def returner(like: Any) -> Callable[[Tensor], Any]:

@@ -13,16 +13,20 @@ from ._arrays import as_tensor, on_the_arrays_stream, returner
 from ._reduction import Measure
 from ._validate import (
     INTEGERS,
+    as_labels,
     check_device,
     check_flag,
     check_floating,
     check_integer,
     check_no_grad,
+    check_norm,
     check_option,
     check_temperature,
     check_tensor,
     is_exact,
     is_wrapped,
+    one_output,
+    warn,
 )
 from .reference import FIELDS
 
@@ -35,6 +39,10 @@ GRADIENT_NORMS = {
     math.inf: "log_feature_gradient_norm_inf",
 }
 _REDUCTIONS = ("mean", "sum", "none")
+_TWO_ROWS = (
+    "linear_weight=torch.cat([torch.zeros_like(w), w]) for w of shape (1, D), the bias likewise, and logits z as "
+    "torch.cat([torch.zeros_like(z), z], dim=-1)"
+)
 
 
 class HeadMetrics(NamedTuple):
@@ -159,9 +167,14 @@ def checked_inputs(
     if classes == 0:
         raise ValueError("linear_weight must have at least one row (C >= 1), got C = 0")
     if phi.dim() == 0 or phi.shape[-1] != width:
+        hint = ""
+        if phi.dim() and phi.shape[-1] == classes:
+            hint = f"; linear_weight (C, D) of shape {tuple(w.shape)} transposed? Then pass linear_weight.T"
         raise ValueError(
-            f"features must have shape (..., D) with D = {width} as in linear_weight, got {tuple(phi.shape)}"
+            f"features must have shape (..., D) with D = {width} as in linear_weight, got {tuple(phi.shape)}{hint}"
         )
+    if classes == 1:
+        warn(one_output("linear_weight", _TWO_ROWS))
     check_device(w, "linear_weight", phi, "features")
     leading = phi.shape[:-1]
     n = math.prod(leading)
@@ -181,15 +194,16 @@ def checked_inputs(
                              f"got {tuple(z.shape)}")  # fmt: skip
         z = _rows(z)
     y = None
+    ignore_index = check_integer(ignore_index, "ignore_index")
     if target is not None:
         y = as_tensor(target, "target")
         check_tensor(y, "target")
         check_device(y, "target", phi, "features")
-        y = _target(y, leading, n, classes, soft)
+        y = _target(y, leading, n, classes, soft, ignore_index)
 
     double = any(x is not None and x.dtype is torch.float64 for x in (phi, w, z))
     return _Inputs(
-        _rows(phi), w, b, z, y, check_temperature(temperature), check_integer(ignore_index, "ignore_index"), leading,
+        _rows(phi), w, b, z, y, check_temperature(temperature), ignore_index, leading,
         torch.float64 if double else torch.float32,
     )  # fmt: skip
 
@@ -199,11 +213,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _target(y: Tensor, leading: torch.Size, n: int, classes: int, soft: bool) -> Tensor:
+def _target(y: Tensor, leading: torch.Size, n: int, classes: int, soft: bool, ignore_index: int) -> Tensor:
     if y.dtype in INTEGERS:
         if y.shape != leading:
             raise ValueError(f"target must have the features' leading shape {tuple(leading)}, got {tuple(y.shape)}")
-        return y.reshape(n).to(torch.int64)
+        return as_labels(y.reshape(n), ignore_index)
     if not y.is_floating_point():
         raise TypeError(f"target must hold integer class labels, got {y.dtype}")
     if not soft:
@@ -316,6 +330,9 @@ def hessian_trace(
             devices values are checked only with ``FLATCORE_VALIDATE=1``.
         RuntimeError: a second derivative, when backward reaches it.
 
+    Warns:
+        UserWarning: a ``linear_weight`` of one row (C = 1): every measure is 0, and it is nearly always a sigmoid's.
+
     Gradients: with respect to features, linear_weight, linear_bias and logits, in closed form, in their dtypes. Given
         logits are an input of their own: what they were computed from gets its share through them. The gradient of
         ``log=True`` does not shrink as confidence grows; a row whose value is 0 and an ignored row have gradient 0; a row
@@ -425,7 +442,7 @@ def feature_gradient_norms(
     logits: Any = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    ord: float = 2,
+    ord: float | str = 2,
     reduction: str = "none",
     log: bool = False,
 ) -> Any:
@@ -436,7 +453,7 @@ def feature_gradient_norms(
     Args:
         features, linear_weight, linear_bias, logits, temperature, ignore_index, log: as in :func:`flatcore.hessian_trace`.
         target: integer labels of the features' leading shape.
-        ord: 1, 2 or inf.
+        ord: 1, 2 or inf; or a name: ``"l1"``, ``"l2"``, ``"linf"``, ``"inf"``.
         reduction: ``"none"``, ``"mean"`` (over the rows that are not ignored) or ``"sum"``.
 
     Returns:
@@ -466,7 +483,7 @@ def feature_gradient_norms(
     if target is None:
         raise ValueError("target must hold integer class labels, got None")
     inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
-    name = GRADIENT_NORMS[float(check_option(ord, "ord", (1, 2, math.inf)))]
+    name = GRADIENT_NORMS[check_norm(ord, "ord")]
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
     return inputs.measure(name, features, reduction=reduction, log=log)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from . import _ops, reference
 from ._row_norms import check_orders
 from ._unmasked_cross_entropy import check_labels_of
-from ._validate import FLOATS, check_device, check_flag, check_floating, check_integer, check_tensor
+from ._validate import (
+    FLOATS,
+    INTEGERS,
+    as_labels,
+    check_device,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_tensor,
+    one_output,
+)
 
 
 class InputGradients(NamedTuple):
@@ -81,7 +91,8 @@ def input_gradients(
             dtype not above; a model that returns no logits.
         ValueError: shapes or devices that do not fit; logits that are not (N, C): several positions per sample (N, L, C)
             have a loss, and a scale, each, so flatten them into N or select one; logits that do not depend on the inputs
-            (a model that detaches them or runs under ``no_grad`` itself); a label that is no class; a negative soft
+            (a model that detaches them or runs under ``no_grad`` itself); a model of one output (nearly always a
+            sigmoid's, whose softmax gradient is 0); a label that is no class; a negative soft
             target; a ``chunk_size`` below 1; a module whose samples share statistics or chance: BatchNorm that normalises
             by its batch, or Dropout and its kin in training mode, unless ``allow_train_mode=True``.
 
@@ -128,7 +139,7 @@ def input_gradient_norms(
     inputs: Tensor,
     target: Tensor,
     *,
-    ord: float | tuple[float, ...] = 2,
+    ord: float | str | tuple[float | str, ...] = 2,
     log: bool = False,
     ignore_index: int = -100,
     chunk_size: int | None = None,
@@ -142,7 +153,7 @@ def input_gradient_norms(
         model: as in :func:`flatcore.input_gradients`.
         inputs: (N, ...), as there; each sample is taken as one vector.
         target: (N,) labels or (N, C) soft targets, as there.
-        ord: ``1``, ``2``, ``inf``, or a tuple of them in any order.
+        ord: ``1``, ``2``, ``inf``, or a tuple of them in any order; or names, as in :func:`flatcore.row_norms`.
         log: give natural logs: right also where the norm itself underflows.
         ignore_index: label of rows whose norm is 0 (log -inf).
         chunk_size: rows per pass; the gradients of one chunk are what is held in memory.
@@ -208,8 +219,9 @@ class _Call:
             raise ValueError(
                 f"target must have one row per sample, N = {inputs.shape[0]}, got shape {tuple(target.shape)}"
             )
-        self.model, self.inputs, self.target = model, inputs, target.detach()
         self.ignore_index = check_integer(ignore_index, "ignore_index")
+        labels = as_labels(target, self.ignore_index) if target.dtype in INTEGERS else target
+        self.model, self.inputs, self.target = model, inputs, labels.detach()
         if chunk_size is not None and check_integer(chunk_size, "chunk_size") < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.rows = max(chunk_size or inputs.shape[0], 1)
@@ -230,7 +242,8 @@ class _Call:
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             # a leaf of its own over the same memory; a tensor made in inference mode has to be copied out of it
             x = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-            logits = differentiable_logits_of(self.model(x), inputs)
+            # the model gets a copy: a first layer that works in place would change the caller's inputs
+            logits = differentiable_logits_of(self.model(x.clone()), inputs)
             cotangent, log_scale = self._seed(logits.detach(), target)
             autocast = torch.is_autocast_enabled(inputs.device.type)
             with torch.autocast(inputs.device.type, enabled=False) if autocast else nullcontext():
@@ -256,7 +269,7 @@ class _Call:
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scale = torch.zeros(logits.shape[0], dtype=wide, device=logits.device)
             return reference.soft_cross_entropy_cotangent(logits, target), scale
-        labels = check_labels_of(target, logits).to(torch.int64)
+        labels = check_labels_of(target, logits, self.ignore_index)
         _, log_scale, cotangent = _ops.unmasked_cross_entropy(logits, labels, self.ignore_index, with_cotangent=True)
         return cotangent, log_scale
 
@@ -285,6 +298,10 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
         raise ValueError(
             f"the model's logits must have shape (N, C) with N = {N} as the inputs and C >= 1, got {tuple(logits.shape)}: "
             "several positions per sample have a loss and a scale each; select one, or flatten them into N"
+        )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            one_output("the model", "let the model return torch.cat([torch.zeros_like(z), z], dim=-1) for its output z")
         )
     check_device(logits, "the model's logits", inputs, "inputs")
     return logits

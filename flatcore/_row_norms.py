@@ -7,13 +7,11 @@ from typing import Any
 
 from . import _ops
 from ._arrays import as_tensor, on_the_arrays_stream, returner
-from ._validate import check_floating, check_no_grad, check_option, check_tensor
-
-_ORDS = (1, 2, math.inf)
+from ._validate import check_floating, check_no_grad, check_norm, check_tensor
 
 
 @on_the_arrays_stream
-def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
+def row_norms(x: Any, ord: float | str | tuple[float | str, ...] = (1, 2, math.inf)) -> Any:
     r"""L1, L2 and L-infinity norms of every row, all from one read of the matrix.
 
     :math:`\|x_n\|_1 = \sum_k |x_{nk}|`, :math:`\|x_n\|_2 = (\sum_k x_{nk}^2)^{1/2}`,
@@ -22,7 +20,7 @@ def row_norms(x: Any, ord: float | tuple[float, ...] = (1, 2, math.inf)) -> Any:
     Args:
         x: (N, K), float16, bfloat16, float32 or float64; a torch tensor, a NumPy array or an array with ``__dlpack__``.
             Any strides.
-        ord: ``1``, ``2``, ``inf``, or a tuple of them in any order.
+        ord: ``1``, ``2``, ``inf`` (or a name: ``"l1"``, ``"l2"``, ``"linf"``, ``"inf"``), or a tuple of them in any order.
 
     Returns:
         Plain (not squared) norms, one per row: (N,) for one number, (len(ord), N) for a tuple; float32, float64 if x is;
@@ -58,4 +56,4 @@ def check_orders(ord: Any) -> tuple[float, ...]:
     orders = ord if isinstance(ord, tuple) else (ord,)
     if not orders:
         raise ValueError("ord must be 1, 2, inf or a non-empty tuple of them, got ()")
-    return tuple(float(check_option(p, "ord", _ORDS)) for p in orders)
+    return tuple(check_norm(p, "ord") for p in orders)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from . import _ops
 from ._arrays import as_tensor, on_the_arrays_stream, returner
-from ._validate import INTEGERS, check_device, check_floating, check_integer, check_option, check_tensor
+from ._validate import (
+    INTEGERS,
+    as_labels,
+    check_device,
+    check_floating,
+    check_integer,
+    check_option,
+    check_tensor,
+    one_output,
+    warn,
+)
 
 _REDUCTIONS = ("sum", "mean", "none")
 
@@ -51,6 +61,9 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
             device other than the CPU: NaN in that row, an error with ``FLATCORE_VALIDATE=1``), a forward-mode tangent.
         RuntimeError: differentiating twice.
 
+    Warns:
+        UserWarning: one class (C = 1): loss and gradient are 0 whatever the logits, and it is nearly always a sigmoid's.
+
     Numerics: neither 1 - p nor exp of a large number is formed, so loss and cotangent are right to a few roundings at any
     gap. Rows with NaN, +inf, or without any class give NaN in that row only. A label on an absent class has loss +inf and
     the finite cotangent q - e_y; a label that is the only class there is has loss 0 and gradient 0. One read of the
@@ -76,10 +89,12 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     check_floating(z, "logits")
     if z.dim() == 0 or z.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., C) with at least one class, got {tuple(z.shape)}")
-    y = check_labels_of(as_tensor(target, "target"), z)
+    if z.shape[-1] == 1:
+        warn(one_output("logits", "logits=torch.cat([torch.zeros_like(z), z], dim=-1)"))
     ignore_index = check_integer(ignore_index, "ignore_index")
+    y = check_labels_of(as_tensor(target, "target"), z, ignore_index)
     loss, _, _ = _ops.unmasked_cross_entropy(
-        z.reshape(-1, z.shape[-1]), y.reshape(-1).to(torch.int64), ignore_index, with_cotangent=False
+        z.reshape(-1, z.shape[-1]), y.reshape(-1), ignore_index, with_cotangent=False
     )
     # by selection in backward too: an upstream of NaN or inf stays out of ignored rows
     valid = y != ignore_index
@@ -89,8 +104,8 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     return returner(logits)(loss)
 
 
-def check_labels_of(target: Tensor, logits: Tensor) -> Tensor:
-    """Require integer labels of the logits' leading shape, on their device."""
+def check_labels_of(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Require integer labels of the logits' leading shape, on their device; as int64."""
     check_tensor(target, "target")
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must hold integer class labels, got {target.dtype}: soft targets do not vanish with "
@@ -101,4 +116,4 @@ def check_labels_of(target: Tensor, logits: Tensor) -> Tensor:
             f"target must have the logits' leading shape {tuple(logits.shape[:-1])} (the classes are the last "
             f"dimension of logits {tuple(logits.shape)}), got {tuple(target.shape)}"
         )
-    return target
+    return as_labels(target, ignore_index)

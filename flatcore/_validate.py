@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -29,6 +33,8 @@ def check_tensor(tensor: Tensor, name: str) -> None:
         raise TypeError(
             f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()"
         )
+    if not exact:
+        _check_subclass(tensor, name)
     if tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got a nested tensor; pass its rows with {name}.values()")
     if tensor.is_quantized:
@@ -47,6 +53,19 @@ def check_tensor(tensor: Tensor, name: str) -> None:
             f"{name} must own its memory: its storage of {tensor.untyped_storage().nbytes()} bytes does not "
             f"hold shape {tuple(tensor.shape)} (freed, as FSDP does between uses?)"
         )
+
+
+def _check_subclass(tensor: Tensor, name: str) -> None:
+    """Refuse subclasses that hold other numbers than they say, or none yet."""
+    kind = type(tensor)
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{name} must have values, got an {kind.__name__} of a lazy module: run one forward pass through it first"
+        )
+    # the tensors of quantising libraries (torchao, quanto) say float32 or bfloat16 and hold codes and scales
+    if kind.dequantize is not Tensor.dequantize or kind.__module__.startswith(("torchao.", "bitsandbytes.")):
+        way = "get_original_weight()" if hasattr(kind, "get_original_weight") else "dequantize()"
+        raise TypeError(f"{name} must be a plain tensor, got the quantized {_describe(tensor)}; pass {name}.{way}")
 
 
 def is_exact(tensor: Tensor) -> bool:
@@ -89,7 +108,12 @@ def check_matrix(
 def check_floating(tensor: Tensor, name: str) -> None:
     """Only float16, bfloat16, float32 and float64."""
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        way = ""
+        if str(tensor.dtype).startswith(("torch.float8", "torch.float4")):
+            way = f"; its scale is not in it: pass {name}.to(torch.bfloat16) times the scale, or {name}.dequantize()"
+        elif tensor.dtype in (torch.uint8, torch.int8):
+            way = ": the codes of a quantized layer? Pass the dequantized values"
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {tensor.dtype}{way}")
 
 
 def check_no_grad(tensor: Tensor, name: str) -> None:
@@ -104,7 +128,14 @@ def check_no_grad(tensor: Tensor, name: str) -> None:
 def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
     """Require all tensors on one device."""
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {tensor.device}")
+        way = ""
+        for one, its_name in ((tensor, name), (like, like_name)):
+            if one.is_meta:
+                way = (
+                    f": {its_name} holds no values (offloaded, or built on the meta device); load them first, and pass "
+                    f"the loaded tensor"
+                )
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {tensor.device}{way}")
 
 
 def check_number(value: Any, name: str) -> float:
@@ -151,6 +182,41 @@ def check_option(value: Any, name: str, options: tuple[Any, ...]) -> Any:
     if not known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
+
+
+def check_norm(value: Any, name: str, options: tuple[float, ...] = (1, 2, math.inf)) -> float:
+    """Return 1, 2 or inf, given as a number or by the names that libraries have for it: "inf", "Linf", "l2", "L1"."""
+    known = value
+    if isinstance(value, str):
+        known = _NORMS.get(value.lower(), value)
+    return float(check_option(known, name, options))
+
+
+_NORMS = {"l1": 1, "l2": 2, "linf": math.inf, "inf": math.inf}
+
+
+def as_labels(target: Tensor, ignore_index: int) -> Tensor:
+    """Integer labels as int64, so that they are compared with ``ignore_index`` by value.
+
+    In its own dtype a label wraps ``ignore_index``: -100 is 156 in uint8. An unsigned label above int64 becomes a number
+    that is no class and not ignored.
+    """
+    if target.dtype is torch.int64:
+        return target
+    labels = target.to(torch.int64)
+    if target.dtype is torch.uint64:
+        labels = torch.where(labels < 0, 2**63 - 1 - (ignore_index == 2**63 - 1), labels)
+    return labels
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's line, the first one outside this package; not while tracing."""
+    if torch.compiler.is_compiling():
+        return
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def one_output(what: str, remedy: str) -> str:

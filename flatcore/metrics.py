@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._head_metrics import GRADIENT_NORMS, check_include_bias, check_measure, checked_class_weight, checked_inputs
 from ._reduction import sample_weights
-from ._validate import check_flag, check_integer, check_number, check_option, check_temperature
+from ._validate import check_flag, check_integer, check_norm, check_number, check_temperature
 
 try:
     from torchmetrics import Metric
@@ -299,7 +299,7 @@ class FeatureGradientNorm(_HeadMetric):
     r"""Mean norm of the loss's gradient with respect to the features: :func:`flatcore.feature_gradient_norms`.
 
     Args:
-        ord: 1, 2 or inf.
+        ord: 1, 2 or inf, or a name as in :func:`flatcore.feature_gradient_norms`.
         temperature, ignore_index, log, ignore_nan, options: as in :class:`HessianTrace`.
 
     Raises:
@@ -319,7 +319,7 @@ class FeatureGradientNorm(_HeadMetric):
     def __init__(
         self,
         *,
-        ord: float = 2,
+        ord: float | str = 2,
         temperature: float = 1.0,
         ignore_index: int = -100,
         log: bool = False,
@@ -327,7 +327,7 @@ class FeatureGradientNorm(_HeadMetric):
         **options: Any,
     ):
         super().__init__(temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, **options)
-        self.ord = check_option(ord, "ord", (1, 2, math.inf))
+        self.ord = check_norm(ord, "ord")
 
     def update(
         self, features: Any, linear_weight: Any, target: Any, *, linear_bias: Any = None, logits: Any = None
@@ -336,5 +336,5 @@ class FeatureGradientNorm(_HeadMetric):
         if target is None:
             raise ValueError("target must hold integer class labels, got None")
         self._add(
-            GRADIENT_NORMS[float(self.ord)], features, linear_weight, target, linear_bias, logits, soft=False
+            GRADIENT_NORMS[self.ord], features, linear_weight, target, linear_bias, logits, soft=False
         )  # fmt: skip

@@ -16,9 +16,11 @@ from .._row_norms import row_norms
 from .._validate import (
     FLOATS,
     INTEGERS,
+    as_labels,
     check_device,
     check_flag,
     check_integer,
+    check_norm,
     check_number,
     check_option,
     check_tensor,
@@ -90,7 +92,7 @@ def checked_attack(
     norm: Any, eps: Any, step: Any, steps: Any, gradient: Any, random_start: Any, clip: Any, generator: Any
 ) -> Attack:
     """Check what does not depend on the inputs; errors as :func:`pgd` says."""
-    check_option(norm, "norm", (2, math.inf))
+    norm = check_norm(norm, "norm", (2, math.inf))
     for value, name in ((eps, "eps"), (step, "step")):
         number = check_number(value, name)
         if not (0 < number < math.inf):
@@ -107,12 +109,12 @@ def checked_attack(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be None or a torch.Generator, got {type(generator).__qualname__}")
     return Attack(
-        float(norm), float(eps), float(step), int(steps), gradient, check_flag(random_start, "random_start"), clip, generator
+        norm, float(eps), float(step), int(steps), gradient, check_flag(random_start, "random_start"), clip, generator
     )  # fmt: skip
 
 
-def check_attacked(model: Any, inputs: Any, target: Any, clip: tuple[float, float] | None) -> None:
-    """Check the inputs and labels that an attack starts from; errors as :func:`pgd` says."""
+def check_attacked(model: Any, inputs: Any, target: Any, clip: tuple[float, float] | None) -> Tensor:
+    """Check the inputs and labels that an attack starts from, errors as :func:`pgd` says; the labels as int64."""
     for value, name in ((inputs, "inputs"), (target, "target")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__module__}.{type(value).__qualname__}")
@@ -130,8 +132,9 @@ def check_attacked(model: Any, inputs: Any, target: Any, clip: tuple[float, floa
         )
     check_device(target, "target", inputs, "inputs")
     check_model_device(model, inputs.device)
+    target = as_labels(target, -1)
     if inputs.numel() == 0:
-        return
+        return target
     if bool((target < 0).any()):
         raise ValueError(f"target must give every row a class from 0 on, got {target.min().item()}")
     low, high = inputs.min().item(), inputs.max().item()
@@ -142,6 +145,7 @@ def check_attacked(model: Any, inputs: Any, target: Any, clip: tuple[float, floa
             f"inputs must lie within clip = {clip}, got values from {low:g} to {high:g}: scale them, or give the range "
             "that they have as clip (None: no range)"
         )
+    return target
 
 
 def check_model_device(model: Any, device: torch.device) -> None:
@@ -158,7 +162,7 @@ def pgd(
     inputs: Tensor,
     target: Tensor,
     *,
-    norm: float,
+    norm: float | str,
     eps: float,
     step: float,
     steps: int,
@@ -178,7 +182,7 @@ def pgd(
         model: as in :func:`flatcore.input_gradients`.
         inputs: (N, ...), floating point, within ``clip``.
         target: (N,) integer labels.
-        norm: ``2`` or ``inf``.
+        norm: ``2`` or ``inf``; or a name: ``"l2"``, ``"linf"``, ``"inf"``.
         eps, step: radius of the ball and length of a step, in that norm and the inputs' units.
         steps: their number.
         gradient: ``"exact"``, :func:`flatcore.input_gradients`; or ``"usual"``, autograd's through ``cross_entropy``,
@@ -194,8 +198,9 @@ def pgd(
     Raises:
         TypeError: inputs or target no tensor, or of a wrong dtype; a ``clip`` that is no pair; an argument of a wrong kind.
         ValueError: another norm or gradient; eps or step not above 0; steps below 1; inputs outside ``clip`` or not
-            finite; shapes that do not fit; a model on another device; a label that is no class; a model in training mode
-            whose samples share statistics or chance, unless ``allow_train_mode=True``.
+            finite; shapes that do not fit; a model on another device; a model of one output, nearly always a sigmoid's; a
+            label that is no class; a model in training mode whose samples share statistics or chance, unless
+            ``allow_train_mode=True``.
 
     Numerics: steps and projections in float32 or wider. A zero or NaN gradient moves nothing.
 
@@ -211,7 +216,7 @@ def pgd(
         [[[0.25, 0.75]], [[0.75, 0.25]]]
     """
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
-    check_attacked(model, inputs, target, attack.clip)
+    target = check_attacked(model, inputs, target, attack.clip)
     if not check_flag(allow_train_mode, "allow_train_mode"):
         refuse_shared_statistics(model, ALLOW)
     return climb(model, inputs.detach(), target, attack)
@@ -250,5 +255,5 @@ def usual_gradient(model: Any, inputs: Tensor, target: Tensor) -> Tensor:
     """Gradient of torch's cross-entropy to the inputs, as everyone takes it: (N, ...)."""
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         x = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(differentiable_logits_of(model(x), inputs), target.long(), reduction="sum")
+        loss = nn.functional.cross_entropy(differentiable_logits_of(model(x.clone()), inputs), target, reduction="sum")
         return torch.autograd.grad(loss, x)[0]

@@ -117,7 +117,7 @@ def attack_path(
     inputs: Tensor,
     target: Tensor,
     *,
-    norm: float,
+    norm: float | str,
     eps: float,
     step: float,
     steps: int,
@@ -164,7 +164,7 @@ def attack_path(
     """
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
     check_module(model)
-    check_attacked(model, inputs, target, attack.clip)
+    target = check_attacked(model, inputs, target, attack.clip)
     refuse_shared_statistics(model)
     if chunk_size is not None and check_integer(chunk_size, "chunk_size") < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

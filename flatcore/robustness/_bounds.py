@@ -350,7 +350,7 @@ def lipschitz_lower_estimate(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), Probe(model, head) as probe:
         x = inputs.clone().detach().requires_grad_()
-        model(x)
+        model(x.clone())  # a first layer that works in place needs a tensor of its own
         features = probe.features
         if not features.requires_grad:
             raise ValueError("the features do not depend on inputs: there is no Jacobian")

@@ -156,7 +156,7 @@ def scaling_sweep(
     loader: Any,
     scales: Sequence[float],
     *,
-    norm: float,
+    norm: float | str,
     eps: float,
     step: float,
     steps: int,
@@ -217,7 +217,7 @@ def scaling_sweep(
         refuse_shared_statistics(model)  # BatchNorm without running statistics mixes samples in evaluation mode too
         for batch in batches(loader):
             inputs, target = (tensor.to(place) for tensor in batch)
-            check_attacked(model, inputs, target, attacks[0].clip)
+            target = check_attacked(model, inputs, target, attacks[0].clip)
             if len(inputs) == 0:
                 continue
             module = module or _head_of(model, head, inputs)
@@ -286,7 +286,7 @@ def transfer(
     loader: Any,
     scales: Sequence[float] = (1.0,),
     *,
-    norm: float,
+    norm: float | str,
     eps: float,
     step: float,
     steps: int,
@@ -350,9 +350,10 @@ def transfer(
     with evaluation_mode(*named.values()):
         for batch in batches(loader):
             inputs, target = (tensor.to(place) for tensor in batch)
+            labels = target
             for model in named.values():
                 refuse_shared_statistics(model)
-                check_attacked(model, inputs, target, attack.clip)
+                target = check_attacked(model, inputs, labels, attack.clip)
             if len(inputs) == 0:
                 continue
             heads = heads or {name: _head_of(model, head, inputs) for name, model in named.items()}
