@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +31,46 @@ last_path: str | None = None
 _log = logging.getLogger("flatcore")
 _DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _FUSED_CLASSES_AT_MOST = 4096  # forced: the table of distances takes 8 C^2 bytes
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_forked = False
+_alone = threading.local()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def alone_after_fork(function: _Function) -> _Function:
+    """One thread for torch's own operators in a forked child: a second waits for ever for the parent's team.
+
+    The kernels know by themselves; they keep the number of their shares, and with it every bit of their results.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        if not _forked or getattr(_alone, "threads", None) is not None:
+            return function(*arguments, **options)
+        _alone.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*arguments, **options)
+        finally:
+            torch.set_num_threads(_alone.threads)
+            _alone.threads = None
+
+    return run  # type: ignore[return-value]
+
+
+def _threads() -> int:
+    """Number of shares that a kernel divides its rows into."""
+    return getattr(_alone, "threads", None) or torch.get_num_threads() if _forked else torch.get_num_threads()
 
 
 @contextmanager
@@ -117,7 +160,7 @@ class _Call:
         self.values, self.prediction = values, prediction
         (self.N, self.D), self.C = features.shape, linear_weight.shape[0]
         self.ignore_index, self.fields, self.double = ignore_index, fields, double
-        self.cpu_target, self.threads = _backend.cpu_target or "", torch.get_num_threads()
+        self.cpu_target, self.threads = _backend.cpu_target or "", _threads()
         last_path = self.path = choose_path(self.C, self.D, double)
         self.problem = _core.HeadProblem(
             matrix(self.features), matrix(self.weight), matrix(self.logits), address(self.bias),
@@ -301,7 +344,7 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     if N:
         workspace = torch.empty(_core.row_norms_workspace(N, K), dtype=torch.float64)
         _core.row_norms(
-            _backend.cpu_target or "", matrix(x), N, K, torch.get_num_threads(), at.get(1, 0), at.get(2, 0),
+            _backend.cpu_target or "", matrix(x), N, K, _threads(), at.get(1, 0), at.get(2, 0),
             at.get(math.inf, 0), workspace.data_ptr(),
         )  # fmt: skip
     return torch.stack([norms[p] for p in ord])
@@ -321,7 +364,7 @@ def unmasked_cross_entropy(
     cotangent = logits.new_empty((N if with_cotangent else 0, C))
     if N:
         bad_row = _core.unmasked_cross_entropy(
-            _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, torch.get_num_threads(),
+            _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, _threads(),
             loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
         )  # fmt: skip
         if bad_row >= 0:

@@ -40,6 +40,7 @@ def _kernels(x: Tensor, stem: str) -> Any:
     return KERNELS[device] if _backend.uses_native(device, stem) else None
 
 
+@_native.alone_after_fork
 def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
     kernels = _kernels(features, "head_metrics")
     _, _, target, _, ignore_index, *_ = rest
@@ -50,6 +51,7 @@ def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[T
     return reference.head_metrics(features, linear_weight, *rest)
 
 
+@_native.alone_after_fork
 def _run_head_metrics_backward(
     upstream: Tensor, coefficient: Tensor | None, arguments: tuple[Any, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -78,10 +80,12 @@ def _check_labels(target: Tensor, C: int, ignore_index: int) -> None:
         raise _native.bad_label(int(target[row]), row, C, ignore_index)
 
 
+@_native.alone_after_fork
 def _run_row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     return (_kernels(x, "row_norms") or reference).row_norms(x, tuple(ord))
 
 
+@_native.alone_after_fork
 def _run_unmasked(logits: Tensor, target: Tensor, ignore_index: int, with_cotangent: bool = True):
     kernels = _kernels(logits, "unmasked_cross_entropy")
     if _checks_labels(target, kernels):
@@ -516,6 +520,7 @@ class _Measure(torch.autograd.Function):
         return (*found, None, None, None, None)
 
 
+@_native.alone_after_fork
 def _run_measure(
     features: Tensor,
     linear_weight: Tensor,
@@ -554,7 +559,7 @@ def head_measure(
     if target is not None and target.is_floating_point():
         hard, count_rows = None, True
     if weight is not None or count_rows:
-        s = sample_weights(target, weight, measure.ignore_index)
+        s = _native.alone_after_fork(sample_weights)(target, weight, measure.ignore_index)
     inputs = (features, linear_weight, linear_bias, logits)
     if is_plain(*inputs, hard, s):
         if needs_gradient(*inputs):

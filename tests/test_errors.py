@@ -1,5 +1,8 @@
 """Bad input: each refusal by its type and its words, and the edge rules, on every implementation.
 
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
+
 Letters: N rows, D features, C classes. N = 4, D = 3, C = 5 unless a test says otherwise.
 """
 
@@ -555,7 +558,7 @@ def test_options(option: str, engine: str) -> None:
 
 
 @CHECKED_FIRST
-@pytest.mark.parametrize("ord", (0, 3, -INF, NAN, "2", True, None, [1, 2], (), (1, 3), (2, "inf")))
+@pytest.mark.parametrize("ord", (0, 3, -INF, NAN, "2", "l3", "-inf", True, None, [1, 2], (), (1, 3), (2, "l")))
 def test_row_norms_orders(ord: Any, engine: str) -> None:
     refuses(ValueError, ("ord", "1, 2, inf"), lambda: flatcore.row_norms(torch.ones(2, 2), ord))
 
@@ -651,9 +654,9 @@ def test_arrays_through_dlpack(engine: str) -> None:
     assert torch.equal(
         flatcore.hessian_trace(**(right | {"linear_weight": Exchanged(right["linear_weight"])})), expected
     )
-    reversed_rows = Exchanged(right["linear_weight"], strides=(-3, 1))
-    words = ("linear_weight", "non-negative strides", "(-3, 1)")
-    refuses(ValueError, words, lambda: flatcore.hessian_trace(**(right | {"linear_weight": reversed_rows})))
+    # what the array says of its strides does not count, only what its capsule says
+    elsewhere = Exchanged(right["linear_weight"], strides=(-3, 1))
+    assert torch.equal(flatcore.hessian_trace(**(right | {"linear_weight": elsewhere})), expected)
     for error in (BufferError("no export"), RuntimeError("no export"), TypeError("no export")):
         closed = Exchanged(right["linear_weight"], error=error)
         refuses(

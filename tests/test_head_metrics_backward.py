@@ -1,5 +1,8 @@
 """Derivatives of the measures: against finite differences, against 400 digits, and through all that surrounds a call.
 
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
+
 Letters: N rows, D features, C classes.
 """
 

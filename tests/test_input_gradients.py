@@ -156,9 +156,8 @@ def test_outputs_that_hold_logits(form: str, target: str) -> None:
     assert_same("direction", got.direction, flatcore.input_gradients(model, x, y).direction)
 
 
-@pytest.mark.parametrize("classes", (1, 2))
-def test_a_label_that_is_the_only_class(classes: int, target: str) -> None:
-    head = nn.Linear(3, classes)
+def test_a_label_that_is_the_only_class(target: str) -> None:
+    head = nn.Linear(3, 2)
     with torch.no_grad():
         head.bias[1:] = -INF
     found = flatcore.input_gradients(head, torch.ones(2, 3), torch.zeros(2).long())

@@ -19,6 +19,9 @@ from torch import Tensor
 import flatcore
 from flatcore import _chunked, _chunked_cuda
 
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
+
 DTYPES = (torch.float32, torch.float64)
 # one below, at and one above 4, 8, 16, 32 and 64
 RAGGED = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)

@@ -1,5 +1,8 @@
 """unmasked_cross_entropy: the cross-entropy's value, and its exact direction at every confidence.
 
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
+
 Letters: N samples, C classes; logits z (N, C), target y; q the softmax over the classes other than y.
 """
 
