@@ -278,6 +278,9 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+TWO_OUTPUTS = "let the model return torch.cat([torch.zeros_like(z), z], dim=-1) for its output z"
+
+
 def logits_of(output: Any, inputs: Tensor) -> Tensor:
     """Logits (N, C) of a model's output, refused by name where they are none."""
     if isinstance(output, Tensor):
@@ -300,9 +303,7 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
             "several positions per sample have a loss and a scale each; select one, or flatten them into N"
         )
     if logits.shape[1] == 1:
-        raise ValueError(
-            one_output("the model", "let the model return torch.cat([torch.zeros_like(z), z], dim=-1) for its output z")
-        )
+        raise ValueError(one_output("the model", TWO_OUTPUTS))
     check_device(logits, "the model's logits", inputs, "inputs")
     return logits
 

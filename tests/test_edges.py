@@ -362,3 +362,42 @@ def test_a_label_that_is_no_class_is_refused(path_free_head: tuple[Tensor, Tenso
         pytest.raises(ValueError, match=message),
     ):
         flatcore.head_metrics(*path_free_head, target)
+
+
+# ------------------------------------------------------------------------------------------------- one output is named
+def test_a_weight_of_one_row_warns_at_the_callers_line() -> None:
+    """It is nearly always a sigmoid's; what it measures is 0, as before."""
+    features, weight, target = (
+        _randn(5, 3, dtype=torch.float32),
+        _randn(1, 3, dtype=torch.float32),
+        torch.zeros(5).long(),
+    )
+    for function in (
+        lambda: flatcore.hessian_trace(features, weight),
+        lambda: flatcore.relative_flatness(features.numpy(), weight.numpy(), target.numpy()),
+        lambda: flatcore.feature_gradient_norms(features, weight, target, reduction="sum"),
+        lambda: flatcore.head_metrics(features, weight).hessian_trace.sum(),
+        lambda: flatcore.unmasked_cross_entropy(features @ weight.T, target),
+    ):
+        with pytest.warns(UserWarning, match=r"has one output \(C = 1\).*torch\.cat\(\[torch\.zeros_like\(") as seen:
+            assert float(function()) == 0
+        assert {warning.filename for warning in seen} == {__file__}
+    with pytest.warns(UserWarning, match="one output") as seen:
+        flatcore.robustness.margin_radius(features, weight, target, lipschitz=1.0)
+    assert {warning.filename for warning in seen} == {__file__}
+
+
+def test_the_head_of_two_rows_that_the_warning_names_is_the_sigmoid() -> None:
+    features, w, b = _randn(5, 3, dtype=torch.float64), _randn(1, 3, dtype=torch.float64), torch.tensor([0.5]).double()
+    two = torch.cat([torch.zeros_like(w), w]), torch.cat([torch.zeros_like(b), b])
+    p = torch.sigmoid(features @ w[0] + b)
+    want = 2 * p * (1 - p) * (features * features).sum(1)
+    got = flatcore.hessian_trace(features, two[0], linear_bias=two[1], reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns_while_tracing() -> None:
+    features, weight = _randn(5, 3, dtype=torch.float32), _randn(1, 3, dtype=torch.float32)
+    compiled = torch.compile(lambda x, w: flatcore.hessian_trace(x, w, log=True), backend="eager", fullgraph=True)
+    assert compiled(features, weight) == -INF

@@ -5,6 +5,7 @@ Letters: N samples, C classes; logits z = model(x), target y, J the Jacobian of 
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable
@@ -576,3 +577,66 @@ def test_refused_by_name(case: str, target: str) -> None:
 def test_options_are_refused_by_name(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flatcore.input_gradient_norms(HEAD, X, Y, **options)
+
+
+# ------------------------------------------------------------------------------------------------- layers that work in place
+@pytest.mark.parametrize(
+    "first", (nn.ReLU(inplace=True), nn.Hardswish(inplace=True), nn.Dropout(0.5, inplace=True)), ids=str
+)
+def test_a_first_layer_that_works_in_place(first: nn.Module) -> None:
+    """Its gradient is that of the same layer out of place, and the inputs are left as they are."""
+    torch.manual_seed(0)
+    head, x, y = nn.Linear(6, 4), torch.randn(5, 6), torch.arange(5) % 4
+    model = nn.Sequential(first, head).eval()
+    outside = copy.deepcopy(model)
+    outside[0].inplace = False
+    kept = x.clone()
+    got, want = flatcore.input_gradients(model, x, y), flatcore.input_gradients(outside, x, y)
+    assert_same("direction", got.direction, want.direction)
+    assert_same("log_scale", got.log_scale, want.log_scale)
+    options = {"norm": "inf", "eps": 0.5, "step": 0.25, "steps": 3, "clip": None}
+    for gradient in ("exact", "usual"):
+        moved = [flatcore.robustness.pgd(m, x, y, gradient=gradient, **options) for m in (model, outside)]
+        assert_same(gradient, *moved)
+    stretch = [flatcore.robustness.lipschitz_lower_estimate(m, x, generator=torch.Generator().manual_seed(1), head="1")
+               for m in (model, outside)]  # fmt: skip
+    assert_same("stretch", *stretch)
+    assert_same("inputs", x, kept)
+
+
+def test_a_function_that_changes_its_argument() -> None:
+    x = torch.tensor([[3.0, 1.0]])
+    got = flatcore.input_gradients(lambda x: x.sub_(1).mul_(2), x, torch.tensor([0]))
+    assert got.direction.tolist() == [[-2.0, 2.0]] and x.tolist() == [[3.0, 1.0]]
+
+
+# -------------------------------------------------------------------------------------------------------- one output
+def test_a_model_of_one_output_is_refused() -> None:
+    """A sigmoid's head: its softmax gradient is 0, and an attack would not move."""
+    model, x, y = nn.Linear(3, 1), torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)
+    options = {"norm": 2, "eps": 0.5, "step": 0.25, "steps": 2}
+    for function in (
+        lambda: flatcore.input_gradients(model, x, y),
+        lambda: flatcore.input_gradients(lambda x: model(x), x, torch.ones(4, 1)),
+        lambda: flatcore.input_gradient_norms(model, x, y),
+        *(lambda k=k: flatcore.robustness.pgd(model, x, y, gradient=k, **options) for k in ("exact", "usual")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"has one output \(C = 1\).*torch\.cat\(\[torch\.zeros_like\(z\), z\], dim=-1\)"
+        ):
+            function()
+    for function in (flatcore.robustness.attack_path,):
+        with pytest.raises(ValueError, match="has one output"):
+            function(model, x, y, **options)
+    for function in (flatcore.robustness.scaling_sweep, flatcore.robustness.transfer):
+        with pytest.raises(ValueError, match="has one output"):
+            function(model, [(x, y)], (1.0,), **options)
+
+    def remedy(x: Tensor) -> Tensor:
+        z = model(x)
+        return torch.cat([torch.zeros_like(z), z], dim=-1)
+
+    # the loss of the remedy is the sigmoid's, and so is its gradient
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(nn.functional.softplus(model(leaf)).sum(), leaf)
+    torch.testing.assert_close(flatcore.input_gradients(remedy, x, y).gradient(), want)

@@ -440,7 +440,7 @@ def test_other_bad_arguments() -> None:
     x, y = samples()
     with pytest.raises(ValueError, match="model must be on the device of the inputs, cpu, got one on meta"):
         robustness.pgd(small().to("meta"), x, y, **LINF)
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got builtins\.function"):
+    with pytest.raises(TypeError, match=r"head must be the head itself, a torch\.nn\.Linear"):
         robustness.attack_path(lambda x: x, x, y, **LINF)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         robustness.attack_path(small(), x, y, chunk_size=0, **LINF)
@@ -501,3 +501,46 @@ def test_a_softcap_is_refused_and_the_hooks_are_gone() -> None:
         robustness.attack_path(model, x, y, **LINF)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert isinstance(Probe(model), Probe)
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+def test_a_function_is_followed_as_its_module_is() -> None:
+    """The model returns a pair; the message asks for a function that picks the logits, and the function is taken."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.body(x).relu()
+            return self.head(hidden), hidden
+
+    torch.manual_seed(0)
+    pair = Pair().eval()
+    x, y = torch.rand(5, 4), torch.arange(5) % 3
+    options = {"norm": "inf", "eps": 0.5, "step": 0.25, "steps": 3}
+    with pytest.raises(TypeError, match="wrap the model in a function that picks them"):
+        robustness.pgd(pair, x, y, **options)
+
+    def function(x: Tensor) -> Tensor:
+        return pair(x)[0]
+
+    plain = nn.Sequential(pair.body, nn.ReLU(), pair.head)
+    got = robustness.attack_path(function, x, y, head=pair.head, **options)
+    want = robustness.attack_path(plain, x, y, head="2", **options)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(robustness.pgd(function, x, y, **options), want.adversarial)
+    swept = [robustness.scaling_sweep(m, [(x, y)], (1, 10), head=pair.head, **options) for m in (function, plain)]
+    assert swept[0] == swept[1]
+    for attack in (
+        lambda: robustness.attack_path(function, x, y, **options),
+        lambda: robustness.scaling_sweep(function, [(x, y)], (1,), head="head", **options),
+    ):
+        with pytest.raises(
+            TypeError, match=r"head must be the head itself, a torch\.nn\.Linear, where model is a function"
+        ):
+            attack()
+    with pytest.raises(TypeError, match="model must be callable"):
+        robustness.attack_path(3, x, y, head=pair.head, **options)

@@ -12,6 +12,9 @@ from tolerance import assert_same, assert_within, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore import __main__
+
+INF = math.inf
 
 ORDS = (1, 2, math.inf)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -184,3 +187,36 @@ def test_numpy_in_numpy_out(target: str, dtype: type) -> None:
     got = flatcore.row_norms(x)
     assert isinstance(got, np.ndarray) and got.dtype == (np.float64 if dtype is np.float64 else np.float32)
     _check(torch.from_numpy(x), torch.from_numpy(got))
+
+
+@pytest.mark.parametrize(
+    ("name", "ord"),
+    (("l1", 1), ("L1", 1), ("l2", 2), ("L2", 2), ("inf", INF), ("linf", INF), ("Linf", INF), ("LINF", INF)),
+)
+def test_norms_by_their_names(name: str, ord: float) -> None:
+    """As attack libraries call them, wherever a norm is named."""
+    x, w, y = torch.randn(5, 4), torch.randn(3, 4), torch.arange(5) % 3
+    assert_same("row_norms", flatcore.row_norms(x, name), flatcore.row_norms(x, ord))
+    assert_same("row_norms", flatcore.row_norms(x, (name, 2)), flatcore.row_norms(x, (ord, 2)))
+    named, numbered = (flatcore.feature_gradient_norms(x, w, y, ord=o) for o in (name, ord))
+    assert_same("feature_gradient_norms", named, numbered)
+    head = torch.nn.Linear(4, 3)
+    named, numbered = (flatcore.input_gradient_norms(head, x, y, ord=o) for o in (name, ord))
+    assert_same("input_gradient_norms", named, numbered)
+    options = {"eps": 0.5, "step": 0.25, "steps": 2, "clip": None}
+    attacks = (flatcore.robustness.pgd, flatcore.robustness.attack_path)
+    if ord == 1:
+        for attack in attacks:
+            with pytest.raises(ValueError, match="norm must be one of 2, inf, got 1"):
+                attack(head, x, y, norm=name, **options)
+        return
+    named, numbered = (flatcore.robustness.pgd(head, x, y, norm=o, **options) for o in (name, ord))
+    assert_same("pgd", named, numbered)
+    named, numbered = (flatcore.robustness.attack_path(head, x, y, norm=o, **options) for o in (name, ord))
+    assert_same("attack_path", named.input_displacement, numbered.input_displacement)
+    options["gradient"] = "exact"
+    sweeps = [flatcore.robustness.scaling_sweep(head, [(x, y)], (1,), norm=o, **options) for o in (name, ord)]
+    assert sweeps[0] == sweeps[1]
+    sweeps = [flatcore.robustness.transfer(head, [(x, y)], norm=o, **options) for o in (name, ord)]
+    assert sweeps[0] == sweeps[1]
+    assert __main__._norm(name) == ord

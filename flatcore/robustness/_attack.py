@@ -148,6 +148,34 @@ def check_attacked(model: Any, inputs: Any, target: Any, clip: tuple[float, floa
     return target
 
 
+class _Called(nn.Module):
+    """A function as the module that a probe looks into: it holds the head alone."""
+
+    def __init__(self, function: Callable[[Tensor], Any], head: nn.Module):
+        super().__init__()
+        self.function, self.head = function, head
+
+    def forward(self, inputs: Tensor) -> Any:
+        """The function's output."""
+        return self.function(inputs)
+
+
+def probed_module(model: Any, head: Any) -> nn.Module:
+    """The model as a module in which the head is found: itself, or a wrapper of a function that is given its head."""
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        raise TypeError(
+            f"model must be callable (inputs to logits), got {type(model).__module__}.{type(model).__qualname__}"
+        )
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            "head must be the head itself, a torch.nn.Linear, where model is a function and no torch.nn.Module; "
+            f"got {head!r}"
+        )
+    return _Called(model, head)
+
+
 def check_model_device(model: Any, device: torch.device) -> None:
     """Refuse a model whose first parameter lies on another device than the data."""
     if isinstance(model, nn.Module):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._input_gradients import refuse_shared_statistics
-from .._loading import check_module
 from .._probe import Probe
 from .._row_norms import row_norms
 from .._validate import check_integer, check_option
-from ._attack import check_attacked, checked_attack, points
+from ._attack import check_attacked, checked_attack, points, probed_module
 
 MEASURES = (
     "confidence", "margin", "log_one_minus_confidence", "log_feature_norm", "log_hessian_trace", "log_layerwise",
@@ -113,7 +113,7 @@ def _quantile(values: Tensor, q: float) -> Tensor:
 
 
 def attack_path(
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     inputs: Tensor,
     target: Tensor,
     *,
@@ -135,7 +135,8 @@ def attack_path(
     backward pass that the attack makes there anyway.
 
     Args:
-        model: a module whose logits are the output of its head (see :class:`flatcore.Probe`), on the inputs' device.
+        model: a module whose logits are the output of its head (see :class:`flatcore.Probe`), on the inputs' device; or any
+            callable that ends in one, with ``head`` the head itself (its other modules are taken as they are).
         inputs, target, norm, eps, step, steps, gradient, random_start, clip, generator: as in
             :func:`flatcore.robustness.pgd`.
         head, temperature: as in :class:`flatcore.Probe`.
@@ -145,7 +146,8 @@ def attack_path(
         :class:`AttackPath`.
 
     Raises:
-        TypeError, ValueError: as :func:`flatcore.robustness.pgd`, in training mode too; a ``chunk_size`` below 1.
+        TypeError, ValueError: as :func:`flatcore.robustness.pgd`, in training mode too; a ``chunk_size`` below 1; a function
+            without its head.
         RuntimeError: as :class:`flatcore.Probe`, where the model's output is not its head's.
 
     Cost: steps + 1 forward and backward passes where the attack makes steps; twice that with the usual gradient, as the
@@ -163,7 +165,7 @@ def attack_path(
         ([True, True, True, False, False], [3], 2)
     """
     attack = checked_attack(norm, eps, step, steps, gradient, random_start, clip, generator)
-    check_module(model)
+    model = probed_module(model, head)
     target = check_attacked(model, inputs, target, attack.clip)
     refuse_shared_statistics(model)
     if chunk_size is not None and check_integer(chunk_size, "chunk_size") < 1:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._input_gradients import logits_of, refuse_shared_statistics
+from .._input_gradients import TWO_OUTPUTS, logits_of, refuse_shared_statistics
 from .._loading import batches, check_module, device_of, evaluation_mode
 from .._probe import Probe
-from .._validate import check_number
-from ._attack import GRADIENTS, Attack, check_attacked, checked_attack, climb
+from .._validate import check_number, one_output
+from ._attack import GRADIENTS, Attack, check_attacked, checked_attack, climb, probed_module
 
 
 class Quantiles(NamedTuple):
@@ -148,11 +148,14 @@ def _attacks(gradient: Any, **options: Any) -> tuple[Attack, ...]:
 def _head_of(model: nn.Module, head: str | nn.Module | None, inputs: Tensor) -> nn.Linear:
     with torch.no_grad(), Probe(model, head) as probe:
         model(inputs[:1])
-        return probe.head
+        found = probe.head
+    if found.weight.shape[0] == 1:
+        raise ValueError(one_output("the model", TWO_OUTPUTS))
+    return found
 
 
 def scaling_sweep(
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     loader: Any,
     scales: Sequence[float],
     *,
@@ -174,7 +177,8 @@ def scaling_sweep(
     attack follows turns to noise and to zero.
 
     Args:
-        model: a module whose logits are its head's output; put into evaluation mode for the call.
+        model: a module whose logits are its head's output; put into evaluation mode for the call. Or any callable that ends
+            in a head, with ``head`` the head itself; its other modules are taken as they are.
         loader: yields (inputs, target): floating inputs (N, ...) within ``clip``, integer labels (N,). Read once.
         scales: finite and above 0.
         norm, eps, step, steps, random_start, clip, generator: as in :func:`flatcore.robustness.pgd`.
@@ -186,7 +190,7 @@ def scaling_sweep(
         A list of :class:`ScalingResult`, by scale, then by kind of gradient, in the order given.
 
     Raises:
-        TypeError: as :func:`flatcore.robustness.pgd`; a model that is no module; a loader that yields something else.
+        TypeError: as :func:`flatcore.robustness.pgd`; a function without its head; a loader that yields something else.
         ValueError: as there; an empty loader; a bad scale; a model on another device; a head whose weight is shared.
         RuntimeError: as :class:`flatcore.Probe`.
 
@@ -210,7 +214,8 @@ def scaling_sweep(
     attacks = _attacks(
         gradient, norm=norm, eps=eps, step=step, steps=steps, random_start=random_start, clip=clip, generator=generator
     )
-    place = device_of(check_module(model), device)
+    model = probed_module(model, head)
+    place = device_of(model, device)
     parts: dict[tuple[float, int], list[tuple[Tensor, ...]]] = {}
     with evaluation_mode(model):
         module = None
