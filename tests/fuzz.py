@@ -518,7 +518,7 @@ def smallest(call: Call, path: str) -> tuple[Call, list[Found]]:
             continue
         if wrong:
             return only_row(call, n), wrong
-    return call, [f for f in run(call, path) if not f.ratio <= 1]
+    return call, []
 
 
 def run(call: Call, path: str, answers: Answers | None = None) -> list[Found]:
@@ -572,29 +572,28 @@ def case(seed: int, i: int, functions: Sequence[str], dtypes: Sequence[torch.dty
 def fuzz(
     calls: Iterator[tuple[str, Call]], paths: Sequence[str], counts: Counts, show: Callable[[str], None]
 ) -> None:
-    """Run the calls on the paths; show what is wrong, with a reproduction, and go on."""
+    """Run the calls on the paths; show what is wrong, with a reproduction on the first such path, and go on."""
     for name, call in calls:
         counts.cases += 1
-        answers, bad = Answers(call), False
+        answers, where, texts = Answers(call), "", []
         for path in paths:
             if not runs_on(call, path):
                 continue
             try:
                 found = run(call, path, answers)
-                wrong = [f for f in found if not f.ratio <= 1]
-                counts.add(call, path, found)
             except Exception:
-                show(f"WRONG case {name} on {path}: {call!r} raised\n{traceback.format_exc()}{reproduction(call, path)}\n")
-                bad = True
+                texts.append(f"  {path}: raised\n{traceback.format_exc()}")
+                where = where or path
                 continue
-            if wrong:
-                bad = True
-                small, wrong_there = smallest(call, path)
-                show(f"WRONG case {name} on {path}: {call!r}")
-                for f in wrong_there or wrong:
-                    show(f"  {f.quantity}: {f.text}")
-                show(f"{reproduction(small, path)}\n")
-        counts.wrong += bad
+            counts.add(call, path, found)
+            wrong = [f for f in found if not f.ratio <= 1]
+            texts += [f"  {path}: {f.quantity} {f.text}" for f in wrong]
+            where = where or (path if wrong else "")
+        if where:
+            counts.wrong += 1
+            small, wrong = smallest(call, where)
+            alone = [f"  one row of it on {where}: {f.quantity} {f.text}" for f in wrong if small is not call]
+            show("\n".join([f"WRONG case {name}: {call!r}", *texts, *alone, reproduction(small, where), ""]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
