@@ -101,7 +101,6 @@ class Answers:
         self.logits = None
         if call.logits is not None:
             self.logits = torch.where(nothing & (call.logits.isnan() | (call.logits == math.inf)), 0, call.logits)
-            self.logits = torch.where(nothing & (self.logits == -math.inf), 0, self.logits)
         self.s, self.divisor = self._weights()
         self._truth: Any = None
         self._gradients: Any = None
@@ -212,7 +211,7 @@ class Answers:
             return None
         by_row = oracles.exact_derivatives(
             self.features, c.weight, c.bias, self.logits, self.labels, c.temperature, c.include_bias, c.norm_power, name,
-            error.tolist(),
+            error.tolist(), float(torch.finfo(self.dtype).tiny),
         )  # fmt: skip
         coefficient = self._coefficients(upstream, used, name)
         found = {}
@@ -297,6 +296,8 @@ def _found(quantity: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype
         over = (np.abs(truth) + allowed > largest) & np.isinf(got) & (np.sign(got) == np.sign(truth))
         truth = np.where(over, got, truth)
     ratio, place = worst(quantity, got, truth, bound)
+    if not got.size:
+        return Found(quantity, 0.0, None, "")
     row = int(np.unravel_index(place, got.shape)[0]) if got.ndim else None
     text = ""
     if not ratio <= 1:

@@ -334,6 +334,7 @@ def exact_derivatives(
     norm_power: int,
     measure: str,
     error: Sequence[float],
+    smallest: float,
 ) -> list[Derivative | None]:
     """Derivatives of the log of one measure of each row; None where its value is 0 or a rest of terms that cancel.
 
@@ -342,6 +343,7 @@ def exact_derivatives(
         labels: one class per row.
         measure: ``hessian_trace``, ``layerwise``, ``neuronwise`` or one of ``GRADIENTS``.
         error: what each row's terms may be off relatively, where the derivative of a norm has to choose (see ``open``).
+        smallest: positive number of the compute type: a component of a norm below that times the largest may be 0.
 
     From the definitions: t = 1 - sum p^2, V = sum_j p_j ||w_j - sum_k p_k w_k||^2, F = ||sum_j p_j (w_j - w_y)||.
     """
@@ -385,7 +387,7 @@ def exact_derivatives(
             through = _of_variance(groups, p, anchor)
         else:
             ord = next(ord for ord, name in GRADIENTS.items() if name == measure)
-            through = _of_norm(groups, p, int(index[labels[n]]), anchor, ord, float(error[n]))
+            through = _of_norm(groups, p, int(index[labels[n]]), anchor, ord, float(error[n]), smallest)
         found.append(None if through is None else groups.chain(phi[n], anchor, measure, norm_power, through))
     return found
 
@@ -491,7 +493,7 @@ def _of_variance(groups: _Groups, p, anchor: int) -> _Through | None:
     )  # fmt: skip
 
 
-def _of_norm(groups: _Groups, p, y: int, anchor: int, ord: float, error: float) -> _Through | None:
+def _of_norm(groups: _Groups, p, y: int, anchor: int, ord: float, error: float, smallest: float) -> _Through | None:
     """With f = sum_j p_j (w_j - w_y), F its norm and e the norm's gradient: p_j (e (w_j - w_y) - F)/F, and p_j e/F."""
     d = groups.w[:, : groups.width] - groups.w[y, : groups.width]
     mass = groups.count * p
@@ -507,7 +509,8 @@ def _of_norm(groups: _Groups, p, y: int, anchor: int, ord: float, error: float) 
         e, e_size = f / F, sizes / F + size / F * condition
     elif ord == 1:
         e, e_size = np.sign(f), np.ones_like(f)
-        loose = np.where((size <= error * sizes) & (sizes > 0), _LONG(2), _LONG(0))
+        unsure = (size <= error * sizes) | (sizes < smallest * sizes.max())
+        loose = np.where(unsure & (sizes > 0), _LONG(2), _LONG(0))
     else:
         largest = size == F
         e, e_size = np.sign(f) * largest / largest.sum(), np.where(largest, _LONG(1), _LONG(0))
