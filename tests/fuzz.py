@@ -227,6 +227,8 @@ class Answers:
                 size = abs(coefficient[n])
                 exact[at] += coefficient[n] * part.exact[key]
                 allowed[at] += size * (error[n] * part.size[key] + part.open[key])
+                # the coefficient itself is a float64, with no digits left below the smallest normal one
+                allowed[at] += np.finfo(np.float64).tiny * abs(upstream[n]) * part.size[key]
                 small[at] += size * part.largest * self._through(key, int(n))
             found[key] = exact, rounded_gradient(exact, allowed, tensor.dtype, self.dtype, small)
         return found
@@ -293,7 +295,7 @@ def _found(quantity: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype
         # what the format cannot hold is infinite, or its largest number where the bound leaves that open
         largest = float(torch.finfo(dtype).max)
         allowed = bound.absolute + bound.relative * np.abs(np.where(np.isfinite(truth), truth, 0.0))
-        over = (np.abs(truth) + allowed > largest) & np.isinf(got) & (np.sign(got) == np.sign(truth))
+        over = np.isinf(got) & (np.sign(got) * truth + allowed > largest)
         truth = np.where(over, got, truth)
     ratio, place = worst(quantity, got, truth, bound)
     if not got.size:
@@ -377,14 +379,11 @@ def _measure(call: Call, answers: Answers) -> Iterator[Found]:
         quantity = f"d {field} / d {key}"
         with np.errstate(over="ignore", invalid="ignore"):
             exact, allowed = exact.astype(np.float64), allowed.astype(np.float64)
-        # an entry whose terms leave the compute type's range is not decided
+        # terms that leave the range of the arithmetic leave nothing of the entries they meet in
         largest = float(torch.finfo(answers.dtype).max) / 1e3
-        with np.errstate(invalid="ignore"):
-            inside = np.isfinite(exact) & (np.abs(exact) < largest) & np.isfinite(allowed)
-        if not inside.all():
-            yield Found(quantity + " beyond the range", 0.0, None, "")
-            got = torch.where(torch.from_numpy(inside), got.double(), 0.0).to(got.dtype)
-            exact, allowed = np.where(inside, exact, 0.0), np.where(inside, allowed, 0.0)
+        if not (np.isfinite(exact) & (np.abs(exact) < largest) & (allowed < largest)).all():
+            yield Found(f"{quantity}: beyond the range", 0.0, None, "")
+            continue
         yield _found(quantity, got, exact, Bound(allowed, 0.0), leaf.dtype, None)
 
 

@@ -148,14 +148,14 @@ def derivative_error(dtype: torch.dtype, classes: int, rows: int, logit_error: A
     A term is a product: a probability (or p_j over the measure), and sums over classes of products of two of them. Each
     of these two factors has what :func:`tolerance` gives a log, 4e-6 (1e-12), and moves with the logits: by e^d for a
     probability, e^2d for the measure and for a sum over two of them, with d their error, so by e^5d; e^6d with the
-    product that is left. The library's products add 2(2 sqrt(k) + 4) roundings of their sizes, k their length: the
-    classes, and the rows where a weight's gradient is summed; longer sums than 4096 have to be made of parts.
+    product that is left. The products over classes, and over rows where a weight's gradient is summed, add a rounding for
+    each term, as in :func:`product_tolerance`: not a root of their number, for where many rows of W are equal these
+    roundings have one sign. Sums longer than 4096 have to be made of parts.
 
     ``measure_error``: what the row's value, by which a derivative in the linear domain is multiplied, may be off.
     """
-    unit = _UNIT[dtype]
-    lengths = 2 * (2 * math.sqrt(min(classes, 4096)) + 4) + 2 * (2 * math.sqrt(min(rows, 4096)) + 4)
-    own = 2 * (4e-6 if dtype == torch.float32 else 1e-12) + lengths * unit
+    terms = min(classes, 4096) + min(rows, 4096)
+    own = 2 * (4e-6 if dtype == torch.float32 else 1e-12) + (terms + 8) * _UNIT[dtype]
     return own + np.expm1(6 * np.asarray(logit_error, dtype=float)) + np.asarray(measure_error)
 
 
