@@ -60,6 +60,7 @@ def paths() -> tuple[str, ...]:
 def on_path(name: str) -> Iterator[None]:
     """Force the path, and require that nothing else ran."""
     with ExitStack() as stack:
+        _native.last_path = None
         kind, _, target = name.partition("-")
         if name == "reference":
             stack.enter_context(flatcore.backend("reference"))
@@ -103,7 +104,8 @@ class Answers:
             self.logits = torch.where(nothing & (call.logits.isnan() | (call.logits == math.inf)), 0, call.logits)
         self.s, self.divisor = self._weights()
         self._truth: Any = None
-        self._gradients: Any = None
+        self._gradients: dict[bool, Any] = {}
+        self._derivatives: Any = None
 
     def _weights(self) -> tuple[np.ndarray, float]:
         """Every row's weight, and the divisor of the mean."""
@@ -188,13 +190,16 @@ class Answers:
         return (log if c.log else linear), total
 
     # ---------------------------------------------------------------------------------------------------- gradients
-    def gradients(self) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-        """Exact gradients of the call's value times its upstream, and what each entry may be off; None if undecided."""
-        if self._gradients is None:
-            self._gradients = self._exact_gradients() or {}
-        return self._gradients or None
+    def gradients(self, by_row: bool) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+        """Exact gradients of the call's value times its upstream, and what each entry may be off; None if undecided.
 
-    def _exact_gradients(self) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+        ``by_row``: an entry is held to the largest of the sizes in its row, as large heads are.
+        """
+        if by_row not in self._gradients:
+            self._gradients[by_row] = self._exact_gradients(by_row)
+        return self._gradients[by_row]
+
+    def _exact_gradients(self, by_row: bool) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
         c, name = self.call, self.call.function
         truth = self.truth
         upstream = np.broadcast_to(c.upstream.double().numpy(), (self.N,))
@@ -209,27 +214,29 @@ class Answers:
         error = np.broadcast_to(error * np.where(used, self.condition(name), 1.0), (self.N,))
         if (error[used] > 0.05).any():
             return None
-        by_row = oracles.exact_derivatives(
-            self.features, c.weight, c.bias, self.logits, self.labels, c.temperature, c.include_bias, c.norm_power, name,
-            error.tolist(), float(torch.finfo(self.dtype).tiny),
-        )  # fmt: skip
+        if self._derivatives is None:
+            self._derivatives = oracles.exact_derivatives(
+                self.features, c.weight, c.bias, self.logits, self.labels, c.temperature, c.include_bias, c.norm_power,
+                name, error.tolist(), float(torch.finfo(self.dtype).tiny),
+            )  # fmt: skip
         coefficient = self._coefficients(upstream, used, name)
         found = {}
         for key, tensor in self._inputs().items():
-            per_row = key in ("features", "logits")
             shape = tuple(tensor.shape)
             exact, allowed, small = (np.zeros(shape, dtype=np.longdouble) for _ in range(3))
             for n in np.flatnonzero(used):
-                part = by_row[n]
+                part = self._derivatives[n]
                 if part is None or coefficient[n] == 0:
                     continue
-                at = n if per_row else slice(None)
-                size = abs(coefficient[n])
+                at = n if key in ("features", "logits") else slice(None)
+                size, sizes = abs(coefficient[n]), part.size[key]
+                sizes = np.full_like(sizes, sizes.max(initial=0)) if by_row else sizes
                 exact[at] += coefficient[n] * part.exact[key]
-                allowed[at] += size * (error[n] * part.size[key] + part.open[key])
-                # the coefficient itself is a float64, with no digits left below the smallest normal one
-                allowed[at] += np.finfo(np.float64).tiny * abs(upstream[n]) * part.size[key]
-                small[at] += size * part.largest * self._through(key, int(n))
+                allowed[at] += size * (error[n] * sizes + part.open[key])
+                # the coefficient is a float64: within six digits of its smallest normal number, products with it have none
+                near = np.finfo(np.float64).tiny * 2.0**20
+                allowed[at] += (size if size < near else near * 2.0**-20 * abs(upstream[n])) * sizes
+                small[at] += (1 + size * part.largest) * self._through(key, int(n))
             found[key] = exact, rounded_gradient(exact, allowed, tensor.dtype, self.dtype, small)
         return found
 
@@ -371,7 +378,7 @@ def _measure(call: Call, answers: Answers) -> Iterator[Found]:
     if call.upstream is None:
         return
     gradients = torch.autograd.grad(value, tuple(leaves.values()), call.upstream)
-    want = answers.gradients()
+    want = answers.gradients(by_row=flatcore.show_config()["last_path"] == "chunked")
     if want is None:
         return
     for (key, leaf), got in zip(leaves.items(), gradients, strict=True):

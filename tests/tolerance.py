@@ -152,6 +152,9 @@ def derivative_error(dtype: torch.dtype, classes: int, rows: int, logit_error: A
     each term, as in :func:`product_tolerance`: not a root of their number, for where many rows of W are equal these
     roundings have one sign. Sums longer than 4096 have to be made of parts.
 
+    On the path of large heads the library forms products with W about its mean row, not with differences to the class that
+    counts: there each entry is held to the largest size among those of its row and input, as the zeros of a derivative are.
+
     ``measure_error``: what the row's value, by which a derivative in the linear domain is multiplied, may be off.
     """
     terms = min(classes, 4096) + min(rows, 4096)
