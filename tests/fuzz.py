@@ -96,7 +96,9 @@ class Answers:
         hard = call.target is not None and not call.target.is_floating_point()
         ignored = [y == call.ignore_index for y in call.target.tolist()] if hard else [False] * self.N
         self.ignored = np.array(ignored)
-        self.labels = [0 if i else y for y, i in zip(call.target.tolist(), ignored, strict=True)] if hard else [0] * self.N
+        self.labels = (
+            [0 if i else y for y, i in zip(call.target.tolist(), ignored, strict=True)] if hard else [0] * self.N
+        )
         nothing = call.nothing.unsqueeze(1)
         self.features = torch.where(nothing & ~call.features.isfinite(), 0, call.features)
         self.logits = None
@@ -144,8 +146,11 @@ class Answers:
         if name in _ORDS:  # a sum that cancels to 0, though its terms do not vanish
             zero = self.truth.log(name) == -math.inf
             cancels = zero & np.array([not self._label_is_alone(n) for n in range(self.N)])
-        return (condition < CONDITION_AT_MOST) & (condition * np.expm1(self.logit_error) < 0.5) & ~cancels & (
-            self.logit_error < 0.2
+        return (
+            (condition < CONDITION_AT_MOST)
+            & (condition * np.expm1(self.logit_error) < 0.5)
+            & ~cancels
+            & (self.logit_error < 0.2)
         )
 
     def _label_is_alone(self, n: int) -> bool:
@@ -233,9 +238,11 @@ class Answers:
                 sizes = np.full_like(sizes, sizes.max(initial=0)) if by_row else sizes
                 exact[at] += coefficient[n] * part.exact[key]
                 allowed[at] += size * (error[n] * sizes + part.open[key])
-                # the coefficient is a float64: within six digits of its smallest normal number, products with it have none
-                near = np.finfo(np.float64).tiny * 2.0**20
-                allowed[at] += (size if size < near else near * 2.0**-20 * abs(upstream[n])) * sizes
+                if name in MEASURES:
+                    # their derivatives shrink with the value: the coefficient is a float64, and within six digits of its
+                    # smallest normal number products with it have none (a twin of the label keeps its p/2 at any gap)
+                    near = np.finfo(np.float64).tiny * 2.0**20
+                    allowed[at] += (size if size < near else near * 2.0**-20 * abs(upstream[n])) * sizes
                 small[at] += (1 + size * part.largest) * self._through(key, int(n))
             found[key] = exact, rounded_gradient(exact, allowed, tensor.dtype, self.dtype, small)
         return found
@@ -290,7 +297,9 @@ def check(call: Call, answers: Answers | None = None) -> list[Found]:
     return list(_measure(call, answers))
 
 
-def _found(quantity: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype | None = None, rows: Any = None) -> Found:
+def _found(
+    quantity: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype | None = None, rows: Any = None
+) -> Found:
     got = got.detach()
     if dtype is not None and got.dtype != dtype:
         return Found(quantity, math.inf, None, f"dtype {got.dtype}, not {dtype}")
@@ -311,7 +320,9 @@ def _found(quantity: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype
     text = ""
     if not ratio <= 1:
         at = np.unravel_index(place, got.shape)
-        text = f"at {tuple(int(i) for i in at)} got {float(got[at])!r}, truth {float(truth[at])!r}, {ratio:.3g} tolerances"
+        text = (
+            f"at {tuple(int(i) for i in at)} got {float(got[at])!r}, truth {float(truth[at])!r}, {ratio:.3g} tolerances"
+        )
     return Found(quantity, ratio, row if rows is None or row is None else int(rows[row]), text)
 
 
@@ -468,7 +479,11 @@ def only_row(call: Call, n: int) -> Call:
 
 def reproduction(call: Call, path: str) -> str:
     """A program that makes the call again, without this file."""
-    lines = ["import base64, zlib, torch, flatcore", "from flatcore import _native", "nan, inf = float('nan'), float('inf')"]
+    lines = [
+        "import base64, zlib, torch, flatcore",
+        "from flatcore import _native",
+        "nan, inf = float('nan'), float('inf')",
+    ]
     names = {"features": call.features, "weight": call.weight, "bias": call.bias, "logits": call.logits,
              "target": call.target, "class_weight": call.class_weight, "upstream": call.upstream}  # fmt: skip
     for name, tensor in names.items():
@@ -555,7 +570,12 @@ class Counts:
     def add(self, call: Call, path: str, found: Sequence[Found]) -> None:
         self.runs += 1
         names = [str(x.dtype).removeprefix("torch.") for x in (call.features, call.weight)]
-        for key, value in (("path", path), ("function", call.function), ("kind", call.kind), ("dtype", "/".join(names))):
+        for key, value in (
+            ("path", path),
+            ("function", call.function),
+            ("kind", call.kind),
+            ("dtype", "/".join(names)),
+        ):
             self.by[key][value] += 1
         for f in found:
             kind = "float64" if "float64" in names else "float32"
@@ -576,9 +596,7 @@ def case(seed: int, i: int, functions: Sequence[str], dtypes: Sequence[torch.dty
     return draw_call(Seeded(f"{seed}/{i}"), functions, dtypes, kinds)
 
 
-def fuzz(
-    calls: Iterator[tuple[str, Call]], paths: Sequence[str], counts: Counts, show: Callable[[str], None]
-) -> None:
+def fuzz(calls: Iterator[tuple[str, Call]], paths: Sequence[str], counts: Counts, show: Callable[[str], None]) -> None:
     """Run the calls on the paths; show what is wrong, with a reproduction on the first such path, and go on."""
     for name, call in calls:
         counts.cases += 1
@@ -609,10 +627,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, help="how many calls to draw (default 300, or no end with --minutes)")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, action="append", metavar="CASE", help="run this case of the seed; repeatable")
+    parser.add_argument(
+        "--only", type=int, action="append", metavar="CASE", help="run this case of the seed; repeatable"
+    )
     parser.add_argument("--function", action="append", choices=FUNCTIONS, help="only this function; repeatable")
     parser.add_argument(
-        "--path", action="append", choices=(*paths(), *CUDA), help="only this path; repeatable (default: all of the CPU's)"
+        "--path",
+        action="append",
+        choices=(*paths(), *CUDA),
+        help="only this path; repeatable (default: all of the CPU's)",
     )
     names = {str(d).removeprefix("torch."): d for d in FLOATS}
     parser.add_argument("--dtype", action="append", choices=tuple(names), help="only this input dtype; repeatable")

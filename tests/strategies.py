@@ -30,6 +30,7 @@ FUNCTIONS = ("head_metrics", *MEASURES, *GRADIENT_NORMS, "unmasked_cross_entropy
 KINDS = (
     "sparse", "repeated", "padded", "near", "twins", "scaled", "permuted", "dense", "zero", "equal", "many",
 )  # fmt: skip
+MOST_CLASSES = 200_000
 GAPS = (0.0, 0.3, 1.0, 5.0, 12.0, 17.0, 21.0, 40.0, 90.0, 104.0, 250.0, 700.0, 720.0, 760.0, 1000.0)
 
 
@@ -97,9 +98,15 @@ class Call:
 
 
 @st.composite
-def calls(draw: st.DrawFn, functions: Sequence[str] = FUNCTIONS, dtypes: Sequence[torch.dtype] = FLOATS) -> Call:
-    """Calls of the functions, with features and weight of the dtypes."""
-    return draw_call(Drawn(draw), functions, dtypes)
+def calls(
+    draw: st.DrawFn,
+    functions: Sequence[str] = FUNCTIONS,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    kinds: Sequence[str] = KINDS,
+    classes: int = MOST_CLASSES,
+) -> Call:
+    """Calls of the functions; the arguments of :func:`draw_call`."""
+    return draw_call(Drawn(draw), functions, dtypes, kinds, classes)
 
 
 def draw_call(
@@ -107,15 +114,17 @@ def draw_call(
     functions: Sequence[str] = FUNCTIONS,
     dtypes: Sequence[torch.dtype] = FLOATS,
     kinds: Sequence[str] = KINDS,
+    classes: int = MOST_CLASSES,
 ) -> Call:
-    """Draw one call."""
+    """Draw a call of one of the functions, with features and weight of the dtypes, a head of the kinds, so many classes."""
     function, kind = source.choice(functions), source.choice(kinds)
     dtype = source.choice(dtypes)
     weight_dtype = dtype if source.integer(0, 3) else source.choice(dtypes)
     g = torch.Generator().manual_seed(source.integer(0, 2**31 - 1))
     if function == "unmasked_cross_entropy":
         return _of_logits(source, g, kind, dtype)
-    weight = _head(source, g, kind, weight_dtype, square=function == "input_gradients")
+    classes = min(classes, 300) if function == "input_gradients" else classes
+    weight = _head(source, g, kind, weight_dtype, classes)
     if function == "input_gradients":  # a model: its own weight, in the inputs' dtype
         dtype = weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         weight = weight.to(dtype)
@@ -171,7 +180,7 @@ def draw_call(
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
-def _classes(source: Source, g: torch.Generator, kind: str) -> int:
+def _classes(source: Source, kind: str) -> int:
     if kind == "many":
         return source.choice((5000, 40_000, 200_000))
     # 256 is the fused path's limit, 1024 a block's, 2048 that of the table of distances
@@ -188,12 +197,10 @@ def _rows(source: Source, g: torch.Generator, rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, generator=g).double() * source.choice((1.0, 0.05, 20.0))
 
 
-def _head(source: Source, g: torch.Generator, kind: str, dtype: torch.dtype, square: bool) -> Tensor:
-    if kind == "many" and (square or source.integer(0, 15)):
+def _head(source: Source, g: torch.Generator, kind: str, dtype: torch.dtype, most: int) -> Tensor:
+    if kind == "many" and source.integer(0, 15):
         kind = "repeated"
-    C = _classes(source, g, kind)
-    if square:
-        C = min(C, 300)
+    C = min(_classes(source, kind), most)
     D = source.choice((1, 2, 3, 4)) if C > 330 else source.integer(1, 40) if C <= 70 else source.integer(1, 16)
     few = min(C, source.choice((1, 2, 3, 5, 12)))
     if kind == "sparse":
@@ -235,12 +242,10 @@ def _head(source: Source, g: torch.Generator, kind: str, dtype: torch.dtype, squ
     return w.clamp(-3e4, 3e4).to(dtype)
 
 
-def _features(
-    source: Source, g: torch.Generator, N: int, weight: Tensor, dtype: torch.dtype, exact: bool
-) -> Tensor:
+def _features(source: Source, g: torch.Generator, N: int, weight: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
     """Integers, or rows as long as the gap to the next other logit asks for; now and then a row of zeros."""
     D = weight.shape[1]
-    x = torch.randint(-4, 5, (N, D), generator=g).double()
+    x = torch.randint(-4, 5, (N, D), generator=g).double()  # few enough bits for sums that are exact in any order
     if not exact and source.integer(0, 2):
         x = torch.randn(N, D, generator=g).double()
         z = x @ weight.double().T
