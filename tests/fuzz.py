@@ -216,8 +216,8 @@ class Answers:
         # a linear value carries its row's log, the log of a sum the logs of all its rows
         measure_error = linear_error if not c.log else 2 * linear_error.max(initial=0.0) * (c.reduction != "none")
         error = derivative_error(self.dtype, self.C, self.N, np.where(used, self.logit_error, 0.0), measure_error)
-        error = np.broadcast_to(error * np.where(used, self.condition(name), 1.0), (self.N,))
-        if (error[used] > 0.05).any():
+        error = np.broadcast_to(error, (self.N,))
+        if (error * self.condition(name) > 0.05)[used].any():  # else what is of second order counts too
             return None
         if self._derivatives is None:
             self._derivatives = oracles.exact_derivatives(
@@ -523,6 +523,8 @@ def reproduction(call: Call, path: str) -> str:
 def _literal(x: Tensor | None) -> str:
     if x is None:
         return "None"
+    if x.dim() == 2 and not x.is_contiguous():
+        return f"{_literal(x.T.contiguous())}.T"
     if x.numel() <= 400:
         return f"torch.tensor({x.tolist()}, dtype={x.dtype})"
     raw = x.contiguous().view(torch.uint8).numpy().tobytes()
@@ -532,15 +534,17 @@ def _literal(x: Tensor | None) -> str:
 
 
 def smallest(call: Call, path: str) -> tuple[Call, list[Found]]:
-    """One row of the call that is wrong by itself, or the call as it is; and what is wrong there."""
+    """The row of the call that is most wrong by itself, or the call as it is; and what is wrong there."""
+    best, at = (call, []), 1.0
     for n in range(call.features.shape[0] if call.features.shape[0] > 1 else 0):
+        one = only_row(call, n)
         try:
-            wrong = [f for f in run(only_row(call, n), path) if not f.ratio <= 1]
-        except Exception:  # a row alone may be no case (nothing counts): the whole call stands
+            wrong = [f for f in run(one, path) if not f.ratio <= 1]
+        except Exception:  # what raises on one row is shown by the whole call
             continue
-        if wrong:
-            return only_row(call, n), wrong
-    return call, []
+        if wrong and (ratio := max(f.ratio for f in wrong)) > at:
+            best, at = (one, wrong), ratio
+    return best
 
 
 def run(call: Call, path: str, answers: Answers | None = None) -> list[Found]:

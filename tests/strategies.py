@@ -170,6 +170,9 @@ def draw_call(
         features[nothing, 0] = source.choice((NAN, INF, -INF))
         if logits is not None:
             logits[nothing, 0] = source.choice((NAN, INF, -INF))
+    if not source.integer(0, 7):  # column by column in memory
+        features, weight = features.T.contiguous().T, weight.T.contiguous().T
+        logits = None if logits is None else logits.T.contiguous().T
     upstream = None
     if function in MEASURES + GRADIENT_NORMS and source.integer(0, 4):
         upstream = _upstream(source, g, N if reduction == "none" else 0, dtype, weight_dtype, nothing)
