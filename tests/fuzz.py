@@ -21,7 +21,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # flatcore's Python from this tree
 
 import mpmath
 import numpy as np

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import CUDA, PATHS
 from hypothesis import HealthCheck, Phase, given, settings
-from strategies import FUNCTIONS, GRADIENT_NORMS, MEASURES, Call, calls
+from strategies import FUNCTIONS, GRADIENT_NORMS, LABELS, MEASURES, Call, calls
 from test_head_metrics_backward import exact_log_gradients
 
 import flatcore
@@ -117,13 +117,8 @@ def test_many_classes_with_few_rows(
     _assert_right(call_of(function, x.to(dtype), w.to(dtype), torch.tensor([3, classes - 1]), log=True), paths)
 
 
-INTEGERS = (
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("function", ("unmasked_cross_entropy", "input_gradients", "head_metrics", *GRADIENT_NORMS))
-@pytest.mark.parametrize("label_dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("label_dtype", LABELS, ids=str)
 def test_a_label_is_ignored_only_where_it_equals_ignore_index(
     label_dtype: torch.dtype, function: str, cpu_paths: tuple[str, ...]
 ) -> None:
