@@ -50,6 +50,8 @@ CUDA = ("cuda-fused", "cuda-chunked")
 LONGEST_FUSED = 4096
 # from here on a magnified rounding is a large part of the value: what the formats hold is no longer a statement
 CONDITION_AT_MOST = 1e3
+OPEN = ": open"
+"""Ends the name of a quantity that conditioning or the format's range leaves open: counted, not compared."""
 _ORDS = {name: ord for ord, name in oracles.GRADIENTS.items()}
 
 
@@ -383,7 +385,9 @@ def _measure(call: Call, answers: Answers) -> Iterator[Found]:
         keep = np.flatnonzero(decided | (answers.s == 0))
         part = Bound(*(np.broadcast_to(v, (answers.N,))[keep] for v in bound))
         yield _found(label, value[torch.from_numpy(keep)], truth[keep], part, answers.dtype, keep)
-    elif (reduced := answers.reduced(name)) is not None:
+    elif (reduced := answers.reduced(name)) is None:
+        yield Found(label + OPEN, 0.0, None, "")
+    else:
         truth, bound = reduced
         if np.isnan(truth):
             yield Found(label, 0.0 if value.isnan() else math.inf, None, f"got {value}, nothing counts: NaN")
@@ -394,6 +398,7 @@ def _measure(call: Call, answers: Answers) -> Iterator[Found]:
     gradients = torch.autograd.grad(value, tuple(leaves.values()), call.upstream)
     want = answers.gradients(by_row=flatcore.show_config()["last_path"] == "chunked")
     if want is None:
+        yield Found(f"d {field}" + OPEN, 0.0, None, "")
         return
     for (key, leaf), got in zip(leaves.items(), gradients, strict=True):
         exact, allowed = want[key]
@@ -403,7 +408,7 @@ def _measure(call: Call, answers: Answers) -> Iterator[Found]:
         # terms that leave the range of the arithmetic leave nothing of the entries they meet in
         largest = float(torch.finfo(answers.dtype).max) / 1e3
         if not (np.isfinite(exact) & (np.abs(exact) < largest) & (allowed < largest)).all():
-            yield Found(f"{quantity}: beyond the range", 0.0, None, "")
+            yield Found(quantity + OPEN, 0.0, None, "")
             continue
         yield _found(quantity, got, exact, Bound(allowed, 0.0), leaf.dtype, None)
 
@@ -570,7 +575,7 @@ class Counts:
     """What ran and how far it was off."""
 
     def __init__(self) -> None:
-        self.cases = self.wrong = self.runs = 0
+        self.cases = self.wrong = self.runs = self.compared = self.open = 0
         self.by: dict[str, Counter[str]] = {key: Counter() for key in ("path", "function", "kind", "dtype")}
         self.worst: dict[str, float] = {}
 
@@ -585,12 +590,17 @@ class Counts:
         ):
             self.by[key][value] += 1
         for f in found:
+            self.compared += not f.quantity.endswith(OPEN)
+            if f.quantity.endswith(OPEN):
+                self.open += 1
+                continue
             kind = "float64" if "float64" in names else "float32"
             key = f"{f.quantity.split(' (')[0]} {kind}"
             self.worst[key] = max(self.worst.get(key, 0.0), f.ratio)
 
     def report(self, seconds: float) -> str:
         lines = [f"{self.cases} cases, {self.runs} runs in {seconds:.0f} s, {self.wrong} wrong"]
+        lines.append(f"{self.compared} quantities compared, {self.open} left open by their conditioning or range")
         for key, counter in self.by.items():
             lines.append(f"runs by {key}: " + ", ".join(f"{k} {v}" for k, v in sorted(counter.items())))
         lines.append("largest error in tolerances:")
