@@ -43,6 +43,7 @@ def cuda_head_chunk_cotangent(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     q: int,
     g: int,
     summary: int,
@@ -62,15 +63,35 @@ def cuda_head_chunk_directions(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     summary: int,
     center: int,
     row_state: int,
     numbers: int,
     mean: int,
     direction: int,
+    q: int,
     top_row: int,
     top_bias: int,
     top: int,
+) -> None: ...
+def cuda_head_chunk_merge(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q: int,
+    merged: int,
+    q_pieces: int,
+    pieces: int,
+    order: int,
+    runs: int,
+    repeated: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
 ) -> None: ...
 def cuda_head_chunk_statistics(
     device: int,
@@ -124,6 +145,10 @@ def cuda_head_metrics(
     special: int,
 ) -> None: ...
 def cuda_head_packing(problem: HeadProblem) -> tuple[int, int]: ...
+def cuda_head_repeat_joins(
+    device: int, stream: int, problem: HeadProblem, keys: int, order: int, joins: int
+) -> None: ...
+def cuda_head_repeat_keys(device: int, stream: int, problem: HeadProblem, summary: int, keys: int) -> None: ...
 def cuda_head_weights(
     device: int,
     stream: int,
