@@ -529,6 +529,7 @@ def _of_norm(groups: _Groups, p, y: int, anchor: int, ord: float, error: float, 
         twins = (groups.w[:, : groups.width] == groups.w[anchor, : groups.width]).all(axis=1) & (p > 0)
         rest = (groups.count * ~twins) @ g
         g = np.where(twins, -rest * p / (mass @ twins), g)
+        s = np.where(twins, np.maximum(s, (groups.count * ~twins) @ s), s)
     own = np.arange(len(p)) == y
     share = np.where(own, -((mass * ~own).sum()), p) / F
     e_total = e_size + np.abs(e) * condition
