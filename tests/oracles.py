@@ -376,7 +376,9 @@ def exact_derivatives(
             e = {
                 v: mpmath.exp((v - top) / mpmath.mpf(temperature)) if v > -mpmath.inf else mpmath.mpf(0) for v in logit
             }
-            anchor = min((k for k, v in enumerate(logit) if v == top), key=lambda k: first[k])  # the lowest class on ties
+            anchor = min(
+                (k for k, v in enumerate(logit) if v == top), key=lambda k: first[k]
+            )  # the lowest class on ties
             tau = mpmath.fsum(int(k) * e[v] for k, v in zip(count, logit, strict=True) if v != top)
             tau += sum(int(k) for k, v in zip(count, logit, strict=True) if v == top) - 1
             share = {v: _long(a / (1 + tau)) for v, a in e.items()}
