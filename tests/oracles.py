@@ -376,7 +376,9 @@ def exact_derivatives(
             e = {
                 v: mpmath.exp((v - top) / mpmath.mpf(temperature)) if v > -mpmath.inf else mpmath.mpf(0) for v in logit
             }
-            anchor = logit.index(top)
+            anchor = min(
+                (k for k, v in enumerate(logit) if v == top), key=lambda k: first[k]
+            )  # the lowest class on ties
             tau = mpmath.fsum(int(k) * e[v] for k, v in zip(count, logit, strict=True) if v != top)
             tau += sum(int(k) for k, v in zip(count, logit, strict=True) if v == top) - 1
             share = {v: _long(a / (1 + tau)) for v, a in e.items()}
@@ -523,12 +525,12 @@ def _of_norm(groups: _Groups, p, y: int, anchor: int, ord: float, error: float, 
     g = np.where(same, -p / groups.T, factor * (d @ e - F))
     s = np.where(same, p / groups.T, factor * (np.abs(d) @ e_size + F * condition))
     g_open = factor * (np.abs(d) @ loose)
-    if not same[
-        anchor
-    ]:  # a wrong label: a difference of equals at the top, so what the others leave, for they sum to 0
+    if not same[anchor]:
+        # a wrong label: a difference of equals at the top, so what the others leave, for they sum to 0
         twins = (groups.w[:, : groups.width] == groups.w[anchor, : groups.width]).all(axis=1) & (p > 0)
         rest = (groups.count * ~twins) @ g
         g = np.where(twins, -rest * p / (mass @ twins), g)
+        s = np.where(twins, np.maximum(s, (groups.count * ~twins) @ s), s)
     own = np.arange(len(p)) == y
     share = np.where(own, -((mass * ~own).sum()), p) / F
     e_total = e_size + np.abs(e) * condition
