@@ -58,6 +58,14 @@ FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
   return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
 }
 
+// Below this a value is given back as 0: 2^-150, half of float32's least number, or 2^-1075. An upstream that is not
+// finite (that of the log of such a value, which the caller has masked) counts as 0 there.
+FLATCORE_INLINE double log_of_least(bool double_result) { return double_result ? -745.133 : -103.972; }
+FLATCORE_INLINE bool counts_as_nothing(double upstream, double log_coefficient, bool double_result) {
+  if (upstream == 0.0 || log_coefficient == -__builtin_inf()) return true;
+  return !(upstream * 0.0 == 0.0) && log_coefficient < log_of_least(double_result);
+}
+
 // Large heads: numbers of a row kept between the kernels around the library's products.
 struct HeadRow {
   double t, r, log1p_tau, eps, log_eps, confidence, log_n;

@@ -161,7 +161,7 @@ def head_metrics_backward(
     dtype = torch.float64 if double else torch.float32
     itemsize = 8 if double else 4
     (N, D), C = features.shape, linear_weight.shape[0]
-    c = derivative(upstream, log_coefficient)
+    c = derivative(upstream, log_coefficient, double)
     bit = 1 << field
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)

@@ -107,7 +107,7 @@ def head_metrics_backward(
     d_logits: Tensor | None,
 ) -> None:
     """Fill the wanted gradients, d_weight and d_bias from zeros; upstream exp(log_coefficient) is dL/dlog v_n."""
-    c = derivative(upstream, log_coefficient)
+    c = derivative(upstream, log_coefficient, head.dtype is torch.float64)
     N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
     itemsize = dtype.itemsize
     bit = 1 << field

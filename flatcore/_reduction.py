@@ -120,9 +120,13 @@ def reduce_with_log_coefficient(
     return value, torch.where(weighed == -math.inf, -math.inf, slope)
 
 
-def derivative(upstream: Tensor, log_coefficient: Tensor | None) -> Tensor:
-    """upstream * exp(log_coefficient): 0, by select, where either of them says that a row adds nothing."""
+def derivative(upstream: Tensor, log_coefficient: Tensor | None, double: bool) -> Tensor:
+    """upstream * exp(log_coefficient): 0, by select, where either of them says that a row adds nothing.
+
+    As csrc/head_problem.h has it, ``counts_as_nothing``; ``double``: the value was given back in float64.
+    """
     if log_coefficient is None:
         return upstream
     none = (upstream == 0) | (log_coefficient == -math.inf)
+    none |= ~upstream.isfinite() & (log_coefficient < (-745.133 if double else -103.972))
     return torch.where(none, 0, upstream * log_coefficient.exp())

@@ -9,9 +9,9 @@
 namespace flatcore::cpu {
 
 // c_n = upstream_n exp(log_coefficient_n) is the derivative of the result with respect to row n's log value. A row with
-// upstream_n = 0 or log_coefficient_n = -inf adds nothing, whatever stands in it and in the other of the two; one that
-// is not finite makes its own gradient NaN, and W's. Of HeadProblem, `fields` holds the one bit of the measure;
-// `values` and `prediction` are not used.
+// upstream_n = 0 or log_coefficient_n = -inf adds nothing, whatever stands in it and in the other of the two, nor does
+// one of value 0 whose upstream is not finite; any other that is not finite makes its own gradient NaN, and W's. Of
+// HeadProblem, `fields` holds the one bit of the measure; `values` and `prediction` are not used.
 struct HeadBackwardProblem : HeadProblem {
   const double* upstream = nullptr;         // (N,), or one number for all rows
   int64_t upstream_stride = 1;              // 0: one number
@@ -29,7 +29,7 @@ FLATCORE_INLINE RowUpstream row_upstream(const HeadBackwardProblem& call, int64_
   RowUpstream row;
   row.upstream = call.upstream[n * call.upstream_stride];
   if (call.log_coefficient != nullptr) row.log_coefficient = call.log_coefficient[n];
-  if (row.upstream == 0.0 || row.log_coefficient == -math::kInfinity) return row;
+  if (counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
   if (gradient && label_of(call, n) == Label::kIgnored) return row;
   row.c = row.log_coefficient == 0.0 ? row.upstream : row.upstream * exp(row.log_coefficient);
   row.live = row.c != 0.0 || gradient;

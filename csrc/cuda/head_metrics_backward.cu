@@ -33,7 +33,7 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   HeadBackwardRow row{0.0, 1.0, 0.0, 0.0, 0.0, kOrdinary};
   const double upstream = call.upstream[n];
   const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
-  if (upstream == 0.0 || log_coefficient == -math::kInfinity) return row;
+  if (counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
   if (is_gradient(call) && label_of(call, n) == Label::kIgnored) return row;
   row.c = log_coefficient == 0.0 ? upstream : upstream * exp(log_coefficient);
   if (row.c == 0.0 && !is_gradient(call)) return row;

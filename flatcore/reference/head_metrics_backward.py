@@ -55,6 +55,9 @@ def head_metrics_backward(
     upstream = upstream.detach().to(wide)
     logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient.detach().to(wide)
     keep = (upstream != 0) & (logs != -math.inf)
+    # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
+    double = any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
+    keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
     c = upstream * logs.exp()
     if target is not None and name in _GRADIENT_ORDS:
         keep &= target != ignore_index
