@@ -25,22 +25,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
-@pytest.fixture(scope="module")
-def nvcc(request: pytest.FixtureRequest) -> str:
-    found = shutil.which("nvcc")
-    if found is None:
-        message = "nvcc is not installed: the CUDA sources were not compiled"
-        (pytest.fail if request.config.getoption("--require-nvcc") else pytest.skip)(message)
-    return found
-
-
+@pytest.mark.needs("nvcc")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ("sm_80", "sm_90"))
 @pytest.mark.parametrize("source", SOURCES)
-def test_sources_compile_without_warnings_and_spill_nothing(
-    source: str, architecture: str, nvcc: str, tmp_path: Path
-) -> None:
+def test_sources_compile_without_warnings_and_spill_nothing(source: str, architecture: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
+        ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
          "-Xptxas=-v", "-I", str(ROOT / "csrc"), '-DFLATCORE_CUDA_ARCHITECTURES="90"', "-c",
          str(ROOT / "csrc/cuda" / source), "-o", str(tmp_path / "object.o")],
         capture_output=True, text=True, check=False,
