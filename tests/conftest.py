@@ -24,6 +24,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
         lambda: all(shutil.which(name) for name in ("chromium", "chromedriver")),
         "apt-get install chromium chromium-driver",
     ),
+    "cmake": (lambda: all(shutil.which(name) for name in ("cmake", "make")), "apt-get install cmake make"),
     "nvcc": (lambda: shutil.which("nvcc") is not None, "install the CUDA toolkit, 12 or newer"),
     "cuda": (flatcore.cuda.is_available, "a build with CUDA kernels, and a GPU"),
     "efficientnet": (

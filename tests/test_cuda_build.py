@@ -126,11 +126,12 @@ def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.C
         f"set(CMAKE_CURRENT_SOURCE_DIR {ROOT})\ninclude({ROOT}/cmake/cuda.cmake)\n"
     )
     return subprocess.run(
-        [shutil.which("cmake") or "cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), *options],
+        [str(shutil.which("cmake")), "-S", str(tmp_path), "-B", str(tmp_path / "build"), *options],
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
+@pytest.mark.needs("cmake")
 def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     if Path("/usr/bin/nvcc").exists():
         pytest.skip("nvcc lies beside the compiler and cannot be hidden")
@@ -142,6 +143,7 @@ def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 0 and "CUDA kernels: OFF" in done.stdout, done.stderr
 
 
+@pytest.mark.needs("cmake")
 def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
     options = "-DFLATCORE_CUDA=ON", "-DFLATCORE_NVCC=pypi", "-DPython_EXECUTABLE=/usr/bin/python3"
     done = configure(tmp_path, *options)
@@ -149,6 +151,7 @@ def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
     assert "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc" in " ".join(done.stderr.split())
 
 
+@pytest.mark.needs("cmake")
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DFLATCORE_CUDA=MAYBE")
     assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in " ".join(done.stderr.split())
