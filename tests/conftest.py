@@ -158,6 +158,15 @@ def _require(target: str, config: pytest.Config) -> None:
         pytest.skip(message)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_terminal() -> Iterator[None]:
+    """What a shell or a CI service says of its terminal colours and wraps no output that a test reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread: on problems this small a second one mostly spins (2x the time on a busy machine).

@@ -311,7 +311,7 @@ def test_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 151
     assert model.training and not any(m._forward_hooks for m in model.modules())
     report.to_html(tmp_path / "report.html")
-    assert "The run was interrupted" in (tmp_path / "report.html").read_text()
+    assert "The run was interrupted" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     def at_once() -> Iterator[Any]:
         raise KeyboardInterrupt
