@@ -205,6 +205,14 @@ def head_chunk_statistics(
     center: int,
     centered_squares: int,
     row_state: int,
+    members: int,
+    starts: int,
+    groups: int,
+    near: int,
+    near_of: int,
+    near_count: int,
+    merged: int,
+    near_q: int,
 ) -> int: ...
 def head_chunk_weights(
     target: str,
@@ -265,6 +273,17 @@ def head_reduction(
     double_value: bool,
     coefficient: int,
 ) -> None: ...
+def head_repeats(
+    target: str,
+    problem: HeadProblem,
+    exponent: int,
+    centered_squares: int,
+    keys: int,
+    members: int,
+    starts: int,
+    near: int,
+    near_of: int,
+) -> tuple[int, int]: ...
 def head_summary(
     target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
 ) -> None: ...

@@ -1,3 +1,4 @@
+#include <tuple>
 #include <utility>
 
 #include "bind/bind.h"
@@ -127,6 +128,30 @@ void register_head_metrics(py::module_& module) {
       py::arg("target"), py::arg("problem"), py::arg("row_workspace"), py::arg("summary"), py::arg("center"),
       py::arg("centered_squares"));
   module.def(
+      "head_repeats",  // (groups, near)
+      [](const std::string& target_name, const Problem& problem, int exponent, uintptr_t centered_squares,
+         uintptr_t keys, uintptr_t members, uintptr_t starts, uintptr_t near, uintptr_t near_of) {
+        cpu::HeadRepeats call;
+        call.weight = problem.weight;
+        call.C = problem.C;
+        call.D = problem.D;
+        call.bias = problem.include_bias ? problem.bias : nullptr;
+        call.exponent = exponent;
+        call.centered_squares = pointer<const double>(centered_squares);
+        call.threads = problem.threads;
+        call.keys = pointer<double>(keys);
+        call.members = pointer<int64_t>(members);
+        call.starts = pointer<int64_t>(starts);
+        call.near = pointer<int64_t>(near);
+        call.near_of = pointer<int64_t>(near_of);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        const cpu::RepeatCounts counts = kernels.head_repeats(call);
+        return std::make_tuple(counts.groups, counts.near);
+      },
+      py::arg("target"), py::arg("problem"), py::arg("exponent"), py::arg("centered_squares"), py::arg("keys"),
+      py::arg("members"), py::arg("starts"), py::arg("near"), py::arg("near_of"));
+  module.def(
       "head_distances",
       [](const std::string& target_name, const Problem& problem, const py::object& weight, int exponent,
          uintptr_t distances) {
@@ -148,16 +173,23 @@ void register_head_metrics(py::module_& module) {
       "head_chunk_statistics",
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
          int64_t z_stride, uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
-         uintptr_t centered_squares, uintptr_t row_state) {
-        const cpu::HeadChunk call =
+         uintptr_t centered_squares, uintptr_t row_state, uintptr_t members, uintptr_t starts, int64_t groups,
+         uintptr_t near, uintptr_t near_of, int64_t near_count, uintptr_t merged, uintptr_t near_q) {
+        cpu::HeadChunk call =
             make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center, centered_squares, row_state);
+        call.repeats = {pointer<const int64_t>(members), pointer<const int64_t>(starts), groups,
+                        pointer<const int64_t>(near), pointer<const int64_t>(near_of), near_count};
+        call.merged = pointer<void>(merged);
+        call.merged_stride = q_stride;
+        call.near_q = pointer<void>(near_q);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         return bad_row(kernels.head_chunk_statistics(call));
       },
       py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("z"), py::arg("z_stride"),
       py::arg("q"), py::arg("q_stride"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
-      py::arg("row_state"));
+      py::arg("row_state"), py::arg("members"), py::arg("starts"), py::arg("groups"), py::arg("near"),
+      py::arg("near_of"), py::arg("near_count"), py::arg("merged"), py::arg("near_q"));
   module.def(
       "head_chunk_weights",
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,

@@ -61,7 +61,8 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   };
   if (row.c == 0.0 || row.special != 0) return clear();
   const HeadRow& state = call.row_state[i];
-  const double* x = call.mean + i * D;
+  const double* sums = call.mean + i * D;
+  const auto x = [sums, inverse = 1.0 / state.q_sum](int64_t d) { return sums[d] * inverse; };
   const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
@@ -74,10 +75,10 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     double delta2 = 0.0, mean2 = 0.0, top2 = 0.0, direction2 = 0.0;
     for (int64_t d = 0; d < D; ++d) {
       const double top = centered(w_top, d);
-      const double delta = x[d] - top;
+      const double delta = x(d) - top;
       const double p_mean = top + state.eps * delta;
       delta2 += delta * delta;
-      mean2 += x[d] * x[d];
+      mean2 += x(d) * x(d);
       top2 += top * top;
       direction2 += p_mean * p_mean;
       direction[d] = static_cast<C>(p_mean);
@@ -106,7 +107,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     row.delta2 = delta2;
     row.direction2 = direction2;
     const double factor = -2.0 * row.c * state.confidence / inner * scale;
-    for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x[d] - centered(w_top, d)));
+    for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x(d) - centered(w_top, d)));
     call.top_bias[i] = factor * bias_delta;
     call.top[i] = state.m;
     return;
@@ -121,12 +122,12 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     return clear();
   }
   double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0, ties = 0.0;
-  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x[d] - centered(w_label, d); };
+  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x(d) - centered(w_label, d); };
   for (int64_t d = 0; d < D; ++d) {
     const double value = gradient(d), a = std::fabs(value), label = centered(w_label, d);
     norm1 += a;
     norm2 += a * a;
-    from += label * label + x[d] * x[d];
+    from += label * label + x(d) * x(d);
     ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
     largest = a > largest ? a : largest;
   }
@@ -259,12 +260,16 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     return (static_cast<double>(widen(wj[d * step])) - static_cast<double>(widen(wa[d * step]))) * scale;
   };
   const auto bias_difference = [&](int64_t j) { return with_bias ? (call.bias[j] - call.bias[anchor]) * scale : 0.0; };
-  double best = -math::kInfinity;
+  const auto probability = [&](int64_t j) {
+    return math::tail_scale(z[j], z[state.m], inverse_temperature) * state.confidence;
+  };
+  double best = -math::kInfinity, group = 0.0;  // group: sum of p_j over the classes whose row equals the anchor's
   for (int64_t j = 0; j < classes; ++j) {
     const W* wj = w + j * call.weight.row_stride;
     bool differs = with_bias && call.bias[j] != call.bias[anchor];
     for (int64_t d = 0; d < D && !differs; ++d) differs = widen(wj[d * step]) != widen(wa[d * step]);
     u[j] = differs ? 1.0 : -1.0;
+    if (!differs) group += probability(j);
     if (differs && z[j] > best) best = z[j];
   }
   for (int64_t j = 0; j < classes; ++j) g[j] = C{};
@@ -276,11 +281,8 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
   if (best == -math::kInfinity) return nothing();
   const double log_share = (best - z[state.m]) * inverse_temperature - state.log1p_tau;
   const double share = std::exp(log_share);
-  const auto probability = [&](int64_t j) {
-    return math::exp_nonpositive((z[j] - z[state.m]) * inverse_temperature) * state.confidence;
-  };
   for (int64_t d = 0; d <= D; ++d) direction[d] = 0.0;
-  double square_mean = 0.0;
+  double square_mean = 0.0, total = 0.0;
   for (int64_t j = 0; j < classes; ++j) {
     if (u[j] < 0.0) continue;
     u[j] = math::tail_scale(z[j], best, inverse_temperature);
@@ -294,6 +296,7 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     const double value = bias_difference(j);
     direction[D] += u[j] * value;
     square_mean += u[j] * (square + value * value);
+    total += u[j];
   }
   C* d_weight = static_cast<C*>(call.d_weight);
   double norm1 = 0.0, norm2 = 0.0, largest = 0.0, ties = 0.0;
@@ -305,7 +308,22 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     largest = a > largest ? a : largest;
   }
   if (!gradient) {
-    const double inner = square_mean - share * norm2;
+    // as log_variance (cpu/head_rows.h): the spread about the mean of those that differ, and that mean's distance
+    double spread = square_mean - norm2 / total;
+    if (!(group > 0.25)) {
+      spread = 0.0;
+      for (int64_t j = 0; j < classes; ++j) {
+        if (!(u[j] > 0.0)) continue;
+        const double bias_part = bias_difference(j) - direction[D] / total;
+        double square = bias_part * bias_part;
+        for (int64_t d = 0; d < D; ++d) {
+          const double value = difference(j, d) - direction[d] / total;
+          square += value * value;
+        }
+        spread += u[j] * square;
+      }
+    }
+    const double inner = (spread > 0.0 ? spread : 0.0) + group * norm2 / total;
     if (!(inner > 0.0)) return nothing();
     const double inverse = 1.0 / inner;
     for (int64_t j = 0; j < classes; ++j) {

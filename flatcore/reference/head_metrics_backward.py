@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .head_metrics import _GRADIENT_ORDS, FIELDS, _log_sum_of_squares, _power_of_two_scaled, _rest, _Rows, _Split
+from .head_metrics import _GRADIENT_ORDS, FIELDS, _About, _log_sum_of_squares, _power_of_two_scaled, _Split
 
 DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *_GRADIENT_ORDS)
 """The fields that have a derivative."""
@@ -140,21 +140,21 @@ def _of_variance(split: _Split, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor, T
     cotangent, explicit, c = torch.zeros_like(split.z), torch.zeros_like(w), c.clone()
     for anchor in split.m[c != 0].unique().tolist():
         rows = ((split.m == anchor) & (c != 0)).nonzero().squeeze(1)
-        part, d, equal, rho, u = _about(split, w, anchor, rows)
-        delta, square = u @ d, (d * d).sum(dim=1)
-        share = rho.exp().unsqueeze(1)
+        about = _About(split, w, anchor, rows)
+        d, equal, u, delta = about.d, about.equal, about.u, about.delta
+        square, share = (d * d).sum(dim=1), about.rho.exp().unsqueeze(1)
         delta_square = (delta * delta).sum(dim=1, keepdim=True)
-        inner = (u @ square).unsqueeze(1) - share * delta_square
+        inner = about.variance().unsqueeze(1)
         empty = inner <= 0
         c[rows] = torch.where(empty.squeeze(1), 0, c[rows])
         inner = torch.where(empty, 1, inner)
         cn = c[rows].unsqueeze(1)
         distance = square - 2 * share * (delta @ d.T) + share * share * delta_square
         of_rest = u * (distance - share * inner) / inner
-        of_group = part.p() * (share * delta_square / inner - 1)
+        of_group = about.part.p() * (share * delta_square / inner - 1)
         cotangent[rows] = cn * torch.where(equal, of_group, of_rest) / split.temperature
         k = 2 * cn * u / inner
-        group = torch.where(equal, 2 * cn * part.p() / inner, 0)
+        group = torch.where(equal, 2 * cn * about.part.p() / inner, 0)
         explicit += k.sum(dim=0).unsqueeze(1) * d - k.T @ (share * delta) - group.T @ delta
     return cotangent, explicit / scale, c
 
@@ -165,8 +165,8 @@ def _of_gradient_norm(split: _Split, w: Tensor, y: Tensor, c: Tensor, ord: float
     cotangent, explicit = torch.zeros_like(split.z), torch.zeros_like(w)
     for label in y[c != 0].unique().tolist():
         rows = ((y == label) & (c != 0)).nonzero().squeeze(1)
-        part, d, equal, rho, u = _about(split, w, label, rows)
-        gradient = u @ d
+        about = _About(split, w, label, rows)
+        d, equal, rho, u, gradient = about.d, about.equal, about.rho, about.u, about.delta
         if gradient.shape[1] == 0:
             continue
         nu = torch.linalg.vector_norm(gradient, ord=ord, dim=1, keepdim=True)
@@ -174,7 +174,7 @@ def _of_gradient_norm(split: _Split, w: Tensor, y: Tensor, c: Tensor, ord: float
         nu = torch.where(nu == 0, 1, nu)
         dual = torch.where(cn == 0, 0, _dual(gradient, nu, ord))
         share = rho.exp().unsqueeze(1)
-        p = part.p()
+        p = about.part.p()
         of_rest = u * (dual @ d.T - share * nu) / nu
         cotangent[rows] = torch.where(cn == 0, 0, cn * torch.where(equal, -p, of_rest) / split.temperature)
         # a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
@@ -199,19 +199,3 @@ def _dual(x: Tensor, norm: Tensor, ord: float) -> Tensor:
         return x.sign()
     largest = x.abs() == norm
     return x.sign() * largest / largest.sum(dim=1, keepdim=True)
-
-
-class _Part(_Rows):
-    """Some rows of a split, with their probabilities."""
-
-    def p(self) -> Tensor:
-        return (((self.z - self.t.unsqueeze(1)) / self.temperature) - self.tau.log1p().unsqueeze(1)).exp()
-
-
-def _about(split: _Split, w: Tensor, anchor: int, rows: Tensor) -> tuple[_Part, Tensor, Tensor, Tensor, Tensor]:
-    """Of some rows: differences to the anchor's row of W, the classes where they vanish, and (rho, u) of all others."""
-    d = w - w[anchor]
-    equal = (d == 0).all(dim=1)
-    part = _Part(split, rows)
-    rho, u = _rest(part, equal.expand(rows.shape[0], -1))
-    return part, d, equal, rho, u
