@@ -162,7 +162,6 @@ def test_many_rows_agree_with_the_reference(name: str, dtype: torch.dtype, threa
         torch.set_num_threads(before)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize(("N", "D", "C"), ((0, 3, 4), (3, 3, 1), (3, 0, 4), (1, 1, 2)))
 @pytest.mark.parametrize("name", (*MEASURES, *NORMS))
 def test_the_smallest_shapes(name: str, N: int, D: int, C: int, path: str) -> None:
@@ -317,7 +316,6 @@ def _gradients(function: Callable[..., Tensor], x: Tensor, w: Tensor, *args: Any
     return torch.autograd.grad(function(x, w, *args, **options), (x, w))
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
 @pytest.mark.parametrize("name", (*MEASURES, *NORMS))
@@ -421,7 +419,6 @@ def _operator_arguments(case: str, N: int = 4) -> tuple[Any, ...]:
     return tuple((arguments | OPERATORS[case]).values())
 
 
-@pytest.mark.crossed
 @SCRIPTED
 @pytest.mark.parametrize("case", OPERATORS)
 def test_opcheck_with_inputs_that_require_gradient(case: str, path: str) -> None:

@@ -239,7 +239,6 @@ def test_freed_storage_behind_the_checks_does_not_crash(how: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- tracing and compiling
-@pytest.mark.crossed
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compile_gives_equal_numbers_at_every_size(name: str, backend: str) -> None:
