@@ -140,10 +140,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which kernels this run can reach, and how long a run of everything takes."""
     found = flatcore.show_config()
     takes = (
-        "everything: about 12 minutes"
+        "everything: about 10 minutes"
         if _wants_exhaustive(config)
         else (
-            "about 4 minutes; exhaustive crossings are left out: python -m pytest --exhaustive takes them too, 12 minutes"
+            "about 4 minutes; exhaustive crossings are left out: python -m pytest --exhaustive takes them too, 10 minutes"
         )
     )
     return [

@@ -78,7 +78,7 @@ def test_no_features(path: str) -> None:
 
 
 @pytest.mark.parametrize("given", (False, True), ids=("features", "logits"))
-@pytest.mark.parametrize("kind", ("reference", "chunked"))
+@pytest.mark.parametrize("kind", (pytest.param("reference", marks=pytest.mark.exhaustive), "chunked"))
 def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
     """Rows of W and logits come from 50 different ones, so that the exact value counts instead of summing 200,000."""
     classes, n = 200_000, 3
