@@ -64,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse at once, so that a run that expects the kernels never passes without them."""
     if config.getoption("--require-cuda") and not flatcore.cuda.is_available():
         raise pytest.UsageError(f"--require-cuda: no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}")
+    if config.getoption("--require-nvcc") and not flatcore.cuda.is_built():
+        raise pytest.UsageError("--require-nvcc: flatcore was installed without its CUDA kernels (FLATCORE_CUDA=ON)")
     if config.getoption("--require-native") and not _backend.is_native_built():
         raise pytest.UsageError("--require-native: flatcore was installed without its compiled extension")
 
@@ -139,13 +141,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which kernels this run can reach, and how long a run of everything takes."""
     found = flatcore.show_config()
-    takes = (
-        "everything: about 10 minutes"
-        if _wants_exhaustive(config)
-        else (
-            "about 4 minutes; exhaustive crossings are left out: python -m pytest --exhaustive takes them too, 10 minutes"
+    takes = "everything: about 10 minutes"
+    if not _wants_exhaustive(config):
+        takes = (
+            "about 5 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (10 minutes)"
         )
-    )
     return [
         f"flatcore: extension {found['extension']}, CPU targets {', '.join(found['cpu_targets']) or 'none'}",
         f"on 2 cores: {takes}",
