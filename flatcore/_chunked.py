@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._backend import _core
 from ._precision import full_precision
+from ._reduction import derivative
 from .reference import FIELDS
 
 WORKSPACE_BYTES = 64 << 20
@@ -135,7 +136,8 @@ def head_metrics(
 def head_metrics_backward(
     target_name: str,
     problem,
-    c: Tensor,
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
     features: Tensor,
     linear_weight: Tensor,
     column: Tensor | None,
@@ -151,12 +153,15 @@ def head_metrics_backward(
 ) -> None:
     """Fill the wanted gradients; ``column`` is the bias where it counts as a column of W.
 
+    A row's derivative with respect to its log is c = ``upstream`` exp(``log_coefficient``), both (N,), float64.
+
     Three products for the trace and layerwise, six for neuronwise and the gradient norms: z, q (W - center), directions
     (W - center)^T, and the gradients of features and weight, the latter in two parts.
     """
     dtype = torch.float64 if double else torch.float32
     itemsize = 8 if double else 4
     (N, D), C = features.shape, linear_weight.shape[0]
+    c = derivative(upstream, log_coefficient)
     bit = 1 << field
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
@@ -214,17 +219,17 @@ def head_metrics_backward(
                 _product_into(sums[:rows], part[:rows], shares, linear_weight, shift, scale, tile)
                 repeats.add_near(sums[:rows], near_q, linear_weight, scale, tile)
                 _core.head_chunk_directions(
-                    target_name, problem, first, rows, c.data_ptr(), summary.data_ptr(), address(center),
-                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), address(top_row),
-                    address(top_bias), address(top),
+                    target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
+                    address(center), state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(),
+                    z.data_ptr(), address(top_row), address(top_bias), address(top),
                 )  # fmt: skip
                 for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
                     g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
             mine = None if d_features is None else d_features[here]
             _core.head_chunk_cotangent(
-                target_name, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), C, summary.data_ptr(),
-                address(center), address(squares), state.data_ptr(), numbers.data_ptr(), address(mine),
-                address(d_weight), address(d_bias), scratch.data_ptr(),
+                target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(),
+                g.data_ptr(), C, summary.data_ptr(), address(center), address(squares), state.data_ptr(),
+                numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
             numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
             poisoned |= bool((numbers_here[:, 5].view(torch.int64) == POISONED).any())

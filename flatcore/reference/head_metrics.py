@@ -254,6 +254,10 @@ class _Rows:
         self.z, self.t, self.tau = split.z[rows], split.t[rows], split.tau[rows]
         self.temperature = split.temperature
 
+    def log_p(self) -> Tensor:
+        """The logs of their probabilities."""
+        return (self.z - self.t.unsqueeze(1)) / self.temperature - self.tau.log1p().unsqueeze(1)
+
     def p(self) -> Tensor:
         """Their probabilities."""
-        return (((self.z - self.t.unsqueeze(1)) / self.temperature) - self.tau.log1p().unsqueeze(1)).exp()
+        return self.log_p().exp()
