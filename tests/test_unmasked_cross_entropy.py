@@ -66,6 +66,7 @@ def _check(z: Tensor, y: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", WIDTHS)
 def test_ragged_widths(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -317,6 +318,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.compiler.reset()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("learns", (False, True))
 def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
@@ -329,6 +331,7 @@ def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
