@@ -430,7 +430,7 @@ class Parent(torch.nn.Module):
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", ("trace", "norm-inf"))
 def test_states_stay_in_float64_whatever_a_module_is_cast_to(name: str, cast: str) -> None:
     make, function = METRICS[name]
     x, w, _, y = data()
