@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -89,7 +88,6 @@ class _HeadMetric(Metric):
         """``options`` are torchmetrics'; ``measured`` are a metric's own, checked already."""
         super().__init__(**options)
         self._fixed: tuple[str, ...] = ()
-        self._has_warned = False
         self.log = check_flag(log, "log")
         self.ignore_nan = check_flag(ignore_nan, "ignore_nan")
         measured["temperature"] = check_temperature(temperature)
@@ -168,13 +166,13 @@ class _HeadMetric(Metric):
         norm_power: int = 2,
     ) -> None:
         """Take in the rows' logs of s_n v_n, of the named field, in float64."""
+        shape = getattr(linear_weight, "shape", ())
+        if len(shape) == 2 and shape[0] == 1:
+            remedy = "linear_weight = torch.cat([torch.zeros_like(w), w]), and the same of linear_bias"
+            raise ValueError(one_output(f"{type(self).__name__}: linear_weight", remedy))
         inputs = checked_inputs(
             features, linear_weight, target, linear_bias, logits, self.temperature, self.ignore_index, soft=soft
         )._replace(dtype=torch.float64)
-        if len(inputs.linear_weight) == 1 and not self._has_warned:
-            self._has_warned = True
-            remedy = "linear_weight = torch.cat([torch.zeros_like(w), w]), and the same of linear_bias"
-            warnings.warn(f"{type(self).__name__}: {one_output('linear_weight', remedy)}", stacklevel=4)
         weight = checked_class_weight(weight, inputs, target)
         logs = inputs.measure(
             name, inputs.features, reduction="none", log=True, weight=weight,
@@ -281,10 +279,9 @@ class HessianTrace(_HeadMetric):
     Raises:
         TypeError, ValueError: as :func:`flatcore.hessian_trace`, at ``update``, which then leaves the states as they were.
         TypeError: wrapped in torchmetrics' BootStrapper or MultioutputWrapper, which would pass on parts of the head.
+        ValueError: a head of one output (C = 1), whose values are all 0.
         AttributeError: temperature, ignore_index or include_bias are set later.
         ImportError: at the module's import, without torchmetrics.
-
-    Warns: once, of a head with one output, whose values are all 0.
 
     Numerics: sums in float64, relative to their bin; the rows' logs too, so that the mean's log is within 1e-12 of
         that of all rows at once. Values below e^-16384 count as 0.
@@ -295,10 +292,10 @@ class HessianTrace(_HeadMetric):
         >>> import torch
         >>> from flatcore.metrics import HessianTrace
         >>> metric = HessianTrace()
-        >>> for rows in torch.tensor([[[30.0, 10.0]], [[3.0, 1.0]]]):
+        >>> for rows in torch.tensor([[[30.0, 10.0]], [[3.0, 1.0]], [[20.0, 0.0]]]):
         ...     metric.update(rows, torch.eye(2))
-        >>> f"{metric.compute().item():.4f} {metric.median().item():.1e} {metric.heaviest_share(0.5).item():.4f}"
-        '1.0499 4.1e-06 1.0000'
+        >>> f"{metric.compute().item():.4f} {metric.median().item():.1e} {metric.heaviest_share(0.4).item():.4f}"
+        '0.7000 4.1e-06 1.0000'
     """
 
     def __init__(
@@ -344,9 +341,9 @@ class RelativeFlatness(_HeadMetric):
 
     Raises:
         TypeError, ValueError: as :func:`flatcore.relative_flatness`; of tensors at ``update``.
-        TypeError, AttributeError: as :class:`HessianTrace`.
+        TypeError, ValueError, AttributeError: as :class:`HessianTrace`.
 
-    States, warning, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.relative_flatness`.
+    States, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.relative_flatness`.
 
     Example:
         >>> import torch
@@ -401,9 +398,9 @@ class FeatureGradientNorm(_HeadMetric):
 
     Raises:
         TypeError, ValueError: as :func:`flatcore.feature_gradient_norms`; of tensors at ``update``.
-        TypeError, AttributeError: as :class:`HessianTrace`.
+        TypeError, ValueError, AttributeError: as :class:`HessianTrace`.
 
-    States, warning, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.feature_gradient_norms`.
+    States, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.feature_gradient_norms`.
 
     Example:
         >>> import torch

@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -554,21 +553,24 @@ def test_wrappers_that_pass_a_head_on_whole() -> None:
 
 
 @pytest.mark.parametrize("make", (HessianTrace, RelativeFlatness, FeatureGradientNorm))
-def test_a_head_with_one_output_is_told_once_and_by_name(make: Callable[[], Any]) -> None:
+def test_a_head_with_one_output_is_refused_by_name(make: Callable[[], Any]) -> None:
     metric = make()
     x, w = torch.randn(4, D), torch.randn(1, D)
-    target = torch.zeros(4, dtype=torch.long)
-    words = rf"{make.__name__}: linear_weight has one output \(C = 1\).*zeros_like\(w\), w"
-    with pytest.warns(UserWarning, match=words) as told:
-        metric.update(x, w, target)
-        metric.update(x, w, target)
-    assert sum(str(warning.message).startswith(make.__name__) for warning in told) == 1
+    for weight in (w, w.numpy()):
+        words = rf"{make.__name__}: linear_weight has one output \(C = 1\).*zeros_like\(w\), w"
+        with pytest.raises(ValueError, match=words):
+            metric.update(x.numpy() if weight is not w else x, weight, torch.zeros(4, dtype=torch.long))
+    assert metric.divisor == 0
     # the way out: the two classes of a sigmoid
-    both = make()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        both.update(x, torch.cat([torch.zeros_like(w), w]), target)
-    assert both.compute() > 0
+    metric.update(x, torch.cat([torch.zeros_like(w), w]), torch.ones(4, dtype=torch.long))
+    p = (x @ w[0]).double().sigmoid()
+    phi, size = x.double().square().sum(1), w.double().square().sum()
+    values = {
+        HessianTrace: 2 * phi * p * (1 - p),
+        RelativeFlatness: 2 * phi * p * (1 - p) * size,
+        FeatureGradientNorm: (1 - p) * size.sqrt(),
+    }
+    torch.testing.assert_close(metric.compute().double(), values[make].mean(), rtol=1e-5, atol=0.0)
 
 
 def test_with_a_probe_in_a_plain_loop() -> None:
