@@ -64,7 +64,10 @@ struct HeadRow {
   double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
   double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
   int64_t m;           // top class, -1 for a poisoned row
-  double q_sum;        // sum of the q_j as they were stored, where they were stored in pieces
+  // Sum of the q_j as they were stored, by which the two means above are divided already: so the weights are those of
+  // the product to the last bit, and their rounding is a change of each p_j by 2^-24 and no more, however much of the
+  // variance cancels. On CUDA where they were stored in pieces.
+  double q_sum;
 };
 
 // The same for its gradient.

@@ -162,6 +162,7 @@ def head_chunk_cotangent(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     q: int,
     g: int,
     g_stride: int,
@@ -181,12 +182,14 @@ def head_chunk_directions(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     summary: int,
     center: int,
     row_state: int,
     numbers: int,
     mean: int,
     direction: int,
+    q: int,
     top_row: int,
     top_bias: int,
     top: int,
@@ -205,6 +208,14 @@ def head_chunk_statistics(
     center: int,
     centered_squares: int,
     row_state: int,
+    members: int,
+    starts: int,
+    groups: int,
+    near: int,
+    near_of: int,
+    near_count: int,
+    merged: int,
+    near_q: int,
 ) -> int: ...
 def head_chunk_weights(
     target: str,
@@ -233,7 +244,7 @@ def head_measure(
     count_rows: bool,
     value: int,
     double_value: bool,
-    coefficient: int,
+    log_coefficient: int,
 ) -> int: ...
 def head_measure_workspace(problem: HeadProblem) -> int: ...
 def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
@@ -242,7 +253,7 @@ def head_metrics_backward(
     problem: HeadProblem,
     upstream: int,
     upstream_stride: int,
-    coefficient: int,
+    log_coefficient: int,
     d_features: int,
     d_weight: int,
     d_bias: int,
@@ -263,8 +274,19 @@ def head_reduction(
     count_rows: bool,
     value: int,
     double_value: bool,
-    coefficient: int,
+    log_coefficient: int,
 ) -> None: ...
+def head_repeats(
+    target: str,
+    problem: HeadProblem,
+    exponent: int,
+    centered_squares: int,
+    keys: int,
+    members: int,
+    starts: int,
+    near: int,
+    near_of: int,
+) -> tuple[int, int]: ...
 def head_summary(
     target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
 ) -> None: ...
