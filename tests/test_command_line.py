@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,6 +213,14 @@ FACTORIES = """
         model, loader = trained()
         return Modèle(*model), loader
 
+    def rows():
+        model, loader = trained()
+        return model, loader.dataset
+
+    def by_name():
+        model, loader = trained()
+        return model, [{"input": x, "labels": y} for x, y in loader]
+
     def shared():
         model, loader = trained()
         sampler = torch.utils.data.DistributedSampler(loader.dataset, num_replicas=4, rank=0, shuffle=False)
@@ -252,6 +261,16 @@ def test_evaluate_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> 
     model, loader = sys.modules["factories"].trained()
     want = flatcore.evaluate(model, loader, input_gradient_norms=True)
     assert repr(want) in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "attack-path", "sweep"])
+def test_a_factory_may_return_a_data_set(command: str, factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [] if command == "evaluate" else [*ATTACK[:-2], "--samples", "40"]
+    said = {}
+    for place in ("factories:trained", "factories:rows"):
+        assert main([command, place, *options, "--out", "out"]) == 0
+        said[place] = capsys.readouterr().out
+    assert re.sub(r"\d\.\d+\S*", "", said["factories:rows"]) == re.sub(r"\d\.\d+\S*", "", said["factories:trained"])
 
 
 def test_interrupted_evaluate_writes_what_it_has(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +358,7 @@ def test_sweep_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["evaluate", "factories:trained", "--device", "meta"], "model must be on device meta, got one on cpu"),
         (["attack-path", "factories:trained", *ATTACK, "--clip", "0", "0.5"], "inputs must lie within clip = (0.0, 0.5)"),
         (["sweep", "factories:empty", *ATTACK], "loader must yield at least one batch"),
+        (["sweep", "factories:by_name", *ATTACK], "got a dict of 2 as batch 0: inputs by name are for flatcore.evaluate"),
     ],
 )  # fmt: skip
 def test_failures_are_sentences(argv: list[str], words: str, factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
