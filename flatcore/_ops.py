@@ -151,9 +151,7 @@ def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest
     return _run_head_metrics(features, linear_weight, linear_bias, logits, target, *rest)
 
 
-def _op_head_metrics_backward(
-    upstream, log_coefficient, features, linear_weight, linear_bias, logits, target, *rest
-):
+def _op_head_metrics_backward(upstream, log_coefficient, features, linear_weight, linear_bias, logits, target, *rest):
     *options, field, wanted = rest
     _, _, include_bias, norm_power = options
     _check_head(features, linear_weight, linear_bias, logits, target, include_bias, norm_power)

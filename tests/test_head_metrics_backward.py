@@ -608,12 +608,17 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
     soft = kind == "soft"
     s = _reduction.sample_weights(target, weight, -100) if soft or weight is not None else None
     arguments = (logs, s, None if soft else target, soft, -100, reduction, log, dtype)
-    want, slope = _reduction.reduce_with_coefficient(*arguments)
-    got, coefficient = _native.head_reduction(*arguments, True)
+    want, slope = _reduction.reduce_with_log_coefficient(*arguments)
+    got, log_coefficient = _native.head_reduction(*arguments, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=2 * unit + N * 2.0**-53, atol=0.0)
-    assert coefficient.dtype == torch.float64 and (coefficient[7] == 0)
-    torch.testing.assert_close(coefficient, slope, rtol=1e-13 if dtype == torch.float64 else 1e-7, atol=0.0)
+    assert log_coefficient.dtype == torch.float64 and log_coefficient[7] == -INF
+    torch.testing.assert_close(log_coefficient, slope, rtol=1e-13, atol=1e-13, equal_nan=True)
+    leaf = logs.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(_reduction.reduce(leaf, *arguments[1:]).sum(), leaf)
+    torch.testing.assert_close(
+        log_coefficient.exp(), by_autograd, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0
+    )
 
 
 def test_is_direct_only_where_no_gradient_is_needed() -> None:

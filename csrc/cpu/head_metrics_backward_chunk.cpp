@@ -119,7 +119,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     row.c = 0.0;
     return clear();
   }
-  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0, ties = 1.0;
+  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0;
   const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x(d) - centered(w_label, d); };
   for (int64_t d = 0; d < D; ++d) {
     const double value = gradient(d), a = std::fabs(value), label = centered(w_label, d);
@@ -141,7 +141,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   // A sign, and which component is the largest, must not come from the rounding of the product: a component that is 0,
   // where all classes with a share agree in it, or one of two equal ones, is summed again from differences.
   const C* q = static_cast<const C*>(call.q) + i * call.q_stride;
-  const auto exact = [&](int64_t d) {
+  const auto exact = [&](int64_t d) __attribute__((noinline)) {
     const double own = static_cast<double>(widen(w_label[d * step]));
     double sum = 0.0;
     for (int64_t j = 0; j < call.C; ++j) {
@@ -167,27 +167,23 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     }
     return;
   }
-  const double found = largest;
-  double candidates = 0.0;
-  const auto is_candidate = [&](int64_t d) {
-    const double a = std::fabs(gradient(d));
-    return a == found || unsure(d, (found - a) * 0.5);
-  };
-  for (int64_t d = 0; d < D; ++d) candidates += is_candidate(d) ? 1.0 : 0.0;
-  const bool again = candidates > 1.0;
-  largest = again ? 0.0 : found;
-  ties = 1.0;
-  for (int64_t d = 0; again && d < D; ++d) {
+  // Compared within the noise and never for equality: the compiler may contract the same expression in two ways.
+  const auto is_candidate = [&](int64_t d) { return unsure(d, (largest - std::fabs(gradient(d))) * 0.5); };
+  int64_t candidates = 0;
+  for (int64_t d = 0; d < D; ++d) candidates += is_candidate(d) ? 1 : 0;
+  double found = 0.0, ties = 1.0;
+  for (int64_t d = 0; candidates > 1 && d < D; ++d) {
     if (!is_candidate(d)) continue;
     const double a = std::fabs(exact(d));
-    ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
-    largest = a > largest ? a : largest;
+    ties = a == found ? ties + 1.0 : a > found ? 1.0 : ties;
+    found = a > found ? a : found;
   }
-  row.inner = largest;
+  row.inner = candidates > 1 ? found : largest;
   for (int64_t d = 0; d < D; ++d) {
-    const double value = !is_candidate(d) ? 0.0 : again ? exact(d) : gradient(d);
+    const bool among = is_candidate(d);
+    const double value = !among ? 0.0 : candidates > 1 ? exact(d) : gradient(d);
     const double sign = value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0;
-    direction[d] = static_cast<C>(std::fabs(value) == largest ? sign / ties : 0.0);
+    direction[d] = static_cast<C>(candidates > 1 && std::fabs(value) != found ? 0.0 : sign / ties);
   }
 }
 
