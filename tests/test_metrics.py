@@ -352,8 +352,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("first", FIRST)
-@pytest.mark.parametrize("entry", ("update", "forward"))
+@pytest.mark.parametrize(("entry", "first"), (*(("update", first) for first in FIRST), ("forward", "dead features")))
 def test_a_collection_never_takes_metrics_for_one_another(entry: str, first: str) -> None:
     """torchmetrics#2596: what agrees after the first batch was updated once, and reported under every name."""
     x, w, b, y = data()
@@ -365,7 +364,7 @@ def test_a_collection_never_takes_metrics_for_one_another(entry: str, first: str
     collection = torchmetrics.MetricCollection({name: make() for name, make in makers.items()})
     alone = {name: make() for name, make in makers.items()}
     start = FIRST[first](x, y)
-    for features, target in (start, *((x[rows], y[rows]) for rows in batches(x))):
+    for features, target in (start, *((x[rows], y[rows]) for rows in batches(x, 90))):
         (collection.update if entry == "update" or target is start[1] else collection)(
             features, w, target, linear_bias=b
         )
@@ -525,12 +524,12 @@ def test_wrappers_that_would_take_a_head_apart_are_refused() -> None:
     # the way out that is named
     x, w, _, _ = data()
     torch.manual_seed(0)
-    way_out = wrappers.BootStrapper(torchmetrics.MeanMetric(), num_bootstraps=200)
+    way_out = wrappers.BootStrapper(torchmetrics.MeanMetric(), num_bootstraps=80)
     values = flatcore.hessian_trace(x, w, reduction="none")
     way_out.update(values)
     error = values.std() / math.sqrt(N)
-    assert abs(way_out.compute()["mean"].double() - values.mean()) < 5 * error / math.sqrt(200) + error
-    assert 0.7 * error < way_out.compute()["std"].double() < 1.3 * error
+    assert abs(way_out.compute()["mean"].double() - values.mean()) < 5 * error / math.sqrt(80)
+    assert 0.6 * error < way_out.compute()["std"].double() < 1.4 * error  # 5 of its own standard errors
 
 
 def test_wrappers_that_pass_a_head_on_whole() -> None:
