@@ -800,6 +800,10 @@ SHARES = """
         "the same data set": dataset,
         "the same generator": ((x[k : k + 16], y[k : k + 16]) for k in range(0, N, 16)),
         "accelerate": even,
+        "accelerate, alike": DataLoader(
+            TensorDataset(torch.ones(101, 6), y * 0),
+            batch_sampler=Even(BatchSampler(SequentialSampler(dataset), 16, False)),
+        ),
         "by name": named(),
         "equal labels": load(twins[rank::world]),
         "inner sampler": DataLoader(dataset, batch_sampler=BatchSampler(share(), 16, False)),
@@ -907,6 +911,8 @@ def test_two_processes_give_every_row_once(tmp_path: Path) -> None:
     assert one["failing"].startswith(
         "RuntimeError: another process could not read its loader, process 1: OSError: the disk"
     )
+    for results in (one, two):  # known shares, though their first batches are alike
+        assert results["accelerate, alike"][1] and results["accelerate, alike"][0]["row"].tolist() == list(range(101))
     # rows that no one can see to be the same: counted twice, and said so
     assert len(one["noisy stream"][0]["row"]) == 202 and not two["noisy stream"][4]
     assert re.match("the processes read other inputs and the same labels in the same order", one["noisy stream"][4][0])
