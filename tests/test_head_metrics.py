@@ -30,6 +30,7 @@ def _name(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ against 60 digits
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", WIDE, ids=_name)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_value_is_exact(path: str, case: Case, dtype: torch.dtype) -> None:
@@ -38,6 +39,7 @@ def test_every_value_is_exact(path: str, case: Case, dtype: torch.dtype) -> None
     problem(case.name, dtype).check_views()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=_name)
 @pytest.mark.parametrize("name", _GIVEN + _FEATURES)
 def test_half_inputs_are_read_as_they_are(path: str, name: str, dtype: torch.dtype) -> None:
@@ -46,6 +48,7 @@ def test_half_inputs_are_read_as_they_are(path: str, name: str, dtype: torch.dty
     problem(name, dtype).check_views()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("name", ("logits-3", "features-10", "features-and-bias-142", "wide-300-15"))
@@ -227,6 +230,7 @@ def _tiny(classes: int, width: int, temperature: float, bias: bool) -> Case:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("include_bias", (False, True))
 @pytest.mark.parametrize("temperature", (1.0, 2.5))
 @pytest.mark.parametrize(("classes", "width"), ((2, 1), (2, 3), (3, 5), (5, 4), (7, 2)))

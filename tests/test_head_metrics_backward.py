@@ -1,8 +1,5 @@
 """Derivatives of the measures: against finite differences, against 400 digits, and through all that surrounds a call.
 
-# some heads here have one class, and are meant to
-pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
-
 Letters: N rows, D features, C classes.
 """
 
@@ -25,6 +22,9 @@ from torch import Tensor
 
 import flatcore
 from flatcore import _native, _ops, _reduction, reference
+
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
 
 INF, NAN = math.inf, math.nan
 MEASURES: dict[str, Callable[..., Tensor]] = {
@@ -77,6 +77,7 @@ def check(function: Callable[..., Tensor], given: dict[str, Tensor], names: tupl
 
 
 # --------------------------------------------------------------------------------------- the definition: differences
+@pytest.mark.crossed
 @pytest.mark.parametrize("logits", (False, True), ids=("products", "logits"))
 @pytest.mark.parametrize("include_bias", (False, True), ids=("", "bias"))
 @pytest.mark.parametrize("name", MEASURES)
@@ -86,6 +87,7 @@ def test_gradcheck_of_every_measure(name: str, include_bias: bool, logits: bool,
     check(MEASURES[name], given, names, include_bias=include_bias, reduction="none", temperature=0.8)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("kind", ("none", "hard", "weighted", "soft", "soft-weighted"))
@@ -100,6 +102,7 @@ def test_gradcheck_of_every_reduction(kind: str, reduction: str, log: bool, path
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("logits", (False, True), ids=("products", "logits"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
@@ -124,6 +127,7 @@ def test_leading_dimensions_and_strides(path: str) -> None:
         torch.testing.assert_close(a.reshape(c.shape), c, rtol=1e-12, atol=1e-14, msg=name)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("dtype", "threads"),
     ((torch.bfloat16, 1), *itertools.product((torch.float32, torch.float64), (1, 2, 3))),
@@ -274,6 +278,7 @@ ROWS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(("name", "label"), [*((name, 0) for name in MEASURES), *itertools.product(NORMS, (0, 2))])
 def test_confident_rows_have_the_exact_gradient(name: str, row: str, label: int, path: str) -> None:
@@ -423,6 +428,7 @@ def test_opcheck_with_inputs_that_require_gradient(case: str, path: str) -> None
     torch.library.opcheck(torch.ops.flatcore.head_metrics.default, _operator_arguments(case))
 
 
+@pytest.mark.crossed
 @SCRIPTED
 @pytest.mark.parametrize("case", OPERATORS)
 @pytest.mark.parametrize("wanted", ([True, True, True, False], [True, False, False, False], [False] * 4))
@@ -464,7 +470,7 @@ def test_the_backward_operator_checks_its_arguments(case: str) -> None:
 
 
 @SCRIPTED
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)))
 def test_a_compiled_training_step_gives_the_same_numbers(backend: str) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -611,12 +617,17 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
     soft = kind == "soft"
     s = _reduction.sample_weights(target, weight, -100) if soft or weight is not None else None
     arguments = (logs, s, None if soft else target, soft, -100, reduction, log, dtype)
-    want, slope = _reduction.reduce_with_coefficient(*arguments)
-    got, coefficient = _native.head_reduction(*arguments, True)
+    want, slope = _reduction.reduce_with_log_coefficient(*arguments)
+    got, log_coefficient = _native.head_reduction(*arguments, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=2 * unit + N * 2.0**-53, atol=0.0)
-    assert coefficient.dtype == torch.float64 and (coefficient[7] == 0)
-    torch.testing.assert_close(coefficient, slope, rtol=1e-13 if dtype == torch.float64 else 1e-7, atol=0.0)
+    assert log_coefficient.dtype == torch.float64 and log_coefficient[7] == -INF
+    torch.testing.assert_close(log_coefficient, slope, rtol=1e-13, atol=1e-13, equal_nan=True)
+    leaf = logs.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(_reduction.reduce(leaf, *arguments[1:]).sum(), leaf)
+    torch.testing.assert_close(
+        log_coefficient.exp(), by_autograd, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0
+    )
 
 
 def test_is_direct_only_where_no_gradient_is_needed() -> None:

@@ -279,6 +279,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("threads", (1, 2, 3))
 @pytest.mark.parametrize("name", ("features-10", "features-142", "features-and-bias-1000", "logits-1000"))
 def test_two_runs_agree_bit_for_bit(path: str, name: str, threads: int) -> None:
@@ -333,6 +334,7 @@ _SWITCHES = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("switch", _SWITCHES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("name", ("features-10", "features-142", "wide-64-64", "wide-17-301"))

@@ -43,6 +43,7 @@ def _check(x: Tensor, got: Tensor | None = None) -> None:
         assert_within(f"ord {ord} of {tuple(x.shape)} {x.dtype}", norms, truth, bound, dtype)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_ragged_widths(target: str, width: int, dtype: torch.dtype) -> None:
@@ -91,6 +92,7 @@ def test_half_rows_whose_norms_leave_their_range(target: str, dtype: torch.dtype
     _check(torch.full((2, 1001), 6e-8, dtype=dtype))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("width", (1, 7, 64, 130, 65600))
 def test_nan_and_infinity(target: str, width: int, dtype: torch.dtype) -> None:

@@ -81,7 +81,7 @@ def test_no_features(path: str) -> None:
 
 
 @pytest.mark.parametrize("given", (False, True), ids=("features", "logits"))
-@pytest.mark.parametrize("kind", ("reference", "chunked"))
+@pytest.mark.parametrize("kind", (pytest.param("reference", marks=pytest.mark.exhaustive), "chunked"))
 def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
     """Rows of W and logits come from 50 different ones, so that the exact value counts instead of summing 200,000."""
     classes, n = 200_000, 3
@@ -99,6 +99,7 @@ def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
         assert flatcore.show_config()["last_path"] == "chunked"
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("rows_per_chunk", (1, 2, 7, 16))
 @pytest.mark.parametrize("name", ("features-142", "logits-142", "features-and-bias-10", "wide-300-15", "wide-17-301"))
 def test_many_chunks(path: str, name: str, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,5 @@
 """unmasked_cross_entropy: the cross-entropy's value, and its exact direction at every confidence.
 
-# some heads here have one class, and are meant to
-pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
-
 Letters: N samples, C classes; logits z (N, C), target y; q the softmax over the classes other than y.
 """
 
@@ -21,6 +18,9 @@ from torch.nn import functional
 
 import flatcore
 from flatcore import _ops
+
+# some heads here have one class, and are meant to
+pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
 
 INF, NAN = math.inf, math.nan
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,6 +69,7 @@ def _check(z: Tensor, y: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", WIDTHS)
 def test_ragged_widths(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -320,6 +321,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.compiler.reset()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("learns", (False, True))
 def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
@@ -332,6 +334,7 @@ def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
