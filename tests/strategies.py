@@ -124,7 +124,8 @@ def draw_call(
     if function == "unmasked_cross_entropy":
         return _of_logits(source, g, kind, dtype)
     classes = min(classes, 300) if function == "input_gradients" else classes
-    weight = _head(source, g, kind, weight_dtype, classes)
+    least = 2 if function == "input_gradients" else 1  # which refuses a model of one output
+    weight = _head(source, g, kind, weight_dtype, classes, least)
     if function == "input_gradients":  # a model: its own weight, in the inputs' dtype
         dtype = weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         weight = weight.to(dtype)
@@ -200,10 +201,10 @@ def _rows(source: Source, g: torch.Generator, rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, generator=g).double() * source.choice((1.0, 0.05, 20.0))
 
 
-def _head(source: Source, g: torch.Generator, kind: str, dtype: torch.dtype, most: int) -> Tensor:
+def _head(source: Source, g: torch.Generator, kind: str, dtype: torch.dtype, most: int, least: int) -> Tensor:
     if kind == "many" and source.integer(0, 15):
         kind = "repeated"
-    C = min(_classes(source, kind), most)
+    C = max(min(_classes(source, kind), most), least)
     D = source.choice((1, 2, 3, 4)) if C > 330 else source.integer(1, 40) if C <= 70 else source.integer(1, 16)
     few = min(C, source.choice((1, 2, 3, 5, 12)))
     if kind == "sparse":
