@@ -50,3 +50,11 @@ def _set_cpu_precision(value: str) -> None:
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if hasattr(matmul, "fp32_precision"):
         matmul.fp32_precision = value
+
+
+def products_are_exact(device_type: str) -> bool:
+    """Whether float32 products on this device keep full precision under the switches as they are now."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through the newer switches
+        return False
