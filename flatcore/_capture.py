@@ -18,29 +18,27 @@ from ._validate import is_exact
 class Pass:
     """One forward pass: the tensors that the last linear layer used, as they were while it ran."""
 
-    def __init__(self) -> None:
-        self.begin(0, -1)
+    thread = 0  # 0: traced by the compiler, where threads cannot be told apart
+    task = -1  # of the backward it runs in, -1: none
+    depth = 1  # a model may call itself
+    number = 0
+    open, done, checked = True, False, False
+    module: nn.Linear | None = None
+    features: Any = None
+    weight: Any = None
+    bias: Any = None
+    logits: Any = None
+    versions: tuple[int, int, int, int] | None = None  # of these four, as the head left them
+    address = 0  # of the weight: `weight.data = other` leaves its version alone
+    row: Tensor | None = None  # of the weight, where the logits are too coarse to tell two weights apart
+    grad = True  # whether grad mode was on in the head
+    exact: bool | None = None  # whether float32 products were exact; None: unknown, the pass was traced
+    output: Any = None
 
-    def begin(self, thread: int, task: int) -> None:
-        self.thread = thread  # 0: traced by the compiler, where threads cannot be told apart
-        self.task = task  # of the backward it runs in, -1: none
-        self.depth = 1  # a model may call itself
-        self.number = 0
-        self.open, self.done, self.checked = True, False, False
+    def __init__(self) -> None:
         self.ran: list[nn.Module] = []
         self.calls: list[tuple[nn.Module, Any, Tensor]] = []  # (layer, its input, one row of its output), where sampled
         self.made: list[tuple[nn.Module, Tensor]] = []  # what parametrisations computed since a layer used it
-        self.module: nn.Linear | None = None
-        self.features: Any = None
-        self.weight: Any = None
-        self.bias: Any = None
-        self.logits: Any = None
-        self.versions: tuple[int, int, int, int] | None = None  # of these four, as the head left them
-        self.address = 0  # of the weight: `weight.data = other` leaves its version alone
-        self.row: Tensor | None = None  # of the weight, where the logits are too coarse to tell two weights apart
-        self.grad = True  # whether grad mode was on in the head
-        self.exact: bool | None = None  # whether float32 products were exact; None: unknown, the pass was traced
-        self.output: Any = None
 
     def computed(self, module: nn.Module, name: str) -> Tensor | None:
         """The weight or bias that the layer has just used, never computed again: spectral_norm iterates at each look."""
@@ -64,18 +62,18 @@ class Pass:
         self.features = args[0] if args else kwargs["input"]
         self.weight, self.bias = self.computed(module, "weight"), self.computed(module, "bias")
         self.grad = torch.is_grad_enabled()
-        self.made = []
+        if self.made:
+            self.made = []
 
     def seal(self, output: Any) -> None:
         """The model has returned: nothing is added any more."""
         self.output, self.open, self.done = output, False, True
-        self.made = []
         if self.versions is None or not isinstance(self.logits, Tensor):
             return
         self.address = address(self.weight)
-        if self.logits.dtype is not torch.float64:
+        if self.logits.dtype is torch.float32:
             self.exact = products_are_exact(self.logits.device.type)
-        if self.logits.itemsize < 4 and self.address and self.weight.dim() == 2 and len(self.weight):
+        elif self.logits.dtype is not torch.float64 and self.address and self.weight.dim() == 2 and len(self.weight):
             self.row = self.weight.detach()[0].clone()
 
 
@@ -99,9 +97,9 @@ class _Slots(threading.local):
 class Capture:
     """The hooks. They hold this and not the probe, so that a lost probe takes them away.
 
-    A pass is what happens between the model's pre-hook and its post-hook, in one thread. Layers that run outside of it (called
-    by themselves, or again in a backward) change nothing. The copy of a hook does nothing: copies and pickles of a model that
-    is probed are made without hooks (see :func:`install`), unless a class copies its modules in its own way.
+    A pass is what happens between the model's pre-hook and its post-hook, in one thread. Layers that run outside of it
+    (called by themselves, or again in a backward) change nothing. Copies and pickles of a model that is probed are made
+    without hooks (:class:`_State`); where a class copies its modules in its own way, the copy of a hook does nothing.
     """
 
     def __init__(self, dead: bool = False) -> None:
@@ -113,8 +111,7 @@ class Capture:
 
     def clear(self) -> None:
         self.slots = _Slots()
-        self.traced = Pass()  # written to by compiled code
-        self.traced.open = False
+        self.traced = _closed()  # written to by compiled code
         self.latest: Pass | None = None  # of all threads
         self.passes = 0
         self.outside = False  # a layer ran outside of a pass
@@ -126,7 +123,7 @@ class Capture:
         if self.dead:
             return
         if torch.compiler.is_compiling():
-            self.traced.begin(0, -1)
+            self.traced = Pass()
             self.latest = None
             return
         task = torch._C._current_graph_task_id()
@@ -138,12 +135,15 @@ class Capture:
         slot.open, slot.done = Pass(), None
         slot.open.thread, slot.open.task = threading.get_ident(), task
         if task < 0:
-            self.slots.backward = _Slot()
+            if self.slots.backward.done is not None or self.slots.backward.open is not None:
+                self.slots.backward = _Slot()
             if self.latest is not None and self.latest.thread in (0, slot.open.thread):
                 self.latest = None
             self.passes += 1
             slot.open.number = self.passes
-        self.traced.begin(0, task)
+        if self.traced.ran:
+            self.traced = Pass()
+        self.traced.open = True
 
     def after_parametrization(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.dead:
@@ -167,8 +167,14 @@ class Capture:
             return
         running.take(module, args, kwargs, output)
         features, weight, bias = running.features, running.weight, running.bias
-        running.versions = version(features), version(weight), version(bias), version(output)
-        self.traced.module = None  # what compiled code saw before is not the last any more
+        try:
+            running.versions = (
+                features._version, weight._version, -1 if bias is None else bias._version, output._version
+            )  # fmt: skip
+        except (RuntimeError, AttributeError):  # inference tensors have none
+            running.versions = version(features), version(weight), version(bias), version(output)
+        if self.traced.ran:
+            self.traced.module = None  # what compiled code saw before is not the last any more
         if self.sampled and module.training in self.sampled and isinstance(output, Tensor) and output.numel():
             row = output.detach()[(0,) * (output.dim() - 1)].clone()
             running.calls.append((module, weakref.ref(features), row))
@@ -194,8 +200,9 @@ class Capture:
             running.module, running.features, running.logits = traced.module, traced.features, traced.logits
             running.weight, running.bias, running.grad = traced.weight, traced.bias, traced.grad
             running.versions = None
-        running.ran += self.traced.ran
-        self.traced.begin(0, -1)
+        if self.traced.ran:
+            running.ran += self.traced.ran
+            self.traced = _closed()
         self.traced.open = False
         running.seal(output)
         if task < 0:
@@ -208,7 +215,7 @@ class Capture:
         return running if running is not None and running.task == task else None
 
     def last(self) -> Pass | None:
-        """The pass to measure: this thread's own, else the last of any. Open, if it has not ended; None, if there is none."""
+        """The pass to measure: this thread's own, else the last of any; open, if it has not ended."""
         if torch.compiler.is_compiling():
             return self.latest
         task = torch._C._current_graph_task_id()
@@ -226,6 +233,12 @@ class Capture:
         return latest
 
 
+def _closed() -> Pass:
+    empty = Pass()
+    empty.open = False
+    return empty
+
+
 def version(tensor: Any) -> int:
     return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
@@ -235,6 +248,15 @@ def address(tensor: Any) -> int:
     if not isinstance(tensor, Tensor) or not is_exact(tensor) or not torch._C._has_storage(tensor):
         return 0
     return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
+
+
+def is_dead(tensor: Tensor) -> bool:
+    """Whether it is a value of a torch.func transform that has ended."""
+    transforms = torch._C._functorch
+    if not transforms.is_functorch_wrapped_tensor(tensor):
+        return False
+    level = transforms.maybe_get_level(tensor)  # -2: a gradient's, unwrapped by now
+    return level < 0 or level > (transforms.maybe_current_level() or 0)
 
 
 def _calls_itself(module: nn.Module) -> bool:

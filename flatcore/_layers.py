@@ -41,9 +41,10 @@ def readable(tensor: Any, name: str, head: nn.Module, title: str, model: nn.Modu
         if _is_fully_sharded(model, head, held):
             return _gathered(held)
         raise TypeError(
-            f"{what} is a {type(held).__name__} {tuple(held.placements)} that fully_shard does not manage: pass linear_weight "
-            "and linear_bias to the measure, made whole by full_tensor(grad_placements=...) with what each process adds to "
-            'the gradient: [Partial("avg")] where each has its own batch, [Replicate()] where all have the same'
+            f"{what} is a {type(held).__name__} {tuple(held.placements)} that fully_shard does not manage: pass "
+            "linear_weight and linear_bias to the measure, made whole by full_tensor(grad_placements=...) with what each "
+            'process adds to the gradient: [Partial("avg")] where each has its own batch, [Replicate()] where all have the '
+            "same"
         )
     if tensor.is_meta:
         by = " by an accelerate hook" if hasattr(head, "_hf_hook") else ""
@@ -55,8 +56,8 @@ def readable(tensor: Any, name: str, head: nn.Module, title: str, model: nn.Modu
     if (hidden or tensor.dtype not in FLOATS) and torch._C._len_torch_dispatch_stack() == 0:  # else a fake tensor
         given = f"probe.head.{name}.dequantize()" if hasattr(tensor, "dequantize") else f"its {name}"
         raise TypeError(
-            f"{what} is a {kind(tensor)} of {tensor.dtype} (quantised?), not the plain numbers that the layer multiplies by: "
-            f"pass linear_{name}={given}, a plain floating tensor, to the measure"
+            f"{what} is a {kind(tensor)} of {tensor.dtype} (quantised?), not the plain numbers that the layer multiplies "
+            f"by: pass linear_{name}={given}, a plain floating tensor, to the measure"
         )
     check_tensor(tensor, f"linear_{name}")  # freed, sparse, nested
     return tensor
@@ -126,5 +127,8 @@ def remedy(module: nn.Module) -> str:
             "layer.weight().dequantize(), linear_bias=layer.bias())"
         )
     if isinstance(weight, Tensor) and weight.dim() == 2:
-        return "; use the functional form on its input, flatcore.relative_flatness(features, weight (C, D), linear_bias=bias)"
+        return (
+            "; use the functional form on its input, flatcore.relative_flatness(features, weight, linear_bias=bias) with a "
+            "weight (C, D)"
+        )
     return ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _verify
-from ._capture import Capture, Pass, address, install, remove, version
+from ._capture import Capture, Pass, address, install, is_dead, remove, version
 from ._comparison import tensors_in
 from ._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
 from ._layers import adapters, adapts, kind, parts, readable, remedy, sizes
@@ -34,7 +34,7 @@ class Probe:
     differentiable with respect to everything the model computed them from. The head is the last ``torch.nn.Linear`` that
     ran, or the one that is named. A pass is a call of the model, from its beginning to its return, with the weight and bias
     that the head used in it; what runs outside of one (layers called by themselves, recomputation in a backward) changes
-    nothing. A thread measures its own last pass, or, if it made none, the last of any. A copy of a probed model is not probed.
+    nothing. A thread measures its own last pass, or, if it made none, the last of any. Copies of the model are not probed.
 
     Args:
         model: a ``torch.nn.Module``; also wrapped in DistributedDataParallel or compiled. What it returns must hold the
@@ -50,16 +50,16 @@ class Probe:
 
     Raises:
         TypeError: a model that is no module; a head that is no linear layer (a quantised one, say); DataParallel; a
-            temperature that is a tensor. When a measure is taken: a weight or bias that is sharded (DTensor) otherwise than by
-            ``fully_shard``, offloaded (meta), quantised, or of a subclass that hides its numbers: pass ``linear_weight`` and
-            ``linear_bias``.
+            temperature that is a tensor. When a measure is taken: a weight or bias that is sharded (DTensor) otherwise than
+            by ``fully_shard``, offloaded (meta), quantised, or of a subclass that hides its numbers: pass ``linear_weight``
+            and ``linear_bias``.
         ValueError: a head that is not in the model, or whose name fits several; a model without linear layers; a bad
             temperature. When a measure is taken: a freed weight (FSDP); a head of one output (a sigmoid's).
-        RuntimeError: when a measure is taken: no forward pass was seen, or it did not come to its end; the head did not run in
-            it; features, weight, bias or logits have changed since; a derivative is wanted and the head ran under no_grad
-            (a reentrant checkpoint); the outputs of several linear layers are returned; adapters (LoRA) run beside the head;
-            the model's output is not the head's (a softcap, scale or temperature follows): the message lists the linear layers
-            that ran.
+        RuntimeError: when a measure is taken: no forward pass was seen, or it did not come to its end, or it ran inside a
+            transform of ``torch.func`` that has ended; the head did not run in it; features, weight, bias or logits have
+            changed since; a derivative is wanted and the head ran under no_grad (a reentrant checkpoint); the outputs of
+            several linear layers are returned; adapters (LoRA) run beside the head; the model's output is not the head's (a
+            softcap, scale or temperature follows): the message lists the linear layers that ran.
 
     Gradients: the measures flow into features and weight; :meth:`head_metrics` detaches its inputs, for it has no
         derivative. A pass under no_grad is measured without.
@@ -99,10 +99,10 @@ class Probe:
             )
         if isinstance(temperature, Tensor):
             raise TypeError(
-                f"temperature must be a number, got a tensor of shape {tuple(temperature.shape)}: pass temperature.item() if it "
-                "is one that is not learned; for one that is learned or differs by row use the functional form with "
-                "flatcore.relative_flatness(features, weight, linear_bias=bias, logits=features @ weight.T / temperature) and "
-                "the like, whose gradient reaches it through logits"
+                f"temperature must be a number, got a tensor {tuple(temperature.shape)}: pass temperature.item() if "
+                "it is one number that is not learned; else use the functional form on what a probe with verify=False "
+                "captures, flatcore.relative_flatness(probe.features, probe.head.weight, linear_bias=probe.head.bias, "
+                "logits=probe.logits / temperature), whose gradient reaches the temperature through the logits"
             )
         self.model = model
         self.temperature = check_temperature(temperature)
@@ -265,7 +265,7 @@ class Probe:
         if used.module is None or not isinstance(used.features, Tensor) or not isinstance(used.logits, Tensor):
             which = "no linear layer" if self._chosen is None else f"not the head {self._names[self._chosen]!r}"
             raise RuntimeError(f"the model ran, but {which} ran in it; {listed(self)}")
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_dead_tensor_wrapper(used.features):
+        if not torch.compiler.is_compiling() and is_dead(used.features):
             raise RuntimeError(
                 "the forward pass ran inside a transform of torch.func (vmap, grad), which has ended and taken its tensors "
                 "with it: take the measure inside the transform, or of a pass outside of it"
@@ -398,8 +398,8 @@ class Probe:
         name, layer = self._adapters.get(head, (self._names[head], head))
         if adapts(layer, used.ran):
             raise RuntimeError(
-                f"the head {name!r} is a LoRA layer ({kind(layer)}): its output is that of W + scaling * B A, the weight that "
-                "was captured is W alone. Pass the merged one to the measure, linear_weight=W + scaling * B @ A (in peft: "
+                f"the head {name!r} is a LoRA layer ({kind(layer)}): its output is that of W + scaling * B A, the captured "
+                "weight is W alone. Pass the merged one to the measure, linear_weight=W + scaling * B @ A (in peft: "
                 f"layer.base_layer.weight + layer.get_delta_weight(adapter)), or merge the adapters first; {listed(self)}"
             )
 

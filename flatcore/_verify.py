@@ -60,7 +60,7 @@ def _exact(used: Pass) -> bool:
 
 @torch.no_grad()
 def check(probe: Probe, used: Pass, weight: Any, bias: Any, given: list[str]) -> bool:
-    """Compare a pass with what the model returned, at its first measure; with the weight and bias that are ``given``, if any.
+    """Compare a pass with what the model returned, at its first measure; with what is ``given`` for the head, if anything.
 
     Returns:
         False where nothing may be compared: fake tensors, the capture of a CUDA graph.

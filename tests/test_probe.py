@@ -161,7 +161,7 @@ def test_the_head_by_name_and_by_module() -> None:
             return self.main(x), self.auxiliary(x)
 
     model, (x, y) = Two(), batch()
-    for given, name in (("main", "main"), (model.main, "main"), (None, "auxiliary"), ("auxiliary", "auxiliary")):
+    for given, name in (("main", "main"), (model.main, "main"), ("auxiliary", "auxiliary")):
         with flatcore.Probe(model, given) as probe:
             model(x)
             assert probe.head_name == name
