@@ -99,10 +99,11 @@ class Probe:
             )
         if isinstance(temperature, Tensor):
             raise TypeError(
-                f"temperature must be a number, got a tensor {tuple(temperature.shape)}: pass temperature.item() if "
-                "it is one number that is not learned; else use the functional form on what a probe with verify=False "
-                "captures, flatcore.relative_flatness(probe.features, probe.head.weight, linear_bias=probe.head.bias, "
-                "logits=probe.logits / temperature), whose gradient reaches the temperature through the logits"
+                f"temperature must be a number, got a tensor {tuple(temperature.shape)}: pass temperature.item() if it is "
+                "one number that is not learned; else use the functional form on what a probe with verify=False captures, "
+                "flatcore.relative_flatness(probe.features, probe.head.weight, linear_bias=probe.head.bias, "
+                "logits=probe.logits / T, reduction='none') / T**2 with a T for each row (feature_gradient_norms: / T), "
+                "whose gradient reaches it"
             )
         self.model = model
         self.temperature = check_temperature(temperature)
@@ -171,11 +172,11 @@ class Probe:
         if self._chosen is not None and self._chosen not in self._names:
             raise ValueError(f"the head is not in the model any more: make another Probe; {listed(self)}")
         capture = self._capture
-        parts = {m for _, layer in self._adapters.values() for m in parts(layer)} - {self._chosen}
-        capture.parts = frozenset(parts)
+        inside = {m for _, layer in self._adapters.values() for m in parts(layer)} - {self._chosen}
+        capture.parts = frozenset(inside)
         if self.verify and self._chosen is None:
             capture.sampled = {True, False}
-        watched = [m for m in self._names if self._chosen is None or m is self._chosen or m in parts]
+        watched = [m for m in self._names if self._chosen is None or m is self._chosen or m in inside]
         self._detach = weakref.finalize(self, remove, install(capture, self.model, watched))
         self._recompile()
         return self

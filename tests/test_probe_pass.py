@@ -255,7 +255,9 @@ def test_a_head_inside_a_reentrant_checkpoint_is_refused(outside: bool) -> None:
         features = torch.tanh(model.body(x))
         with torch.no_grad():
             same(probe.relative_flatness(y, log=True), right(features, model.head.weight, model.head.bias, y))
-        torch.testing.assert_close(probe.head_metrics(y).loss, functional.cross_entropy(z, y, reduction="none").detach())
+        torch.testing.assert_close(
+            probe.head_metrics(y).loss, functional.cross_entropy(z, y, reduction="none").detach()
+        )
 
 
 @pytest.mark.parametrize("reentrant", (False, True))
@@ -377,7 +379,7 @@ def test_a_new_parameter_leaves_the_pass_its_own() -> None:
 
 
 def test_a_head_that_was_replaced_before_attach() -> None:
-    model, (x, y) = small(), batch()
+    model, x = small(), batch()[0]
     probe, named = flatcore.Probe(model), flatcore.Probe(model, "2")
     model[2] = nn.Linear(D, 3)
     with probe:
@@ -593,7 +595,9 @@ def test_a_model_that_scales_its_logits_later_is_refused(mode: bool) -> None:
         probe.relative_flatness(y)
 
 
-@pytest.mark.parametrize("kind", ("bfloat16", "many classes", "float64", "temperature", "leading", "no bias", "autocast"))
+@pytest.mark.parametrize(
+    "kind", ("bfloat16", "many classes", "float64", "temperature", "leading", "no bias", "autocast")
+)
 def test_later_passes_of_many_kinds(kind: str) -> None:
     """Those that agree pass, those that do not are refused, on whichever way a row is compared."""
     x = torch.randn(2, 3, 5) if kind == "leading" else batch()[0]
@@ -665,7 +669,10 @@ def test_a_result_that_is_read_later_is_read_at_detach(later: None) -> None:
 def test_a_weight_that_was_swapped_is_seen_later(later: None) -> None:
     model, (x, y) = small().bfloat16(), batch()
     averages = {name: (p.data.float() * 1.01).bfloat16() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"in forward pass 2 .*not features W\^T \+ b"), flatcore.Probe(model) as probe:
+    with (
+        pytest.raises(RuntimeError, match=r"in forward pass 2 .*not features W\^T \+ b"),
+        flatcore.Probe(model) as probe,
+    ):
         model(x.bfloat16())
         probe.relative_flatness(y)
         with averaged(model, averages, "copied"):
