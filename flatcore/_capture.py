@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._comparison import tensors_in
 from ._precision import products_are_exact
 from ._validate import is_exact
 
@@ -22,6 +23,8 @@ class Pass:
     task = -1  # of the backward it runs in, -1: none
     depth = 1  # a model may call itself
     number = 0
+    mode = True  # whether the model was in training mode
+    sampling = False  # whether every layer leaves a row of its output
     open, done, checked = True, False, False
     module: nn.Linear | None = None
     features: Any = None
@@ -59,7 +62,7 @@ class Pass:
     def take(self, module: nn.Linear, args: Any, kwargs: Any, output: Any) -> None:
         self.ran.append(module)
         self.module, self.logits = module, output
-        self.features = args[0] if args else kwargs["input"]
+        self.features = args[0] if args else kwargs.get("input")
         self.weight, self.bias = self.computed(module, "weight"), self.computed(module, "bias")
         self.grad = torch.is_grad_enabled()
         if self.made:
@@ -73,8 +76,8 @@ class Pass:
         self.address = address(self.weight)
         if self.logits.dtype is torch.float32:
             self.exact = products_are_exact(self.logits.device.type)
-        elif self.logits.dtype is not torch.float64 and self.address and self.weight.dim() == 2 and len(self.weight):
-            self.row = self.weight.detach()[0].clone()
+        elif self.logits.dtype is not torch.float64 and self.address and torch._C._len_torch_dispatch_stack() == 0:
+            self.row = self.weight.detach()[:1].clone()
 
 
 class _Slot:
@@ -116,7 +119,8 @@ class Capture:
         self.passes = 0
         self.outside = False  # a layer ran outside of a pass
         self.parts: frozenset[nn.Module] = frozenset()  # linear layers inside adapters, which are no heads
-        self.sampled: set[bool] = set()  # the modes (training or not) in which every layer leaves a row of its output
+        # the modes (training or not) whose passes are sampled: until one is measured, if several tensors are returned
+        self.sampled: set[bool] = set()
 
     # ------------------------------------------------------------------------------------------------------- the hooks
     def before_model(self, module: nn.Module, args: Any) -> None:
@@ -124,6 +128,7 @@ class Capture:
             return
         if torch.compiler.is_compiling():
             self.traced = Pass()
+            self.traced.mode = module.training
             self.latest = None
             return
         task = torch._C._current_graph_task_id()
@@ -132,15 +137,18 @@ class Capture:
         if running is not None and running.task == task and _calls_itself(module):
             running.depth += 1
             return
-        slot.open, slot.done = Pass(), None
-        slot.open.thread, slot.open.task = threading.get_ident(), task
+        fresh = slot.open = Pass()
+        slot.done = None
+        fresh.thread, fresh.task = threading.get_ident(), task
+        fresh.mode = module.training
+        fresh.sampling = module.training in self.sampled
         if task < 0:
             if self.slots.backward.done is not None or self.slots.backward.open is not None:
                 self.slots.backward = _Slot()
-            if self.latest is not None and self.latest.thread in (0, slot.open.thread):
+            if self.latest is not None and self.latest.thread in (0, fresh.thread):
                 self.latest = None
             self.passes += 1
-            slot.open.number = self.passes
+        fresh.number = self.passes
         if self.traced.ran:
             self.traced = Pass()
         self.traced.open = True
@@ -175,7 +183,7 @@ class Capture:
             running.versions = version(features), version(weight), version(bias), version(output)
         if self.traced.ran:
             self.traced.module = None  # what compiled code saw before is not the last any more
-        if self.sampled and module.training in self.sampled and isinstance(output, Tensor) and output.numel():
+        if running.sampling and isinstance(features, Tensor) and isinstance(output, Tensor) and output.numel():
             row = output.detach()[(0,) * (output.dim() - 1)].clone()
             running.calls.append((module, weakref.ref(features), row))
 
@@ -205,6 +213,8 @@ class Capture:
             self.traced = _closed()
         self.traced.open = False
         running.seal(output)
+        if running.sampling and len(tensors_in(output)) < 2:
+            self.sampled.discard(running.mode)
         if task < 0:
             self.latest = running
 

@@ -70,7 +70,7 @@ def check(probe: Probe, used: Pass, weight: Any, bias: Any, given: list[str]) ->
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return False  # fake tensors hold no numbers
-    device, mode = used.features.device.type, probe.model.training
+    device, mode = used.features.device.type, used.mode
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
     first = mode not in probe._verified
@@ -89,7 +89,7 @@ def check(probe: Probe, used: Pass, weight: Any, bias: Any, given: list[str]) ->
         features, weight, bias, logits, outputs, probe.temperature, rows, exact=_exact(used), few=not first
     )
     if used.row is not None and not given:  # coarse logits do not tell a weight from its moving average
-        result = result._replace(head=result.head & ((weight[0] == used.row) | used.row.isnan()).all())
+        result = result._replace(head=result.head & ((weight[:1] == used.row) | used.row.isnan()).all())
     head: Any = used.module
     if not first and device in _LATER:
         probe._later.append(Later(used.number, head, _beside(probe, used), result))
@@ -108,7 +108,7 @@ def agrees_quickly(probe: Probe, used: Pass, weight: Any, bias: Any) -> bool:
     logits, output = used.logits, used.output
     dtype = logits.dtype
     if not (
-        probe.model.training in probe._verified
+        used.mode in probe._verified
         and logits.device.type == "cpu" and "cpu" not in _LATER and weight.shape[0] <= _QUICK and logits.numel()
         and (dtype is torch.float64 or (dtype is torch.float32 and used.exact is True))
         and used.features.dtype is dtype and weight.dtype is dtype and (bias is None or bias.dtype is dtype)

@@ -393,7 +393,11 @@ def test_a_head_that_was_replaced_before_attach() -> None:
 def normed(kind: str) -> nn.Linear:
     head = nn.Linear(D, C)
     if kind == "spectral":
-        return parametrizations.spectral_norm(head)
+        head = parametrizations.spectral_norm(head)
+        norm = head.parametrizations.weight[0]
+        norm._u.copy_(functional.normalize(torch.randn(C), dim=0))  # far from its end: every iteration is to be seen
+        norm._v.copy_(functional.normalize(torch.randn(D), dim=0))
+        return head
     if kind == "weight":
         return parametrizations.weight_norm(head)
     old = {"old spectral": nn.utils.spectral_norm, "old weight": nn.utils.weight_norm}[kind]
