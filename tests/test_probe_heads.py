@@ -15,39 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from probing import C, D, N, batch, refused, right, same
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 import flatcore
 
-N, D, C = 6, 8, 4
-
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(N, 5), torch.arange(N) % C
-
-
-def right(features: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None, **options: Any) -> Tensor:
-    """The measure of these numbers, in float64."""
-    f, w, b = (None if x is None else x.detach().double() for x in (features, weight, bias))
-    return flatcore.relative_flatness(f, w, y, linear_bias=b, log=True, **options)
-
-
-def same(value: Any, wanted: Any) -> None:
-    torch.testing.assert_close(value.detach().double(), wanted.detach().double(), rtol=1e-5, atol=1e-5)
-
-
-def refused(ask: Callable[[], Any], *words: str, error: type[Exception] = RuntimeError) -> None:
-    with pytest.raises(error) as caught:
-        ask()
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
 
 
 class Model(nn.Module):
