@@ -81,11 +81,11 @@ def _gathered(weight: Any) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- adapters
 def adapters(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module]]:
-    """LoRA layers as peft builds them: base layer -> (name, layer)."""
+    """Layers around another one, as peft builds them: base layer -> (name, layer)."""
     return {
         layer._modules["base_layer"]: (name, layer)  # type: ignore[misc]  # a module
         for name, layer in model.named_modules()
-        if isinstance(layer._modules.get("base_layer"), nn.Module) and hasattr(layer, "lora_A")
+        if isinstance(layer._modules.get("base_layer"), nn.Module)
     }
 
 

@@ -392,11 +392,11 @@ class Probe:
 
     def _check_adapters(self, used: Pass, given: list[str]) -> None:
         head: Any = used.module
-        if not (self._adapters or hasattr(head, "lora_A")) or "linear_weight" in given:
+        if "linear_weight" in given or not (self._adapters or hasattr(head, "lora_A")):
             return
-        if head not in self._adapters and not hasattr(head, "lora_A"):
+        name, layer = self._adapters.get(head) or (self._names[head], head)
+        if not hasattr(layer, "lora_A"):
             return
-        name, layer = self._adapters.get(head, (self._names[head], head))
         if adapts(layer, used.ran):
             raise RuntimeError(
                 f"the head {name!r} is a LoRA layer ({kind(layer)}): its output is that of W + scaling * B A, the captured "

@@ -189,6 +189,9 @@ def _judge(probe: Probe, head: Any, beside: str, result: Compared, given: list[s
     if result.output.item():
         return
     hint = seen(result.given, result.made, result.unit, probe.temperature)
+    if not hint and head in probe._adapters:
+        around, layer = probe._adapters[head]
+        hint = f"it is the base layer of {around!r}, a {kind(layer)}, which changes its output"
     if not hint and beside:
         hint = f"{beside} ran too, with as many outputs: were several heads averaged or added?"
     hint = hint or "no factor, no mask and no function of each logit: something else follows"

@@ -144,16 +144,24 @@ def test_logits_of_a_pass_at_reduced_precision_are_not_used_afterwards() -> None
         assert model(x) is probe.logits
 
 
-def test_the_newer_switches_raise_nothing() -> None:
+SWITCHES = {
+    "all": (torch.backends, "tf32"),
+    "cuda": (torch.backends.cuda.matmul, "tf32"),
+    "mkldnn": (torch.backends.mkldnn.matmul, "bf16"),
+}
+
+
+@pytest.mark.parametrize("which", SWITCHES)
+def test_the_newer_switches_raise_nothing(which: str) -> None:
     """torch.get_float32_matmul_precision() does, after these."""
+    where, value = SWITCHES[which]
     model, (x, y) = small(), batch()
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "tf32"
+    before = where.fp32_precision
+    where.fp32_precision = value
     try:
         with flatcore.Probe(model) as probe:
             for _ in range(2):
                 model(x)
-                value = probe.relative_flatness(y, log=True)
-                same(value, right(probe.features, model[2].weight, model[2].bias, y))
+                same(probe.relative_flatness(y, log=True), right(probe.features, model[2].weight, model[2].bias, y))
     finally:
-        torch.backends.fp32_precision = before
+        where.fp32_precision = before

@@ -125,6 +125,21 @@ def test_adapters_that_take_no_part(how: str) -> None:
         )
 
 
+def test_an_adapter_of_another_kind_is_named() -> None:
+    class Scaled(nn.Module):  # as peft's IA3
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer, self.factors = nn.Linear(D, C), nn.Parameter(torch.rand(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factors * self.base_layer(x)
+
+    model, (x, y) = Model(Scaled()), batch()
+    with flatcore.Probe(model) as probe:
+        model(x)
+        refused(lambda: probe.relative_flatness(y), "base layer of 'head'", f"{__name__}.", "Scaled, which changes its")
+
+
 def test_adapters_in_the_body_do_not_hide_the_head() -> None:
     model, (x, y) = Model(nn.Linear(D, C)), batch()
     model.body = Lora(model.body)
