@@ -207,7 +207,8 @@ class Capture:
             traced = self.traced
             running.module, running.features, running.logits = traced.module, traced.features, traced.logits
             running.weight, running.bias, running.grad = traced.weight, traced.bias, traced.grad
-            running.versions = None
+            features, weight, bias, logits = running.features, running.weight, running.bias, running.logits
+            running.versions = version(features), version(weight), version(bias), version(logits)  # as the pass ends
         if self.traced.ran:
             running.ran += self.traced.ran
             self.traced = _closed()

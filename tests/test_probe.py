@@ -258,6 +258,22 @@ def test_compiled_models(when: str, fresh_compiler: None) -> None:
 
 @SCRIPTED
 @HIDDEN
+@pytest.mark.parametrize("what", ("features", "weight", "bias"))
+def test_what_has_changed_since_a_compiled_pass(what: str, fresh_compiler: None) -> None:
+    model, (x, y) = small(), batch()
+    compiled = torch.compile(model, backend="aot_eager")
+    with flatcore.Probe(compiled) as probe:
+        for _ in range(2):
+            compiled(x)
+            probe.relative_flatness(y)
+            with torch.no_grad():
+                {"features": probe.features, "weight": model[2].weight, "bias": model[2].bias}[what].mul_(2)
+            with pytest.raises(RuntimeError, match=f"head's {what} (has|were) changed"):
+                probe.relative_flatness(y)
+
+
+@SCRIPTED
+@HIDDEN
 def test_inside_a_compiled_step(fresh_compiler: None) -> None:
     model, (x, y) = small(), batch()
     probe = flatcore.Probe(model)
