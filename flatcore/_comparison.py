@@ -53,14 +53,16 @@ def compared(
     logits: Tensor | None,
     outputs: list[Tensor],
     temperature: float,
-    rows: Tensor,
+    rows: Tensor | slice,
     *,
     exact: bool,
     few: bool,
+    same: bool,
 ) -> Compared:
     """Compare ``rows`` of features (N, D), the head's logits (N, C) and a model's outputs (N, C).
 
     Without ``logits`` the outputs are compared with features W^T + b itself. ``few``: on a part of the classes.
+    ``same``: one of the outputs is ``logits`` itself.
     """
     C = weight.shape[0]
     phi = features[rows]
@@ -69,12 +71,14 @@ def compared(
     if few and made is not None and C > _CLASSES:  # evenly spread
         part = torch.linspace(0, C - 1, _CLASSES, device=weight.device).long()
         again, bound = _products(phi, weight[part], None if bias is None else bias[part], kind, exact)
-        head = _alike(made[:, part], again, bound)
+        head = _equal(made[:, part], again, bound)
     else:
         again, bound = _products(phi, weight, bias, kind, exact)
-        head = _alike(again if made is None else made, again, bound)
+        head = _equal(again if made is None else made, again, bound)
     narrow = max(torch.finfo(x.dtype).eps for x in (*outputs, *(() if logits is None else (logits,))))
     truth = again if made is None else made
+    if same:
+        return Compared(head, torch.ones_like(head), truth, [], narrow)
     allowed = 4 * narrow * (_largest(truth) + 1) + (bound if made is None else 0)
     given = [output[rows].double() * temperature for output in outputs]
     alike = [_alike(x, truth, allowed) for x in given]
@@ -88,11 +92,11 @@ def _products(
     half = kind in _HALF
     again, size = [], []
     left = (phi.to(kind) if half else phi).double()  # autocast rounds what goes in, a half-precision layer has it so
-    for tile in weight.split(_TILE):
+    for tile in (weight,) if len(weight) <= _TILE else weight.split(_TILE):
         right = (tile.to(kind) if half else tile).double().T
         again.append(left @ right)
         size.append(left.abs() @ right.abs())
-    z, s = torch.cat(again, 1), torch.cat(size, 1)
+    z, s = (again[0], size[0]) if len(again) == 1 else (torch.cat(again, 1), torch.cat(size, 1))
     if bias is not None:
         z, s = z + bias.double(), s + bias.double().abs()
     # a product's own rounding grows like sqrt(D); rounded inputs and partial sums at worst like their absolute terms
@@ -117,7 +121,7 @@ def row_agrees(
 ) -> bool:
     """Whether one row agrees to a few roundings, asked as cheaply as possible; False says nothing.
 
-    Of a small head in full precision on the CPU: 7 us at D = 512, C = 10, where :func:`compared` takes 150.
+    Of a small head in full precision on the CPU: 9 us at D = 512, C = 10 on a busy machine, where :func:`compared` takes 100.
     """
     if features.dim() != 2:
         features, logits = features.reshape(-1, features.shape[-1]), logits.reshape(-1, logits.shape[-1])
@@ -194,6 +198,11 @@ def _centered(x: Tensor, finite: Tensor) -> Tensor:
 def _largest(x: Tensor) -> Tensor:
     """The largest finite magnitude of each row, (R, 1): an absent class (-inf) says nothing about the others."""
     return torch.where(x.isfinite(), x, 0).abs().amax(dim=1, keepdim=True)
+
+
+def _equal(a: Tensor, b: Tensor, bound: Tensor) -> Tensor:
+    """Whether entries are equal to a bound; infinities and NaN in the same places."""
+    return (((a - b).abs() <= bound) | (a == b) | (a.isnan() & b.isnan())).all()
 
 
 def _alike(a: Tensor, b: Tensor, bound: Any) -> Tensor:

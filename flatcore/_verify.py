@@ -81,12 +81,13 @@ def check(probe: Probe, used: Pass, weight: Any, bias: Any, given: list[str]) ->
     if N == 0:
         return True
     if first:
-        rows = torch.linspace(0, N - 1, min(N, _ROWS), device=features.device).long()
+        rows: Any = torch.linspace(0, N - 1, min(N, _ROWS), device=features.device).long()
     else:
-        rows = torch.full((1,), used.number % N, device=features.device)
+        rows = slice(used.number % N, used.number % N + 1)
     logits = None if given else used.logits.reshape(-1, C)
+    same = not given and probe.temperature == 1 and any(x is used.logits for x in tensors_in(used.output))
     result = compared(
-        features, weight, bias, logits, outputs, probe.temperature, rows, exact=_exact(used), few=not first
+        features, weight, bias, logits, outputs, probe.temperature, rows, exact=_exact(used), few=not first, same=same
     )
     if used.row is not None and not given:  # coarse logits do not tell a weight from its moving average
         result = result._replace(head=result.head & ((weight[:1] == used.row) | used.row.isnan()).all())

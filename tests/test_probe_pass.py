@@ -121,6 +121,23 @@ def test_a_pass_inside_a_transform_that_has_ended_is_refused() -> None:
         probe.relative_flatness(y)
 
 
+def test_a_measure_inside_a_transform() -> None:
+    model, (x, y) = small(), batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        torch.func.functional_call(model, given, (x,))
+        return probe.relative_flatness(y, log=True)
+
+    with flatcore.Probe(model) as probe:
+        for _ in range(2):
+            found = torch.func.grad(loss)(parameters)
+        model(x)
+        wanted = torch.autograd.grad(probe.relative_flatness(y, log=True), list(parameters.values()))
+    for a, b in zip(found.values(), wanted, strict=True):
+        same(a, b)
+
+
 def test_a_model_that_calls_itself() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
