@@ -121,7 +121,7 @@ def row_agrees(
 ) -> bool:
     """Whether one row agrees to a few roundings, asked as cheaply as possible; False says nothing.
 
-    Of a small head in full precision on the CPU: 9 us at D = 512, C = 10 on a busy machine, where :func:`compared` takes 100.
+    Of a small head in full precision on the CPU: 9 us at D = 512, C = 10, where :func:`compared` takes 100.
     """
     if features.dim() != 2:
         features, logits = features.reshape(-1, features.shape[-1]), logits.reshape(-1, logits.shape[-1])

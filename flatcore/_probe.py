@@ -70,7 +70,8 @@ class Probe:
         measure; the model's output is then compared with those.
 
     FSDP2: weight and bias that ``fully_shard`` has freed are gathered, as ``full_tensor(grad_placements=[Partial("avg")])``:
-        their gradients are averaged over the processes like all others. Every process has to take the measure.
+        their gradients are averaged over the processes, as its own are unless it is told another factor. Every process has
+        to take the measure.
 
     Example:
         >>> import torch, flatcore
