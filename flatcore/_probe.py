@@ -1,58 +1,29 @@
-"""Probe: the head of a model and what went through it, captured by hooks."""
+"""Probe: the head of a model and what went through it, captured by hooks and measured."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import weakref
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _verify
+from ._capture import Capture, Pass, address, install, is_dead, remove, version
+from ._comparison import tensors_in
 from ._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
-from ._validate import check_flag, check_temperature, check_tensor
+from ._layers import adapters, adapts, kind, parts, readable, remedy, sizes
+from ._precision import full_precision
+from ._validate import check_flag, check_temperature, check_tensor, one_output, storage_covers
+from ._verify import given_logits, listed
 
-_ROWS = 64  # on so many rows the model's output is compared with the head's: enough to see a scale, too few to cost
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # in names, of the wrappers that torch puts around a model
-_HALF = (torch.float16, torch.bfloat16)
 
-
-class _Capture:
-    """What hooks saw in the last forward pass. They hold this and not the probe, so that a lost probe takes them away."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.ran: list[nn.Module] = []
-        self.module: nn.Linear | None = None
-        self.features: Tensor | None = None
-        self.logits: Tensor | None = None
-        self.versions: tuple[int, int] | None = None  # of the weight and the logits, as they left the head
-        self.output: Any = None
-        self.called = False
-
-    def before_model(self, module: nn.Module, args: Any) -> None:
-        self.clear()
-
-    def after_linear(self, module: nn.Linear, args: Any, kwargs: Any, output: Any) -> None:
-        self.ran.append(module)
-        self.module, self.logits = module, output
-        self.features = args[0] if args else kwargs["input"]
-        if torch.compiler.is_compiling():
-            self.versions = None
-        else:
-            self.versions = _version(module.weight), _version(output)
-
-    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.output, self.called = output, True
-
-
-def _version(tensor: Any) -> int:
-    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+_TWO_CLASSES = (
+    "with w = probe.head.weight, b = probe.head.bias and z = torch.zeros_like, "
+    "flatcore.relative_flatness(probe.features, torch.cat([z(w), w]), linear_bias=torch.cat([z(b), b]))"
+)
 
 
 class Probe:
@@ -61,33 +32,46 @@ class Probe:
     Within ``with Probe(model) as probe:`` (or between :meth:`attach` and :meth:`detach`) every forward pass of the model
     leaves :attr:`features` and :attr:`logits` behind: the tensors themselves, not copies, so that the measures are
     differentiable with respect to everything the model computed them from. The head is the last ``torch.nn.Linear`` that
-    ran, or the one that is named.
+    ran, or the one that is named. A pass is a call of the model, from its beginning to its return, with the weight and bias
+    that the head used in it; what runs outside of one (layers called by themselves, recomputation in a backward) changes
+    nothing. A thread measures its own last pass, or, if it made none, the last of any. Copies of the model are not probed.
 
     Args:
         model: a ``torch.nn.Module``; also wrapped in DistributedDataParallel or compiled. What it returns must hold the
             logits: a tensor, an object with ``.logits``, or a mapping, tuple or dataclass with one tensor (..., C).
         head: None; the name of a ``torch.nn.Linear`` in ``model.named_modules()`` (names of wrappers, as ``module.``, may be
             left out); or that module itself.
-        temperature: T, if the model divides the head's output by it.
-        verify: compare, on up to 64 rows, the model's output with the head's: at the first use after each ``attach``, once
-            in training and once in evaluation mode (not while torch.compile traces). A constant added to a row is no
+        temperature: T, if the model divides the head's output by it; a number.
+        verify: compare the model's output with the head's, and the head's with features W^T + b: on up to 64 rows at the
+            first use after each ``attach``, once in training and once in evaluation mode, and on one row at the first use of
+            every later pass (neither while torch.compile traces nor while a CUDA graph is captured). On CUDA the latter
+            waits for nothing: it is read at a later measure, or in :meth:`detach`. A constant added to a row is no
             difference, as the softmax sees none.
 
     Raises:
-        TypeError: a model that is no module; a head that is no linear layer; DataParallel; a sharded weight (DTensor) when a
-            measure is taken: pass ``linear_weight=probe.head.weight.full_tensor()`` to it.
+        TypeError: a model that is no module; a head that is no linear layer (a quantised one, say); DataParallel; a
+            temperature that is a tensor. When a measure is taken: a weight or bias that is sharded (DTensor) otherwise than
+            by ``fully_shard``, offloaded (meta), quantised, or of a subclass that hides its numbers: pass ``linear_weight``
+            and ``linear_bias``.
         ValueError: a head that is not in the model, or whose name fits several; a model without linear layers; a bad
-            temperature; a freed weight (FSDP) when a measure is taken.
-        RuntimeError: when a measure is taken: no forward pass was seen; the head did not run in it; the head's weight has
-            changed since; the model's output is not the head's (a softcap, scale or temperature follows): the message lists
-            the linear layers that ran.
+            temperature. When a measure is taken: a freed weight (FSDP); a head of one output (a sigmoid's).
+        RuntimeError: when a measure is taken: no forward pass was seen, or it did not come to its end, or it ran inside a
+            transform of ``torch.func`` that has ended; the head did not run in it; features, weight, bias or logits have
+            changed since; a derivative is wanted and the head ran under no_grad (a reentrant checkpoint); the outputs of
+            several linear layers are returned; adapters (LoRA) run beside the head; the model's output is not the head's (a
+            softcap, scale or temperature follows): the message lists the linear layers that ran.
 
     Gradients: the measures flow into features and weight; :meth:`head_metrics` detaches its inputs, for it has no
-        derivative.
+        derivative. A pass under no_grad is measured without.
 
-    Numerics: where the model made its logits in float16 or bfloat16, or float32 products are not at their highest
+    Numerics: where the model made its logits in float16 or bfloat16, or float32 products were not at their highest
         precision, they are not used: they are computed again from the features, in float32. A bfloat16 logit is off by
-        0.1 at 35.
+        0.1 at 35. They are computed again, too, where ``features``, ``linear_weight`` or ``linear_bias`` are given to a
+        measure; the model's output is then compared with those.
+
+    FSDP2: weight and bias that ``fully_shard`` has freed are gathered, as ``full_tensor(grad_placements=[Partial("avg")])``:
+        their gradients are averaged over the processes, as its own are unless it is told another factor. Every process has
+        to take the measure.
 
     Example:
         >>> import torch, flatcore
@@ -108,40 +92,68 @@ class Probe:
         verify: bool = True,
     ):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+            raise TypeError(f"model must be a torch.nn.Module, got {kind(model)}")
         if isinstance(model, nn.DataParallel):
             raise TypeError(
                 "model must not be a torch.nn.DataParallel, whose replicas run at once in several threads: probe its "
                 ".module, or use DistributedDataParallel"
             )
+        if isinstance(temperature, Tensor):
+            raise TypeError(
+                f"temperature must be a number, got a tensor {tuple(temperature.shape)}: pass temperature.item() if it is "
+                "one number that is not learned; else use the functional form on what a probe with verify=False captures, "
+                "flatcore.relative_flatness(probe.features, probe.head.weight, linear_bias=probe.head.bias, "
+                "logits=probe.logits / T, reduction='none') / T**2 with a T for each row (feature_gradient_norms: / T), "
+                "whose gradient reaches it"
+            )
         self.model = model
         self.temperature = check_temperature(temperature)
         self.verify = check_flag(verify, "verify")
-        self._names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._capture = _Capture()
+        self._chosen: nn.Linear | None = None
+        self._fresh()
         self._chosen = None if head is None else self._find(head)
         if not self._names:
-            raise ValueError("model must contain a torch.nn.Linear, got none: there is no head to probe")
+            raise ValueError(
+                f"model must contain a torch.nn.Linear, got none: there is no head to probe; {listed(self)}"
+            )
+
+    def _fresh(self) -> None:
+        """What is not configuration."""
+        self._names = {module: name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        self._adapters = adapters(self.model)
+        self._capture = Capture()
         self._verified: set[bool] = set()
+        self._later: list[_verify.Later] = []
         self._detach: weakref.finalize | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("model", "temperature", "verify", "_chosen")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
 
     def _find(self, head: Any) -> nn.Linear:
         if isinstance(head, str):
             named = dict(self.model.named_modules())
             found = [named[head]] if head in named else [m for n, m in named.items() if _unwrapped(n) == head]
             if len(found) > 1:
-                raise ValueError(f"head must name one module, got {head!r}, which fits {len(found)}; {self._listed()}")
+                raise ValueError(f"head must name one module, got {head!r}, which fits {len(found)}; {listed(self)}")
             if not found:
-                raise ValueError(f"head must name a module of the model, got {head!r}; {self._listed()}")
+                raise ValueError(f"head must name a module of the model, got {head!r}; {listed(self)}")
             module = found[0]
         elif isinstance(head, nn.Module):
             module = head
             if all(module is not other for other in self.model.modules()):
-                raise ValueError(f"head must be a module of the model, got another one: {head}; {self._listed()}")
+                raise ValueError(f"head must be a module of the model, got another one: {head}; {listed(self)}")
         else:
-            raise TypeError(f"head must be None, a name or a torch.nn.Linear, got {type(head).__qualname__}")
+            raise TypeError(f"head must be None, a name or a torch.nn.Linear, got {kind(head)}")
+        for base, (_, layer) in self._adapters.items():
+            if module is layer and isinstance(base, nn.Linear):
+                return base
         if not isinstance(module, nn.Linear):
-            raise TypeError(f"head must be a torch.nn.Linear, got {type(module).__qualname__}; {self._listed()}")
+            raise TypeError(f"head must be a torch.nn.Linear, got {kind(module)}{remedy(module)}; {listed(self)}")
         return module
 
     # ------------------------------------------------------------------------------------------------------- the hooks
@@ -153,25 +165,33 @@ class Probe:
 
         Raises:
             RuntimeError: this probe is attached already.
+            ValueError: the head that was named is not in the model any more.
         """
         if self.is_attached:
             raise RuntimeError("this probe is attached already: call detach() first")
+        self._fresh()  # layers may have been replaced
+        if self._chosen is not None and self._chosen not in self._names:
+            raise ValueError(f"the head is not in the model any more: make another Probe; {listed(self)}")
         capture = self._capture
-        capture.clear()
-        self._verified.clear()
-        watched = self._names if self._chosen is None else (self._chosen,)
-        handles = [self.model.register_forward_pre_hook(capture.before_model)]
-        handles += [module.register_forward_hook(capture.after_linear, with_kwargs=True) for module in watched]
-        handles.append(self.model.register_forward_hook(capture.after_model))
-        self._detach = weakref.finalize(self, _remove, handles)
+        inside = {m for _, layer in self._adapters.values() for m in parts(layer)} - {self._chosen}
+        capture.parts = frozenset(inside)
+        if self.verify and self._chosen is None:
+            capture.sampled = {True, False}
+        watched = [m for m in self._names if self._chosen is None or m is self._chosen or m in inside]
+        self._detach = weakref.finalize(self, remove, install(capture, self.model, watched))
         self._recompile()
         return self
 
     def detach(self) -> None:
-        """Take all hooks away; what was captured stays readable. Without effect where none are attached."""
+        """Take all hooks away; what was captured stays readable. Without effect where none are attached.
+
+        Raises:
+            RuntimeError: on CUDA, where a comparison that was not read yet has failed: it names the pass.
+        """
         if self.is_attached:
             self._detach()  # type: ignore[misc]  # attached: there is one
             self._recompile()
+        _verify.read(self, wait=True)
 
     def _recompile(self) -> None:
         if any(
@@ -190,13 +210,15 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._later.clear()  # the exception at hand comes first
         self.detach()
 
     # --------------------------------------------------------------------------------------------- what was captured
     @property
     def head(self) -> nn.Linear:
         """The linear layer that was measured."""
-        return self._captured()[0]
+        return self._used().module  # type: ignore[return-value]  # it ran
 
     @property
     def head_name(self) -> str:
@@ -206,53 +228,81 @@ class Probe:
     @property
     def features(self) -> Tensor:
         """The head's input, (..., D), as the model computed it."""
-        return self._captured()[1]
+        used = self._used()
+        self._check_unchanged(used, ("linear_weight", "linear_bias"))
+        return used.features
 
     @property
     def logits(self) -> Tensor:
         """The head's output before the temperature, (..., C); in float32 where the model made it in half precision."""
-        head, features, _ = self._captured()
-        given = self._given_logits()
+        used = self._used()
+        self._check_unchanged(used, ())
+        given = given_logits(used)
         if given is not None:
             return given
-        with torch.autocast(features.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return nn.functional.linear(features.float(), head.weight.float(), bias)
+        weight, bias = self._readable(used, "weight"), self._readable(used, "bias")
+        device = used.features.device.type
+        off = torch.autocast(device, enabled=False) if torch.compiler.is_compiling() else full_precision(device)
+        with off:
+            return nn.functional.linear(used.features.float(), weight.float(), None if bias is None else bias.float())
 
-    def _given_logits(self) -> Tensor | None:
-        """The model's own logits, if they are as good as computed ones."""
-        logits = self._captured()[2]
-        if logits.dtype == torch.float64:
-            return logits
-        # the precision of products is not to be seen while torch.compile traces
-        exact = not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest"
-        return logits if logits.dtype == torch.float32 and exact else None
-
-    def _captured(self) -> tuple[nn.Linear, Tensor, Tensor]:
-        capture = self._capture
-        if capture.module is None or capture.features is None or not isinstance(capture.logits, Tensor):
-            if not capture.called:
+    def _used(self) -> Pass:
+        """The pass to measure, in which the head has run."""
+        used = self._capture.last()
+        if used is None:
+            if self._capture.outside:
                 raise RuntimeError(
-                    "no forward pass was seen: call the model within `with Probe(model) as probe:` or after attach(). "
-                    "(A function that was compiled around the model must be called first while the probe is attached.)"
+                    "linear layers ran, but not through the model that is probed: a pass is a call of that model itself "
+                    "(model.forward(...) runs no hooks); call it, or probe the part that is called"
                 )
+            raise RuntimeError(
+                "no forward pass was seen: call the model within `with Probe(model) as probe:` or after attach(). "
+                "(A function that was compiled around the model must be called first while the probe is attached.)"
+            )
+        if not used.done:
+            raise RuntimeError(
+                "the last forward pass has not come to its end (the measure was taken within it, or an exception ended it): "
+                "take the measure after a call of the model that returned"
+            )
+        if used.module is None or not isinstance(used.features, Tensor) or not isinstance(used.logits, Tensor):
             which = "no linear layer" if self._chosen is None else f"not the head {self._names[self._chosen]!r}"
-            raise RuntimeError(f"the model ran, but {which} ran in it; {self._listed()}")
-        if capture.versions is not None:
-            if capture.versions[0] != _version(capture.module.weight) and self._is_plain_parameter(capture.module):
-                raise RuntimeError(
-                    "the head's weight has changed since the forward pass: take the measure before optimizer.step()"
-                )
-            if capture.versions[1] != _version(capture.logits):
-                raise RuntimeError(
-                    "the head's output was changed in place after the head (a scale or temperature?): make the change out "
-                    "of place and, if it is a division, pass temperature"
-                )
-        return capture.module, capture.features, capture.logits
+            raise RuntimeError(f"the model ran, but {which} ran in it; {listed(self)}")
+        if not torch.compiler.is_compiling() and is_dead(used.features):
+            raise RuntimeError(
+                "the forward pass ran inside a transform of torch.func (vmap, grad), which has ended and taken its tensors "
+                "with it: take the measure inside the transform, or of a pass outside of it"
+            )
+        return used
 
-    @staticmethod
-    def _is_plain_parameter(module: nn.Linear) -> bool:
-        return "weight" in module._parameters  # a parametrised weight is another tensor at each look
+    def _check_unchanged(self, used: Pass, given: Any) -> None:
+        """Refuse what has changed since the head used it, except for what is given in its place."""
+        if used.versions is None:
+            return
+        features, weight, bias, logits = used.versions
+        if "features" not in given and version(used.features) != features:
+            raise RuntimeError(
+                "the head's features were changed in place after it had used them: take the measure before, or make the "
+                "change out of place"
+            )
+        for name, tensor, before in (("weight", used.weight, weight), ("bias", used.bias, bias)):
+            moved = name == "weight" and used.address not in (0, address(tensor)) and storage_covers(tensor)
+            if f"linear_{name}" not in given and (version(tensor) != before or moved):
+                raise RuntimeError(
+                    f"the head's {name} has changed since the forward pass: take the measure before optimizer.step(), and "
+                    "inside the block that swaps weights (average_parameters() and the like)"
+                )
+        if not given and version(used.logits) != logits:
+            raise RuntimeError(
+                "the head's output was changed in place after the head (a scale or temperature?): make the change out "
+                "of place and, if it is a division, pass temperature"
+            )
+
+    def _readable(self, used: Pass, name: str) -> Any:
+        tensor = used.weight if name == "weight" else used.bias
+        if torch.compiler.is_compiling():
+            return tensor
+        module: Any = used.module
+        return readable(tensor, name, module, self._names[module], self.model)
 
     # ---------------------------------------------------------------------------------------------------- the measures
     def hessian_trace(self, target: Any = None, **options: Any) -> Any:
@@ -285,164 +335,87 @@ class Probe:
         Raises:
             TypeError, ValueError, RuntimeError: as the class says, and as that function.
         """
-        arguments = self._arguments(options)
-        return head_metrics(
-            target=target, **{k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        )
+        with torch.no_grad():
+            return head_metrics(target=target, **self._arguments(options))
 
     def _arguments(self, options: dict[str, Any]) -> dict[str, Any]:
-        head, features, _ = self._captured()
+        """What the functions take. With grad mode off nothing of it needs a derivative."""
         if "temperature" in options:
             raise TypeError(
                 "temperature is given to Probe(model, temperature=...), where the model's output is checked"
             )
+        tracing = torch.compiler.is_compiling()
+        if self._later:
+            _verify.read(self, wait=False)
+        used = self._used()
+        given = [n for n, own in (("features", used.features), ("linear_weight", used.weight), ("linear_bias", used.bias))
+                 if n in options and options[n] is not own]  # fmt: skip
+        self._check_unchanged(used, given)
+        self._check_adapters(used, given)
+        weight = options["linear_weight"] if "linear_weight" in options else self._readable(used, "weight")
+        bias = options["linear_bias"] if "linear_bias" in options else self._readable(used, "bias")
         arguments: dict[str, Any] = {
-            "features": features,
-            "linear_weight": head.weight,
-            "linear_bias": head.bias,
-            "logits": self._given_logits(),
+            "features": used.features,
+            "linear_weight": weight,
+            "linear_bias": bias,
+            "logits": None if given else given_logits(used),
             "temperature": self.temperature,
-        } | options
-        for name in ("features", "linear_weight", "linear_bias"):  # before anything reads them: memory may be freed
+        }
+        if not used.grad and not tracing and torch.is_grad_enabled():
+            self._check_grad(used, given)
+            for name in arguments:
+                if isinstance(arguments[name], Tensor) and name not in given:
+                    arguments[name] = arguments[name].detach()
+        arguments |= options
+        for name in ("features", *given):  # before anything reads them: memory may be freed
             if isinstance(arguments[name], Tensor):
                 check_tensor(arguments[name], name)
-        mode = self.model.training
-        if self.verify and mode not in self._verified and not torch.compiler.is_compiling():
-            self._check_output(arguments["linear_weight"], arguments["linear_bias"])
-            self._verified.add(mode)
+        if tuple(getattr(weight, "shape", ()))[:1] == (1,):
+            raise ValueError(one_output(f"the head {self.head_name!r}", _TWO_CLASSES))
+        if self.verify and not tracing and (given or not used.checked):
+            replaced = [name for name in given if name != "features"]
+            if replaced or not _verify.agrees_quickly(self, used, weight, bias):
+                looked = _verify.check(self, used, weight, bias, replaced)
+                used.checked = used.checked or (looked and not given)
+            else:
+                used.checked = True
         return arguments
 
-    # -------------------------------------------------------------------------------------------------- the comparison
-    @torch.no_grad()
-    def _check_output(self, weight: Tensor, bias: Tensor | None) -> None:
-        head, features, logits = self._captured()
-        C = logits.shape[-1]
-        found = _logits_in(self._capture.output, C)
-        if not self._capture.called:
+    def _check_grad(self, used: Pass, given: list[str]) -> None:
+        outputs = (used.logits, *tensors_in(used.output))  # checkpoint gives them a history after the hooks
+        if "features" not in given and any(x.requires_grad for x in outputs):
             raise RuntimeError(
-                "the head ran, but not through the model that is probed, so its output could not be checked: call "
-                "that model, or pass verify=False"
+                "the head ran under no_grad in a pass whose output requires gradient (torch.utils.checkpoint with "
+                "use_reentrant=True around it?), so that the measure's gradient would not reach the features: use "
+                "checkpoint(..., use_reentrant=False), take the measure inside the function that is checkpointed, or "
+                "under torch.no_grad() if only its value is wanted"
             )
-        if not found:
-            raise RuntimeError(
-                f"the model returned {_described(self._capture.output)}, in which no tensor of shape (..., C = {C}) was "
-                f"found to compare with the output of the head {self._names[head]!r}; pass verify=False if the logits "
-                f"are the head's output, or name the head: {self._listed()}"
-            )
-        if torch._C._len_torch_dispatch_stack() > 0:
-            return  # fake tensors hold no numbers
-        here = logits.reshape(-1, C)
-        pick = torch.linspace(0, here.shape[0] - 1, min(here.shape[0], _ROWS), device=here.device).long()
-        made = here[pick].double()
-        if made.numel() == 0:
-            return
-        products = features.reshape(-1, features.shape[-1])[pick].double()
-        again, size = products @ weight.double().T, products.abs() @ weight.double().abs().T
-        if bias is not None:
-            again, size = again + bias.double(), size + bias.double().abs()
-        coarse = logits.dtype in _HALF or torch.get_float32_matmul_precision() != "highest"
-        unit = 2.0**-8 if coarse else torch.finfo(logits.dtype).eps
-        width = 2 * math.sqrt(features.shape[-1]) + 4  # of a product's own rounding, in units of its absolute terms
-        if not _alike(made, again, width * unit * (_largest(size) + 1)):
-            raise RuntimeError(
-                f"the output of the head {self._names[head]!r} is not features W^T + b: something changes it in place or in "
-                f"a hook; {self._listed()}"
-            )
-        outputs = [x.reshape(-1, C) for x in found if x.numel() == logits.numel()]
-        if not outputs:
-            raise RuntimeError(
-                f"the model returned logits of shape {tuple(found[0].shape)}, its head {self._names[head]!r} made "
-                f"{tuple(logits.shape)}: not the same samples; {self._listed()}"
-            )
-        factors = []
-        for output in outputs:
-            given = output[pick].double() * self.temperature
-            narrow = max(torch.finfo(output.dtype).eps, torch.finfo(logits.dtype).eps)
-            if _alike(given, made, 4 * narrow * (_largest(made) + 1)):
-                return
-            finite = made.isfinite() & given.isfinite()
-            a, b = _centered(made, finite), _centered(given, finite)
-            factor = ((a * b).sum() / (b * b).sum()).item()
-            if factor > 0 and _alike(factor * given, made, 8 * narrow * (_largest(made) + 1)):
-                factors.append(factor)
-        hint = "a softcap, a mask or another layer follows"
-        if factors:
-            hint = f"it is the head's output divided by {factors[0] * self.temperature:.6g}: pass that as temperature"
-        raise RuntimeError(
-            f"the model's output is not the output of {self._names[head]!r}, the last linear layer that ran "
-            f"({hint}), so the closed form would be wrong; {self._listed()}"
-        )
 
-    def _listed(self) -> str:
-        """The linear layers, those that ran marked."""
-        ran = self._capture.ran
-        entries = [
-            f"{name!r} ({module.in_features} -> {module.out_features}{', ran' if module in ran else ''})"
-            for module, name in self._names.items()
-        ]
-        shown = entries if len(entries) <= 20 else [*entries[:4], f"{len(entries) - 16} more", *entries[-12:]]
-        return f"its linear layers are: {', '.join(shown) or 'none'}"
+    def _check_adapters(self, used: Pass, given: list[str]) -> None:
+        head: Any = used.module
+        if "linear_weight" in given or not (self._adapters or hasattr(head, "lora_A")):
+            return
+        name, layer = self._adapters.get(head) or (self._names[head], head)
+        if not hasattr(layer, "lora_A"):
+            return
+        if adapts(layer, used.ran):
+            raise RuntimeError(
+                f"the head {name!r} is a LoRA layer ({kind(layer)}): its output is that of W + scaling * B A, the captured "
+                "weight is W alone. Pass the merged one to the measure, linear_weight=W + scaling * B @ A (in peft: "
+                f"layer.base_layer.weight + layer.get_delta_weight(adapter)), or merge the adapters first; {listed(self)}"
+            )
 
     def __repr__(self) -> str:
-        if self._capture.module is None:
+        used = self._capture.last()
+        if used is None or not used.done or used.module is None:
             state = "attached, no forward pass yet" if self.is_attached else "not attached"
             return f"flatcore.Probe({type(self.model).__name__}: {state})"
-        head, features = self._capture.module, self._capture.features
         return (
-            f"flatcore.Probe({type(self.model).__name__}: head {self._names[head]!r}, "
-            f"{head.in_features} -> {head.out_features}, features {_described(features)})"
+            f"flatcore.Probe({type(self.model).__name__}: head {self._names[used.module]!r}, "
+            f"{sizes(used.module)}, features {_verify.described(used.features)})"
         )
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _unwrapped(name: str) -> str:
     """A module's name without those of the wrappers around the model."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype}"
-    return f"a {type(value).__qualname__}"
-
-
-def _logits_in(output: Any, C: int) -> list[Tensor]:
-    """Tensors (..., C) in what a model returned; those called logits alone, if there are any."""
-    if isinstance(output, Tensor):
-        return [output] if output.dim() > 0 and output.shape[-1] == C and output.is_floating_point() else []
-    if output is None:
-        return []
-    if isinstance(output, Mapping):
-        named, parts = output.get("logits"), list(output.values())
-    else:
-        named = getattr(output, "logits", None)
-        parts = list(output) if isinstance(output, (tuple, list)) else []
-        if dataclasses.is_dataclass(output) and not isinstance(output, type):
-            parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    if isinstance(named, Tensor):
-        return _logits_in(named, C)
-    return [x for part in parts if isinstance(part, Tensor) for x in _logits_in(part, C)]
-
-
-def _centered(x: Tensor, finite: Tensor) -> Tensor:
-    """Rows less the mean of their finite entries; 0 at the others."""
-    x = torch.where(finite, x, 0)
-    mean = x.sum(dim=1, keepdim=True) / finite.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(finite, x - mean, 0)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The largest finite magnitude: a NaN row or an absent class (-inf) says nothing about the others."""
-    return torch.where(x.isfinite(), x, 0).abs().amax()
-
-
-def _alike(a: Tensor, b: Tensor, bound: Any) -> bool:
-    """Whether rows are equal to a bound, up to a constant in each; infinities and NaN in the same places."""
-    finite = a.isfinite() & b.isfinite()
-    if not torch.equal(torch.where(finite, 0, a).nan_to_num(0.5), torch.where(finite, 0, b).nan_to_num(0.5)):
-        return False
-    return bool(((_centered(a, finite) - _centered(b, finite)).abs() <= bound).all())

@@ -22,16 +22,18 @@ def _describe(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ in ("DTensor", "ShardedTensor")
 
 
 def check_tensor(tensor: Tensor, name: str) -> None:
     """Refuse by name the kinds of tensor whose numbers could not be read rightly."""
     exact = is_exact(tensor)
-    if not exact and _is_dtensor(tensor):
+    if not exact and is_dtensor(tensor):
         raise TypeError(
-            f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor()"
+            f"{name} must be a plain tensor, got a {type(tensor).__name__} shard; pass {name}.full_tensor(), and where a "
+            "gradient is wanted full_tensor(grad_placements=...) with what each process adds to it: [Partial('avg')] where "
+            "each has its own batch (data parallelism, fully_shard), [Replicate()] where all have the same"
         )
     if not exact:
         _check_subclass(tensor, name)

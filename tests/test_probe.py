@@ -161,7 +161,7 @@ def test_the_head_by_name_and_by_module() -> None:
             return self.main(x), self.auxiliary(x)
 
     model, (x, y) = Two(), batch()
-    for given, name in (("main", "main"), (model.main, "main"), (None, "auxiliary"), ("auxiliary", "auxiliary")):
+    for given, name in (("main", "main"), (model.main, "main"), ("auxiliary", "auxiliary")):
         with flatcore.Probe(model, given) as probe:
             model(x)
             assert probe.head_name == name
@@ -254,6 +254,22 @@ def test_compiled_models(when: str, fresh_compiler: None) -> None:
     before = probe.features
     compiled(x + 1)
     assert probe.features is before, "a hook was left in the compiled code"
+
+
+@SCRIPTED
+@HIDDEN
+@pytest.mark.parametrize("what", ("features", "weight", "bias"))
+def test_what_has_changed_since_a_compiled_pass(what: str, fresh_compiler: None) -> None:
+    model, (x, y) = small(), batch()
+    compiled = torch.compile(model, backend="aot_eager")
+    with flatcore.Probe(compiled) as probe:
+        for _ in range(2):
+            compiled(x)
+            probe.relative_flatness(y)
+            with torch.no_grad():
+                {"features": probe.features, "weight": model[2].weight, "bias": model[2].bias}[what].mul_(2)
+            with pytest.raises(RuntimeError, match=f"head's {what} (has|were) changed"):
+                probe.relative_flatness(y)
 
 
 @SCRIPTED
@@ -504,12 +520,17 @@ WRONG_ARGUMENTS = {
     "no module": ((lambda x: x,), {}, TypeError, "model must be a torch.nn.Module, got builtins.function"),
     "no linear": ((nn.ReLU(),), {}, ValueError, "model must contain a torch.nn.Linear"),
     "unknown name": ((small(), "fc"), {}, ValueError, r"'fc'; its linear layers are: '0' \(5 -> 8\), '2' \(8 -> 4\)"),
-    "not linear": ((small(), "1"), {}, TypeError, "head must be a torch.nn.Linear, got ReLU"),
+    "not linear": (
+        (small(), "1"),
+        {},
+        TypeError,
+        "head must be a torch.nn.Linear, got torch.nn.modules.activation.ReLU",
+    ),
     "a convolution": (
         (nn.Sequential(nn.Conv2d(1, 2, 1)), "0"),
         {},
         TypeError,
-        "head must be a torch.nn.Linear, got Conv2d",
+        "head must be a torch.nn.Linear, got torch.nn.modules.conv.Conv2d",
     ),
     "another module": ((small(), nn.Linear(2, 2)), {}, ValueError, "head must be a module of the model"),
     "a number": ((small(), 3), {}, TypeError, "head must be None, a name or"),
@@ -533,18 +554,17 @@ def test_data_parallel_is_refused() -> None:
 def test_a_sharded_or_freed_weight_is_refused_by_name() -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     class Sharded(Changed):
-        """The weight is whole while the head runs, as under FSDP."""
+        """The weight is whole while the head runs, and freed afterwards, by something else than fully_shard."""
 
         def forward(self, x: Tensor) -> Tensor:
-            shard = self.head.weight
-            if isinstance(shard, DTensor):
-                del self.head._parameters["weight"]
-                self.head.weight = nn.Parameter(shard.full_tensor().detach())
-            z = super().forward(x)
+            shard, whole = self.head.weight, nn.Parameter(self.head.weight.full_tensor().detach().clone())
+            self.head.weight = whole
+            z = super().forward(x).detach()
             self.head.weight = shard
+            whole.untyped_storage().resize_(0)
             return z
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -554,12 +574,15 @@ def test_a_sharded_or_freed_weight_is_refused_by_name() -> None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Replicate()]))
         with flatcore.Probe(model) as probe:
             model(x)
-            probe._capture.versions = None  # FSDP's own weight keeps its version
-            with pytest.raises(TypeError, match=r"linear_weight.*full_tensor\(\)"):
+            with pytest.raises(TypeError, match=r"linear_weight.*full_tensor\(grad_placements.*Partial"):
                 probe.relative_flatness(y)
-            whole = model.head.weight.full_tensor()
+            with pytest.raises(TypeError, match=r"linear_weight.*full_tensor\(grad_placements.*Partial"):
+                probe.relative_flatness(y, linear_weight=model.head.weight)
+            whole = model.head.weight.full_tensor().detach()
             value = probe.relative_flatness(y, linear_weight=whole)
-        assert value.isfinite()
+        torch.testing.assert_close(
+            value, flatcore.relative_flatness(probe.features, whole, y, linear_bias=model.head.bias)
+        )
     finally:
         distributed.destroy_process_group()
 
@@ -567,7 +590,6 @@ def test_a_sharded_or_freed_weight_is_refused_by_name() -> None:
     with flatcore.Probe(model) as probe:
         model(x)
         model.head.weight.untyped_storage().resize_(0)
-        probe._capture.versions = None
         with pytest.raises(ValueError, match="must own its memory"):
             probe.relative_flatness(y)
 
