@@ -280,7 +280,7 @@ class _Repeats:
         self.groups = self.near_count = self.nbytes = 0
         if squares is None or C < 2:
             return
-        keys = torch.empty(2 * (C + D + 1), dtype=torch.float64)
+        keys = torch.empty(C + D + 1, dtype=torch.float64)
         self.members, self.near, self.near_of = (torch.empty(C, dtype=torch.int64) for _ in range(3))
         self.starts = torch.empty(C + 1, dtype=torch.int64)
         self.groups, self.near_count = _core.head_repeats(

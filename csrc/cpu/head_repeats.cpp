@@ -1,4 +1,4 @@
-// head_repeats: which classes share a row of W, found by two random projections of each row.
+// head_repeats: which classes share a row of W, found by a random projection of each row.
 //
 // Why: in q (W - center) a float sum adds a term per class. Terms that differ round at random, and 40,000 of them cost
 // no more digits than a few; equal ones (600 zero rows, say) round with one sign, and the sum is off by up to their
@@ -7,8 +7,9 @@
 //
 // Who allocates: the caller; the sort works on C numbers of its own. Numerics: equal rows have bit-equal projections,
 // and are compared element by element, so that none is merged that differs. Nearly equal ones (1/1024 of their distance
-// to the mean row) are found where both projections are as near; one that is missed only keeps its own rounding.
-// Cost: one read of W, C log C comparisons, and D operations per class that has a neighbour.
+// to the mean row) are found where no other row's projection lies between; one that is missed only keeps its own
+// rounding. Cost: one read of W, C log C comparisons, a few elements of each neighbour in that order and, of those that
+// are equal, all.
 #include "cpu/head_repeats.h"
 
 #include <algorithm>
@@ -38,62 +39,48 @@ RepeatCounts repeats(const HeadRepeats& call) {
   const int64_t rows = call.weight.row_stride, step = call.weight.column_stride;
   const int64_t C = call.C, D = call.D;
   const double scale = std::scalbn(1.0, call.exponent);
-  double* first_key = call.keys;
-  double* second_key = first_key + C;
-  double* one = second_key + C;
-  double* two = one + D + 1;
-  for (int64_t d = 0; d <= D; ++d) {  // the last for the bias
-    one[d] = projection(static_cast<uint64_t>(d)) * scale;
-    two[d] = projection(static_cast<uint64_t>(D + 1 + d)) * scale;
-  }
+  double* key = call.keys;
+  double* vector = key + C;
+  for (int64_t d = 0; d <= D; ++d) vector[d] = projection(static_cast<uint64_t>(d)) * scale;  // the last for the bias
   parallel_for(C * D < (1 << 16) ? 1 : call.threads, C, [&](int64_t j, int) {
     const T* x = w + j * rows;
-    DoubleV a[2] = {}, b[2] = {};
-    const double bias = call.bias != nullptr ? call.bias[j] : 0.0;
-    double tail_a = bias * one[D], tail_b = bias * two[D];
+    DoubleV sums[4] = {};
+    double tail = call.bias != nullptr ? call.bias[j] * vector[D] : 0.0;
     int64_t d = 0;
     if (step == 1) {
-      for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
-        for (int k = 0; k < 2; ++k) {
-          const DoubleV v = Load<double>::from(x + d + k * kDoubles);
-          a[k] += v * load_unaligned<DoubleV>(one + d + k * kDoubles);
-          b[k] += v * load_unaligned<DoubleV>(two + d + k * kDoubles);
+      for (; d + 4 * kDoubles <= D; d += 4 * kDoubles) {
+        for (int k = 0; k < 4; ++k) {
+          sums[k] += Load<double>::from(x + d + k * kDoubles) * load_unaligned<DoubleV>(vector + d + k * kDoubles);
         }
       }
     }
-    for (; d < D; ++d) {
-      const double v = static_cast<double>(widen(x[d * step]));
-      tail_a += v * one[d];
-      tail_b += v * two[d];
-    }
-    first_key[j] = sum_lanes(a[0] + a[1]) + tail_a;
-    second_key[j] = sum_lanes(b[0] + b[1]) + tail_b;
+    for (; d < D; ++d) tail += static_cast<double>(widen(x[d * step])) * vector[d];
+    key[j] = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + tail;
   });
 
   struct Keyed {
-    double first, second;
+    double key;
     int64_t j;
   };
   std::vector<Keyed> order;
   order.reserve(static_cast<size_t>(C));
   for (int64_t j = 0; j < C; ++j) {  // a row that is not finite equals none
-    if ((first_key[j] + second_key[j]) * 0.0 == 0.0) order.push_back({first_key[j], second_key[j], j});
+    if (key[j] * 0.0 == 0.0) order.push_back({key[j], j});
   }
-  std::sort(order.begin(), order.end(), [](const Keyed& a, const Keyed& b) {
-    return a.first != b.first ? a.first < b.first : a.second != b.second ? a.second < b.second : a.j < b.j;
-  });
+  std::sort(order.begin(), order.end(),
+            [](const Keyed& x, const Keyed& y) { return x.key != y.key ? x.key < y.key : x.j < y.j; });
 
   RepeatCounts counts{0, 0, 0};
-  const auto squared_distance = [&](int64_t j, int64_t k) {
+  const auto is_near = [&](int64_t j, int64_t k, double limit) {
     const T *x = w + j * rows, *y = w + k * rows;
     double sum = call.bias != nullptr ? (call.bias[j] - call.bias[k]) * scale : 0.0;
     sum *= sum;
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = 0; d < D && sum <= limit; ++d) {
       const double difference =
           (static_cast<double>(widen(x[d * step])) - static_cast<double>(widen(y[d * step]))) * scale;
       sum += difference * difference;
     }
-    return sum;
+    return sum <= limit;
   };
   const auto equal = [&](int64_t j, int64_t k) {
     const T *x = w + j * rows, *y = w + k * rows;
@@ -111,9 +98,9 @@ RepeatCounts repeats(const HeadRepeats& call) {
     size_t next = start + 1;
     for (; next < count; ++next) {
       const Keyed& other = order[next];
-      if (other.first - head.first > reach || std::fabs(other.second - head.second) > reach) break;
-      const bool same = other.first == head.first && other.second == head.second && equal(head.j, other.j);
-      if (!same && !(squared_distance(head.j, other.j) <= kNear * kNear * square)) break;
+      if (other.key - head.key > reach) break;
+      const bool same = other.key == head.key && equal(head.j, other.j);
+      if (!same && !is_near(head.j, other.j, kNear * kNear * square)) break;
       if (counts.members == group) call.members[counts.members++] = head.j;
       call.members[counts.members++] = other.j;
       if (same) continue;

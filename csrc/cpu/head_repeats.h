@@ -28,7 +28,7 @@ struct HeadRepeats {
   int exponent = 0;                          // 2^e brings W into range
   const double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2
   int threads = 1;
-  double* keys = nullptr;  // (2 C + 2 D + 2): workspace
+  double* keys = nullptr;  // (C + D + 1): workspace
   // outputs
   int64_t* members = nullptr;  // (C,)
   int64_t* starts = nullptr;   // (C + 1,)
