@@ -25,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--require-cuda", action="store_true", help="fail, instead of skip, where no CUDA kernel can run")
     group.addoption("--emulate-all", action="store_true", help="run every CUDA case over emulated threads, not 1 in 4")
     group.addoption("--require-nvcc", action="store_true", help="fail, instead of skip, where CUDA cannot be compiled")
-    group.addoption("--require-integrations", action="store_true", help="fail, instead of skip, without their libraries")
+    group.addoption(
+        "--require-integrations", action="store_true", help="fail, instead of skip, without their libraries"
+    )
     group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
     group.addoption(
         "--require-target",
