@@ -1,4 +1,4 @@
-"""The libraries of the extra ``integrations`` as fixtures: imported by the test that asks, skipped or failed where absent."""
+"""Libraries of the extra ``integrations`` as fixtures: imported by the test that asks, skipped or failed where absent."""
 
 from __future__ import annotations
 

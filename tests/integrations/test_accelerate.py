@@ -101,7 +101,7 @@ OFFLOADS = ("cpu_offload", "cpu_offload_with_hook", "disk_offload", "dispatch_mo
 @pytest.mark.parametrize("how", OFFLOADS)
 def test_offloaded_weights(accelerate: ModuleType, how: str, tmp_path: Path) -> None:
     """The weights are there during the pass only; cpu_offload_with_hook leaves them where they are used: here, the CPU."""
-    model, (x, y) = network().eval(), data()
+    model, (x, _) = network().eval(), data()
     weight, bias = model[2].weight.detach().clone(), model[2].bias.detach().clone()
     want = right(model, x)
     if how == "dispatch_model":
@@ -118,7 +118,7 @@ def test_offloaded_weights(accelerate: ModuleType, how: str, tmp_path: Path) -> 
             torch.testing.assert_close(probe.relative_flatness().double(), want, rtol=textbook.FLOAT32, atol=0.0)
             return
         assert model[2].weight.is_meta
-        with pytest.raises((RuntimeError, TypeError, ValueError), match="(?s)linear_weight.*(offload|meta)") as refused:
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"(?s)linear_weight.*(offload|meta)") as refused:
             probe.relative_flatness()
         assert "linear_weight=" in str(refused.value), "and the way out"
         got = probe.relative_flatness(linear_weight=weight, linear_bias=bias)
@@ -129,7 +129,7 @@ def test_a_model_without_weights(accelerate: ModuleType) -> None:
     with accelerate.init_empty_weights():
         model = network()
     x = torch.randn(3, 5)
-    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError), match="meta"):
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError), match=r"meta"):
         flatcore.evaluate(model, [(x, torch.zeros(3, dtype=torch.long))])
 
 

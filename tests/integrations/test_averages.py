@@ -73,7 +73,7 @@ def test_a_pass_under_average_parameters_measured_after(torch_ema: ModuleType, g
             want = right(model, x)
             model(x)
         assert not torch.isclose(want, now)
-        with pytest.raises(RuntimeError, match="weight has changed since the forward pass"):
+        with pytest.raises(RuntimeError, match=r"weight has changed since the forward pass"):
             probe.relative_flatness()
         model(x)
         torch.testing.assert_close(probe.relative_flatness(), now, rtol=textbook.FLOAT64, atol=0.0)
@@ -84,7 +84,7 @@ def test_a_pass_before_average_parameters_measured_inside(torch_ema: ModuleType)
     ema = averaged(torch_ema, model)
     with flatcore.Probe(model) as probe:
         model(x)
-        with ema.average_parameters(), pytest.raises(RuntimeError, match="weight has changed since the forward pass"):
+        with ema.average_parameters(), pytest.raises(RuntimeError, match=r"weight has changed since the forward pass"):
             probe.relative_flatness()
         # the weights are what they were: the pass is the model's again
         try:

@@ -50,7 +50,7 @@ def test_a_foolbox_model_is_a_callable(foolbox: ModuleType) -> None:
     moved = flatcore.robustness.pgd(around, x, y, norm=float("inf"), eps=0.1, step=0.02, steps=3)
     same = flatcore.robustness.pgd(model, x, y, norm=float("inf"), eps=0.1, step=0.02, steps=3)
     torch.testing.assert_close(moved, same)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         flatcore.Probe(around)
 
 
@@ -117,5 +117,5 @@ def test_a_head_of_one_output_is_not_attacked_in_silence(foolbox: ModuleType) ->
         lambda: flatcore.input_gradient_norms(model, x, y),
         lambda: flatcore.evaluate(model, [(x, y)]),
     ):
-        with pytest.raises((ValueError, RuntimeError), match="one output"):
+        with pytest.raises((ValueError, RuntimeError), match=r"one output"):
             call()

@@ -74,7 +74,7 @@ def test_binary_coefficients_are_no_softmax_head(digits: tuple[np.ndarray, np.nd
         lambda: flatcore.feature_gradient_norms(x, weight, np.zeros_like(y)),
         lambda: flatcore.head_metrics(x, weight),
     ):
-        with pytest.warns(UserWarning, match="one output"):
+        with pytest.warns(UserWarning, match=r"one output"):
             call()
     # the way out that the text names: a row of zeros, whose softmax is the sigmoid
     two, two_bias = np.vstack([np.zeros_like(weight), weight]), np.concatenate([[0.0], bias])

@@ -132,7 +132,7 @@ def test_a_bootstrap_that_would_resample_the_weight_is_refused(torchmetrics: Mod
     x, w, y = torch.randn(C, D), torch.randn(C, D), torch.arange(C)
     for metric in four().values():
         wrapped = torchmetrics.wrappers.BootStrapper(metric, num_bootstraps=3)
-        with pytest.raises((TypeError, ValueError), match="(?s)linear_weight.*BootStrapper|BootStrapper.*weight"):
+        with pytest.raises((TypeError, ValueError), match=r"(?s)linear_weight.*BootStrapper|BootStrapper.*weight"):
             wrapped.update(x, w, y)
 
 

@@ -139,7 +139,7 @@ def test_a_softcap_is_refused(transformers: ModuleType) -> None:
     model = transformers.Gemma2ForCausalLM(config).eval()
     with torch.no_grad(), flatcore.Probe(model) as probe:
         model(**tokens())
-        with pytest.raises(RuntimeError, match="softcap"):
+        with pytest.raises(RuntimeError, match=r"softcap"):
             probe.relative_flatness()
 
 
@@ -151,7 +151,7 @@ def test_a_scaled_head_names_its_temperature(transformers: ModuleType) -> None:
     features = body_output(model, model.lm_head, inputs)
     with torch.no_grad(), flatcore.Probe(model) as probe:
         model(**inputs)
-        with pytest.raises(RuntimeError, match="divided by 4:.*temperature"):
+        with pytest.raises(RuntimeError, match=r"divided by 4:.*temperature"):
             probe.relative_flatness()
     with torch.no_grad(), flatcore.Probe(model, temperature=4.0) as probe:
         model(**inputs)
@@ -163,7 +163,7 @@ def test_a_head_of_one_output_says_so(transformers: ModuleType) -> None:
     model, inputs = bert(transformers, num_labels=1).eval(), tokens()
     with torch.no_grad(), flatcore.Probe(model) as probe:
         model(**inputs)
-        with pytest.raises((ValueError, RuntimeError, UserWarning), match="one output"):
+        with pytest.raises((ValueError, RuntimeError, UserWarning), match=r"one output"):
             probe.relative_flatness()
 
 
