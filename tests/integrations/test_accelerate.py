@@ -118,7 +118,9 @@ def test_offloaded_weights(accelerate: ModuleType, how: str, tmp_path: Path) -> 
             torch.testing.assert_close(probe.relative_flatness().double(), want, rtol=textbook.FLOAT32, atol=0.0)
             return
         assert model[2].weight.is_meta
-        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"(?s)linear_weight.*(offload|meta)") as refused:
+        with pytest.raises(
+            (RuntimeError, TypeError, ValueError), match=r"(?s)linear_weight.*(offload|meta)"
+        ) as refused:
             probe.relative_flatness()
         assert "linear_weight=" in str(refused.value), "and the way out"
         got = probe.relative_flatness(linear_weight=weight, linear_bias=bias)
