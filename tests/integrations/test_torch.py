@@ -477,7 +477,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[s
     loss = functional.cross_entropy(alone(x), y) + value
     gradients = list(torch.autograd.grad(loss, list(alone.parameters())))
     found = [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    return found, float(value), gradients
+    return found, float(value.detach()), gradients
 
 
 @pytest.mark.parametrize("kind", ("DDP", "static DDP", "FSDP2", "FSDP2 by layers"))
