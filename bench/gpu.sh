@@ -26,7 +26,7 @@ step build 80 pip install --no-build-isolation --no-deps --target "$out/site" --
 cp "$out"/site/flatcore/_core*.so flatcore/ 2>> "$out/build.log" || failed=1 # this tree's Python, the built module
 trap 'rm -rf flatcore/_core*.so "$out/site"' EXIT
 
-step tests 180 python -m pytest -q -p no:cacheprovider --require-cuda -k cuda tests/test_cuda.py tests/test_row_norms.py \
+step tests 180 python -m pytest -q -p no:cacheprovider --require-cuda --exhaustive -k cuda tests/test_cuda.py tests/test_row_norms.py \
     tests/test_unmasked_cross_entropy.py tests/test_edges.py tests/test_shapes.py tests/test_head_metrics_backward.py \
     tests/test_properties.py tests/test_head_metrics.py
 

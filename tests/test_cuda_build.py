@@ -25,22 +25,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
-@pytest.fixture(scope="module")
-def nvcc(request: pytest.FixtureRequest) -> str:
-    found = shutil.which("nvcc")
-    if found is None:
-        message = "nvcc is not installed: the CUDA sources were not compiled"
-        (pytest.fail if request.config.getoption("--require-nvcc") else pytest.skip)(message)
-    return found
-
-
+@pytest.mark.needs("nvcc")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ("sm_80", "sm_90"))
 @pytest.mark.parametrize("source", SOURCES)
-def test_sources_compile_without_warnings_and_spill_nothing(
-    source: str, architecture: str, nvcc: str, tmp_path: Path
-) -> None:
+def test_sources_compile_without_warnings_and_spill_nothing(source: str, architecture: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
+        ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
          "-Xptxas=-v", "-I", str(ROOT / "csrc"), '-DFLATCORE_CUDA_ARCHITECTURES="90"', "-c",
          str(ROOT / "csrc/cuda" / source), "-o", str(tmp_path / "object.o")],
         capture_output=True, text=True, check=False,
@@ -135,11 +126,12 @@ def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.C
         f"set(CMAKE_CURRENT_SOURCE_DIR {ROOT})\ninclude({ROOT}/cmake/cuda.cmake)\n"
     )
     return subprocess.run(
-        [shutil.which("cmake") or "cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), *options],
+        [str(shutil.which("cmake")), "-S", str(tmp_path), "-B", str(tmp_path / "build"), *options],
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
+@pytest.mark.needs("cmake")
 def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     if Path("/usr/bin/nvcc").exists():
         pytest.skip("nvcc lies beside the compiler and cannot be hidden")
@@ -151,6 +143,7 @@ def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 0 and "CUDA kernels: OFF" in done.stdout, done.stderr
 
 
+@pytest.mark.needs("cmake")
 def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
     options = "-DFLATCORE_CUDA=ON", "-DFLATCORE_NVCC=pypi", "-DPython_EXECUTABLE=/usr/bin/python3"
     done = configure(tmp_path, *options)
@@ -158,6 +151,7 @@ def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
     assert "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc" in " ".join(done.stderr.split())
 
 
+@pytest.mark.needs("cmake")
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DFLATCORE_CUDA=MAYBE")
     assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in " ".join(done.stderr.split())

@@ -232,7 +232,7 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
             break
         bar += part
     os.close(ours)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     assert b"gap of the surest fifth" in bar
     assert b"epoch 3" in bar

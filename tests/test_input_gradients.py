@@ -270,6 +270,7 @@ def test_gradient_in_the_linear_domain_at_the_edge_of_the_range() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
+@pytest.mark.crossed
 @pytest.mark.parametrize("log", (False, True))
 @pytest.mark.parametrize("ord", (1, 2, INF, (2,), (INF, 1, 2)))
 @pytest.mark.parametrize("chunk_size", (None, 4))
@@ -423,7 +424,7 @@ def _raise(gradient: Tensor) -> None:
 
 def test_two_threads_on_one_model_restore_its_flags_once() -> None:
     model, (x, y) = _cnn(), _batch()
-    barrier, inside = threading.Barrier(2, timeout=60), []
+    barrier, inside = threading.Barrier(2, timeout=600), []
 
     def wait(module: nn.Module, args: Any, output: Tensor) -> None:
         barrier.wait()  # both calls hold the parameters

@@ -347,7 +347,7 @@ WORKER = """
 """
 
 
-@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("world", (pytest.param(2, marks=pytest.mark.exhaustive), 3))
 def test_several_processes_with_uneven_shards(world: int, tmp_path: Path) -> None:
     x, w, _, y = data(scale=10.0)
     out, store = str(tmp_path / "result"), str(tmp_path / "store")
@@ -361,7 +361,7 @@ def test_several_processes_with_uneven_shards(world: int, tmp_path: Path) -> Non
         for rank in range(world)
     ]  # fmt: skip
     try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=600)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

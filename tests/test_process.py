@@ -23,12 +23,15 @@ import flatcore
 from flatcore import _native
 
 
-def run(script: str, *options: str, timeout: float = 60, **variables: str) -> str:
-    """Run a script in a fresh interpreter; return what it printed. A hang or a crash is a failure."""
+def run(script: str, *options: str, **variables: str) -> str:
+    """Run a script in a fresh interpreter; return what it printed. A hang or a crash is a failure.
+
+    A script takes seconds; the limit only tells a hang from a busy machine.
+    """
     done = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(script)],
         env=os.environ | {"OMP_NUM_THREADS": "2"} | variables,
-        capture_output=True, text=True, timeout=timeout, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.stderr == "", done.stderr
@@ -94,7 +97,7 @@ FORK = """
 def test_a_forked_child_does_not_hang(when: str, tmp_path: Path) -> None:
     """The parent's OpenMP team does not exist in the child: a parallel region there would wait for it for ever."""
     script = textwrap.dedent(FORK).format(when=when, file=str(tmp_path / "child.pt"))
-    assert run(script, timeout=40).strip() == "equal"
+    assert run(script).strip() == "equal"
 
 
 def test_a_forked_loader_may_call_flatcore() -> None:
@@ -113,7 +116,7 @@ def test_a_forked_loader_may_call_flatcore() -> None:
         assert torch.equal(here, there)
         print("equal")
     """
-    assert run(script, timeout=60).strip() == "equal"
+    assert run(script).strip() == "equal"
 
 
 @pytest.fixture(params=("fused", "chunked"))
@@ -163,7 +166,10 @@ def test_a_bad_label_in_one_thread_is_that_threads_error(kernels: str) -> None:
 
 @pytest.mark.parametrize("call", ("flatcore.head_metrics(x, w)", "flatcore.row_norms(wide)"))
 def test_a_call_lets_other_threads_run(call: str) -> None:
-    """A counter runs on during one long native call: impossible if the call kept the interpreter's lock."""
+    """A counter runs on during a long native call: impossible if the call kept the interpreter's lock.
+
+    A busy machine may leave the counter no time during one call, so the call is repeated until it has had some.
+    """
     script = f"""
         import threading, time, torch, flatcore
         torch.set_num_threads(1)
@@ -173,18 +179,20 @@ def test_a_call_lets_other_threads_run(call: str) -> None:
             while not stop.wait(0.002):
                 ticks.append(time.perf_counter())
         thread = threading.Thread(target=tick)
-        with flatcore.backend("native"):
-            thread.start()
-            start = time.perf_counter(); {call}; end = time.perf_counter()
+        thread.start()
+        for _ in range(100):
+            with flatcore.backend("native"):
+                start = time.perf_counter(); {call}; end = time.perf_counter()
+            third = (end - start) / 3
+            # in the middle third of the call nothing but the kernel runs
+            during = sum(start + third < t < end - third for t in ticks)
+            if during >= 2:
+                break
         stop.set()
         thread.join()
-        third = (end - start) / 3
-        # in the middle third of the call nothing but the kernel runs
-        print(sum(start + third < t < end - third for t in ticks), end - start)
+        print(during)
     """
-    ticks, seconds = run(script).split()
-    assert float(seconds) > 0.03, "the call is too short to show anything"
-    assert int(ticks) >= 2
+    assert int(run(script)) >= 2
 
 
 def test_memory_does_not_grow() -> None:

@@ -165,6 +165,7 @@ def test_measures_do_not_change_when_head_and_features_trade_a_factor(path: str,
     assert_within("log_hessian_trace", after.log_hessian_trace, shrunk.double().numpy(), bound, torch.float32)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", _NAMES)
 def test_permutation_of_samples(path: str, name: str) -> None:
     case = BY_NAME[name].at(torch.float32)
@@ -186,6 +187,7 @@ def test_permutation_of_samples(path: str, name: str) -> None:
         _assert_agree(problem, field, getattr(after, field), expected)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", _NAMES)
 def test_permutation_of_classes(path: str, name: str) -> None:
     case = BY_NAME[name].at(torch.float32)
@@ -276,6 +278,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("threads", (1, 2, 3))
 @pytest.mark.parametrize("name", ("features-10", "features-142", "features-and-bias-1000", "logits-1000"))
 def test_two_runs_agree_bit_for_bit(path: str, name: str, threads: int) -> None:
@@ -289,6 +292,7 @@ def test_two_runs_agree_bit_for_bit(path: str, name: str, threads: int) -> None:
             assert_same("ord 1", flatcore.feature_gradient_norms(**arguments, ord=1), norms)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("threads", (1, 2, 3, 7))
 @pytest.mark.parametrize("name", ("features-142", "features-and-bias-1000", "logits-1000"))
 def test_every_number_of_threads_is_exact(path: str, name: str, threads: int) -> None:
@@ -330,6 +334,7 @@ _SWITCHES = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("switch", _SWITCHES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("name", ("features-10", "features-142", "wide-64-64", "wide-17-301"))

@@ -35,12 +35,14 @@ def _case(n: int, d: int, c: int, *, bias: bool = False) -> Case:
 
 
 # --------------------------------------------------------------------------------------------------------- sizes
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", RAGGED)
 def test_ragged_features(path: str, width: int, dtype: torch.dtype) -> None:
     Problem(_case(5, width, 6).at(dtype)).check_head_metrics()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", RAGGED)
 def test_ragged_classes(path: str, classes: int, dtype: torch.dtype) -> None:
@@ -54,6 +56,7 @@ def test_ragged_features_and_classes(path: str, size: int) -> None:
     problem.check_views()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("rows", (*range(1, 18), 31, 32, 33, 65))
 def test_ragged_rows(path: str, rows: int) -> None:
     Problem(_case(rows, 9, 5).at(torch.float32)).check_head_metrics()
@@ -96,6 +99,7 @@ def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
         assert flatcore.show_config()["last_path"] == "chunked"
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("rows_per_chunk", (1, 2, 7, 16))
 @pytest.mark.parametrize("name", ("features-142", "logits-142", "features-and-bias-10", "wide-300-15", "wide-17-301"))
 def test_many_chunks(path: str, name: str, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +174,7 @@ _LAYOUTS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("argument", ("features", "weight", "logits"))
@@ -268,6 +273,7 @@ _ARRAYS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("kind", _ARRAYS)
 def test_numpy_arrays(path: str, kind: str, dtype: torch.dtype) -> None:

@@ -66,6 +66,7 @@ def _check(z: Tensor, y: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", WIDTHS)
 def test_ragged_widths(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -92,6 +93,7 @@ def test_plain_rows_against_autograd(target: str, classes: int) -> None:
     assert_within("cotangent", cotangent, (leaf.grad / (1 - p)).numpy(), bound)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", (2, 3, 20))
 def test_confident_rows(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -160,6 +162,7 @@ def test_a_label_that_is_the_only_class(target: str, classes: int, dtype: torch.
         assert_same("cotangent", cotangent, want)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", (1, 2, 9, 33, 70))
 def test_bad_rows_stay_alone(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -317,6 +320,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.compiler.reset()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("learns", (False, True))
 def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
@@ -329,6 +333,7 @@ def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
