@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from types import ModuleType
 
 import pytest
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import flatcore
 
 N, D, C = 16, 8, 4
+CHANGED = r"changed (since the forward pass|through \.data after the pass)"
 
 
 def network() -> nn.Sequential:
@@ -73,7 +75,7 @@ def test_a_pass_under_average_parameters_measured_after(torch_ema: ModuleType, g
             want = right(model, x)
             model(x)
         assert not torch.isclose(want, now)
-        with pytest.raises(RuntimeError, match=r"weight has changed since the forward pass"):
+        with pytest.raises(RuntimeError, match=CHANGED):
             probe.relative_flatness()
         model(x)
         torch.testing.assert_close(probe.relative_flatness(), now, rtol=textbook.FLOAT64, atol=0.0)
@@ -84,13 +86,13 @@ def test_a_pass_before_average_parameters_measured_inside(torch_ema: ModuleType)
     ema = averaged(torch_ema, model)
     with flatcore.Probe(model) as probe:
         model(x)
-        with ema.average_parameters(), pytest.raises(RuntimeError, match=r"weight has changed since the forward pass"):
+        with ema.average_parameters(), pytest.raises(RuntimeError, match=CHANGED):
             probe.relative_flatness()
         # the weights are what they were: the pass is the model's again
         try:
             got = probe.relative_flatness()
         except RuntimeError as error:
-            assert "weight has changed" in str(error)
+            assert re.search(CHANGED, str(error)), error
         else:
             torch.testing.assert_close(got, right(model, x), rtol=textbook.FLOAT64, atol=0.0)
 
@@ -105,7 +107,7 @@ def test_a_swap_of_equal_weights_is_no_change_of_value(torch_ema: ModuleType) ->
         try:
             got = probe.relative_flatness()
         except RuntimeError as error:
-            assert "weight has changed" in str(error)
+            assert re.search(CHANGED, str(error)), error
         else:
             torch.testing.assert_close(got, right(model, x), rtol=textbook.FLOAT64, atol=0.0)
 

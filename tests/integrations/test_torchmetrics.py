@@ -131,9 +131,8 @@ def test_a_bootstrap_that_would_resample_the_weight_is_refused(torchmetrics: Mod
     """The wrapper draws rows of every tensor it is given, so also of the weight: wrong, and no error, where N <= C."""
     x, w, y = torch.randn(C, D), torch.randn(C, D), torch.arange(C)
     for metric in four().values():
-        wrapped = torchmetrics.wrappers.BootStrapper(metric, num_bootstraps=3)
-        with pytest.raises((TypeError, ValueError), match=r"(?s)linear_weight.*BootStrapper|BootStrapper.*weight"):
-            wrapped.update(x, w, y)
+        with pytest.raises((TypeError, ValueError), match=r"BootStrapper.*linear_weight"):
+            torchmetrics.wrappers.BootStrapper(metric, num_bootstraps=3).update(x, w, y)
 
 
 def test_wrappers_that_hand_on_what_they_get(torchmetrics: ModuleType) -> None:
