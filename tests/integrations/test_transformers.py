@@ -12,6 +12,7 @@ import pytest
 import textbook
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import flatcore
 
@@ -182,15 +183,18 @@ def test_evaluate_takes_what_a_collator_gives(transformers: ModuleType, kind: st
 
 
 def test_evaluate_a_language_model_on_mappings(transformers: ModuleType) -> None:
-    """The labels of a causal model are the inputs themselves: unshifted, row k would be judged by token k."""
+    """The labels of a causal model are its inputs, which it shifts itself: unshifted, row k would be judged by token k."""
     model, inputs = llama(transformers).eval(), tokens()
     features = body_output(model, model.lm_head, inputs)
     labels = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
-    shifted = torch.cat([labels[:, 1:], torch.full((N, 1), -100)], dim=1)
-    report = flatcore.evaluate(model, [(inputs | {"labels": labels})], causal=True)
-    assert report.groups["all"].rows == int((shifted != -100).sum())
-    want = textbook.mean("layerwise", features, model.lm_head.weight, None, shifted)
-    assert report["layerwise"].mean == pytest.approx(float(want), rel=textbook.FLOAT32)
+    with pytest.raises(ValueError, match=r"labels equal to input_ids.*shift them"):
+        flatcore.evaluate(model, [inputs | {"labels": labels}])
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=-100)  # in the error's words
+    for batch in (inputs | {"labels": shifted}, (inputs, shifted)):
+        report = flatcore.evaluate(model, [batch])
+        assert report.groups["all"].rows == int((shifted != -100).sum())
+        want = textbook.mean("layerwise", features, model.lm_head.weight, None, shifted)
+        assert report["layerwise"].mean == pytest.approx(float(want), rel=textbook.FLOAT32)
 
 
 def test_lora_on_every_layer_of_a_language_model(transformers: ModuleType, peft: ModuleType) -> None:
