@@ -81,16 +81,16 @@ def test_lora_beside_a_plain_head(peft: ModuleType) -> None:
 def test_lora_on_the_head(peft: ModuleType, targets: tuple[str, ...], head: str | None) -> None:
     model, plain = adapted(peft, *targets)
     x, _ = batch()
-    try:
-        with flatcore.Probe(model, head) as probe:
-            model(x)
-            got = probe.relative_flatness()
-    except (RuntimeError, TypeError, ValueError) as error:
-        assert "LoRA" in str(error), error
-        assert "linear_weight" in str(error) or "merge" in str(error), f"no way out: {error}"
-        assert "softcap" not in str(error)
-    else:
+    layer = model.base_model.model.head
+    with flatcore.Probe(model, head) as probe:
+        model(x)
+        with pytest.raises(RuntimeError, match=r"is a LoRA layer.*linear_weight=.*get_delta_weight"):
+            probe.relative_flatness()
+        # in the error's words; the model's output is compared with this weight's
+        got = probe.relative_flatness(linear_weight=layer.base_layer.weight + layer.get_delta_weight("default"))
         close(got, right(plain, x))
+        got.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_the_merged_weight_beside_the_base_layer(peft: ModuleType) -> None:
@@ -156,19 +156,22 @@ def test_a_head_in_modules_to_save(peft: ModuleType) -> None:
 
 @pytest.mark.parametrize("option", ("dropout", "rslora", "dora"))
 def test_variants_on_the_head(peft: ModuleType, option: str) -> None:
+    """Dropout before A: features of two kinds go in. DoRA: the rows are normalised. No W + scaling B A gives their logits."""
     options = {"dropout": {"lora_dropout": 0.5}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[option]
     model, plain = adapted(peft, "head", **options)
     x, _ = batch()
-    model.train(option == "dropout")  # then no weight gives these logits: features of two kinds go in
+    layer = model.base_model.model.head
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    model.train(option == "dropout")
     with torch.no_grad(), flatcore.Probe(model) as probe:
         model(x)
-        try:
-            got = probe.relative_flatness()
-        except (RuntimeError, TypeError, ValueError) as error:
-            assert "LoRA" in str(error), error
+        with pytest.raises(RuntimeError, match=r"LoRA"):
+            probe.relative_flatness()
+        if option == "rslora":
+            close(probe.relative_flatness(linear_weight=merged), right(plain, x))
         else:
-            assert option == "rslora", f"{option} has another weight than W + scaling B A"
-            close(got, right(plain, x))
+            with pytest.raises(RuntimeError, match=r"not the output of"):
+                probe.relative_flatness(linear_weight=merged)
 
 
 def test_evaluate_and_input_gradients_with_lora_everywhere(peft: ModuleType) -> None:
