@@ -156,7 +156,7 @@ def test_a_head_in_modules_to_save(peft: ModuleType) -> None:
 
 @pytest.mark.parametrize("option", ("dropout", "rslora", "dora"))
 def test_variants_on_the_head(peft: ModuleType, option: str) -> None:
-    """Dropout before A: features of two kinds go in. DoRA: the rows are normalised. No W + scaling B A gives their logits."""
+    """Dropout before A: two kinds of features go in. DoRA: rows are normalised. No W + scaling B A gives their logits."""
     options = {"dropout": {"lora_dropout": 0.5}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[option]
     model, plain = adapted(peft, "head", **options)
     x, _ = batch()
