@@ -156,15 +156,15 @@ def test_an_empty_jax_array(jnp: ModuleType) -> None:
 
 @pytest.mark.parametrize("transform", ("jit", "grad", "vmap"))
 def test_a_jax_tracer_is_refused_by_its_name(jax: ModuleType, jnp: ModuleType, transform: str) -> None:
-    weight = jnp.ones((C, D))
+    features, weight = jnp.ones((N, D)), jnp.ones((C, D))
 
     def measure(x: Any) -> Any:
         return flatcore.hessian_trace(x, weight)
 
     with pytest.raises(TypeError, match=r"(?s)features.*(jit|grad|vmap|trac)"):
-        getattr(jax, transform)(measure)(jnp.ones((N, D)))
+        getattr(jax, transform)(measure)(features)
     with pytest.raises(TypeError, match=r"(?s)linear_weight.*(jit|grad|vmap|trac)"):
-        jax.jit(lambda w: flatcore.hessian_trace(jnp.ones((N, D)), w))(weight)
+        jax.jit(lambda w: flatcore.hessian_trace(features, w))(weight)
 
 
 def test_kinds_mixed_in_one_call(jnp: ModuleType, array_api_strict: ModuleType) -> None:
