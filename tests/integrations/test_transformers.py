@@ -5,6 +5,7 @@ Letters: N sequences, L positions, D features, C classes or tokens of the vocabu
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -195,6 +196,42 @@ def test_evaluate_a_language_model_on_mappings(transformers: ModuleType) -> None
         assert report.groups["all"].rows == int((shifted != -100).sum())
         want = textbook.mean("layerwise", features, model.lm_head.weight, None, shifted)
         assert report["layerwise"].mean == pytest.approx(float(want), rel=textbook.FLOAT32)
+
+
+def test_a_trainer_with_a_regulariser(transformers: ModuleType, accelerate: ModuleType, tmp_path: Path) -> None:
+    """Checkpointing, accumulation and accelerate's wrappers at once, as Trainer has them; then its loader into evaluate."""
+    model, inputs = bert(transformers), tokens()
+    labels = torch.arange(N) % 3
+    rows = [{name: x[k] for name, x in inputs.items()} | {"labels": labels[k]} for k in range(N)]
+    found: list[tuple[Tensor, Tensor]] = []
+
+    class Regularised(transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+            output = model(**inputs)
+            value = probe.relative_flatness(inputs["labels"])
+            weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+            found.append((value.detach(), textbook.mean("layerwise", probe.features.detach(), weight, bias)))
+            loss = output["loss"] + 0.01 * value.log1p()
+            return (loss, output) if return_outputs else loss
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", num_train_epochs=2,
+        per_device_train_batch_size=2, per_device_eval_batch_size=4, gradient_accumulation_steps=2, bf16=True,
+        gradient_checkpointing=True, logging_strategy="no",
+    )  # fmt: skip
+    head = model.classifier
+    trainer = Regularised(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    with flatcore.Probe(model) as probe:
+        trainer.train()
+        assert probe.head is head
+    assert len(found) == 6
+    for got, want in found:
+        torch.testing.assert_close(got.double(), want, rtol=textbook.FLOAT32, atol=0.0)
+    report = flatcore.evaluate(trainer.model, trainer.get_eval_dataloader())
+    features = body_output(model.eval(), head, inputs)
+    want = float(textbook.mean("layerwise", features, head.weight.detach(), head.bias.detach()))
+    assert report.groups["all"].rows == N
+    assert report["layerwise"].mean == pytest.approx(want, rel=textbook.FLOAT32)
 
 
 def test_lora_on_every_layer_of_a_language_model(transformers: ModuleType, peft: ModuleType) -> None:
