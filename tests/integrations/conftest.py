@@ -14,14 +14,21 @@ LIBRARIES = (
     "accelerate", "array_api_strict", "foolbox", "jax", "ml_dtypes", "peft", "pytorch_lightning", "sklearn", "torch_ema",
     "torchao", "torchmetrics", "transformers",
 )  # fmt: skip
+ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, with one reason for all tests, or fail, where a library is absent that the test asks for."""
+    if set(ABSENT).intersection(getattr(item, "fixturenames", ())):
+        message = f"{', '.join(ABSENT)} not installed: pip install -c constraints.txt '.[integrations]'"
+        if item.config.getoption("--require-integrations"):
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
 
 
 def _fixture(name: str) -> object:
     @pytest.fixture(scope="session", name=name)
-    def library(request: pytest.FixtureRequest) -> ModuleType:
-        if importlib.util.find_spec(name) is None:
-            message = f"{name} is not installed: pip install -c constraints.txt '.[integrations]'"
-            (pytest.fail if request.config.getoption("--require-integrations") else pytest.skip)(message)
+    def library() -> ModuleType:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a library says about itself while it is imported
             return importlib.import_module(name)
