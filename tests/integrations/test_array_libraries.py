@@ -61,7 +61,7 @@ WORKER = """
     warnings.simplefilter("ignore")
     import numpy as np, torch, flatcore
     import array_api_strict as xp
-    import test_arrays as t
+    import test_array_libraries as t
     given = t.arrays()
     for how, what in ((how, what) for how in t.ODD for what in given):
         print(how, what, flush=True)
