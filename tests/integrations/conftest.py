@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -43,3 +45,15 @@ for _name in LIBRARIES:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What accelerate, and Trainer through it, keep for the whole process: singletons and variables."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()

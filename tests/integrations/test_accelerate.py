@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import textbook
@@ -38,19 +40,15 @@ def right(model: nn.Sequential, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def accelerator(accelerate: ModuleType):
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def make(**options: object) -> object:
+def accelerator(accelerate: ModuleType) -> Callable[..., Any]:
+    def make(**options: Any) -> Any:
         return accelerate.Accelerator(cpu=True, **options)
 
-    yield make
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    return make
 
 
 @pytest.mark.parametrize("precision", ("no", "bf16"))
-def test_a_prepared_training_step(accelerator, precision: str) -> None:
+def test_a_prepared_training_step(accelerator: Callable[..., Any], precision: str) -> None:
     model, (x, y) = network(), data()
     acc = accelerator(mixed_precision=precision)
     prepared, optimizer, loader = acc.prepare(
@@ -69,7 +67,7 @@ def test_a_prepared_training_step(accelerator, precision: str) -> None:
             optimizer.step()
 
 
-def test_gradient_accumulation_takes_the_measure_of_each_pass(accelerator) -> None:
+def test_gradient_accumulation_takes_the_measure_of_each_pass(accelerator: Callable[..., Any]) -> None:
     model, (x, y) = network(), data()
     acc = accelerator(gradient_accumulation_steps=2)
     prepared, optimizer, loader = acc.prepare(
@@ -87,7 +85,7 @@ def test_gradient_accumulation_takes_the_measure_of_each_pass(accelerator) -> No
                 optimizer.zero_grad()
 
 
-def test_evaluate_with_a_prepared_loader(accelerator) -> None:
+def test_evaluate_with_a_prepared_loader(accelerator: Callable[..., Any]) -> None:
     model, (x, y) = network(), data()
     prepared, loader = accelerator().prepare(model, DataLoader(TensorDataset(x, y), batch_size=25, shuffle=True))
     report = flatcore.evaluate(prepared, loader)
