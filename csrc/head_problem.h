@@ -58,13 +58,24 @@ FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
   return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
 }
 
+// Below this a value is given back as 0: 2^-150, half of float32's least number, or 2^-1075. An upstream that is not
+// finite (that of the log of such a value, which the caller has masked) counts as 0 there.
+FLATCORE_INLINE double log_of_least(bool double_result) { return double_result ? -745.133 : -103.972; }
+FLATCORE_INLINE bool counts_as_nothing(double upstream, double log_coefficient, bool double_result) {
+  if (upstream == 0.0 || log_coefficient == -__builtin_inf()) return true;
+  return !(upstream * 0.0 == 0.0) && log_coefficient < log_of_least(double_result);
+}
+
 // Large heads: numbers of a row kept between the kernels around the library's products.
 struct HeadRow {
   double t, r, log1p_tau, eps, log_eps, confidence, log_n;
   double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
   double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
   int64_t m;           // top class, -1 for a poisoned row
-  double q_sum;        // sum of the q_j as they were stored, where they were stored in pieces
+  // Sum of the q_j as they were stored. On the CPU the two means above are divided by it: the weights are those of the
+  // product to the last bit, so that their rounding is a change of each p_j by 2^-24 and no more, however much of the
+  // variance cancels.
+  double q_sum;
 };
 
 // The same for its gradient.

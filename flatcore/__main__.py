@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,20 @@ def _run(arguments: argparse.Namespace) -> int:
         return _fail(f"{str(error).rstrip('.')}.")
 
 
+@contextmanager
+def _replacing(stream: Any) -> Iterator[None]:
+    """Write what the stream's encoding lacks as an escape (as standard error does), rather than fail."""
+    before = getattr(stream, "errors", None)
+    if before is None or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
     try:
@@ -233,9 +248,12 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version (0) and wrong usage (2): argparse has printed what there is to say
         return int(stop.code or 0)
     try:
-        status = _print_config() if arguments.command == "config" else _run(arguments)
-        sys.stdout.flush()
+        with _replacing(sys.stdout):
+            status = _print_config() if arguments.command == "config" else _run(arguments)
+            sys.stdout.flush()
         return status
+    except SystemExit as stop:  # of the model or the loader: nothing was finished
+        return _fail(f"the command was ended by sys.exit({'' if stop.code is None else repr(stop.code)}).")
     except KeyboardInterrupt:
         _fail("interrupted.")
         return 130

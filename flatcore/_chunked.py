@@ -3,6 +3,7 @@
 For a chunk of rows the library forms Z = Phi W^T; a kernel turns Z, in place, into row statistics and q, the softmax over
 the classes other than the top one; the library forms q (W - center), or q times the table of squared distances between
 rows where that is cheaper; a kernel finishes. Never N x C numbers: the chunk is as long as WORKSPACE_BYTES allow.
+Classes that share a row of W are brought together in one of them before the second product (csrc/cpu/head_repeats.cpp).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ._backend import _core
 from ._precision import full_precision
+from ._reduction import derivative
 from .reference import FIELDS
 
 WORKSPACE_BYTES = 64 << 20
@@ -49,20 +51,22 @@ def head_metrics(
     (N, D), C = features.shape, linear_weight.shape[0]
     weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
-    # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
-    by_distance = (
-        weights and not fields & GRADIENT and C <= _DISTANCE_CLASSES and 2 * N * C + C * D < 2 * N * D
-        and (direct or C * D * itemsize <= _TILE_BYTES)
-    )  # fmt: skip
-
-    center = torch.empty(D + 1, dtype=torch.float64) if weights and not by_distance else None
-    squares = torch.empty(C, dtype=torch.float64) if center is not None else None
+    center = torch.empty(D + 1, dtype=torch.float64) if weights else None
+    squares = torch.empty(C, dtype=torch.float64) if weights else None
     summary = _summary(target_name, problem, C, weights or bool(fields & LAYERWISE), center, squares)
     exponent = int(summary[1])
+    repeats = _Repeats(target_name, problem, C, D, exponent, squares)
+    # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
+    # Nearly equal rows are told apart by the differences of the product with W alone.
+    by_distance = (
+        weights and not fields & GRADIENT and C <= _DISTANCE_CLASSES and 2 * N * C + C * D < 2 * N * D
+        and (direct or C * D * itemsize <= _TILE_BYTES) and not repeats.near_count
+    )  # fmt: skip
 
     distances = None
-    fixed = 8 * (3 * C + D)
+    fixed = 8 * (3 * C + D) + repeats.nbytes
     if by_distance:
+        center = None
         rows = linear_weight if direct and linear_weight.stride(1) == 1 else linear_weight.to(dtype).contiguous()
         distances = torch.empty(C, C, dtype=dtype)
         code = 3 if double else 2
@@ -86,6 +90,7 @@ def head_metrics(
     per_row += D * (8 + itemsize) if center is not None else 0
     per_row += C * itemsize if distances is not None else 0
     per_row += D * itemsize if convert else 0
+    per_row += repeats.near_count * itemsize
     length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
     length = -(-N // -(-N // length))  # equal chunks: no short last product
 
@@ -94,6 +99,7 @@ def head_metrics(
     mean = torch.empty(length, D, dtype=torch.float64) if center is not None else None
     part = torch.empty(length, D, dtype=dtype) if center is not None else None
     spread = torch.empty(length, C, dtype=dtype) if distances is not None else None
+    near_q = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
     shift = None if center is None else center[:D].to(dtype)
     first_bad = -1
     with full_precision():
@@ -109,7 +115,7 @@ def head_metrics(
             q = z[:rows] if weights else None
             bad = _core.head_chunk_statistics(
                 target_name, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
-                summary.data_ptr(), address(center), address(squares), state.data_ptr(),
+                summary.data_ptr(), address(center), address(squares), state.data_ptr(), *repeats.arguments(q, near_q),
             )  # fmt: skip
             if bad >= 0 and first_bad < 0:
                 first_bad = bad
@@ -119,6 +125,7 @@ def head_metrics(
                 torch.mm(q, distances, out=spread[:rows])
             else:
                 _product_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
+                repeats.add_near(mean[:rows], near_q, linear_weight, 2.0**exponent, tile)
             _core.head_chunk_weights(
                 target_name, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
                 address(mean), D, address(spread), C, scratch.data_ptr(),
@@ -129,7 +136,8 @@ def head_metrics(
 def head_metrics_backward(
     target_name: str,
     problem,
-    c: Tensor,
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
     features: Tensor,
     linear_weight: Tensor,
     column: Tensor | None,
@@ -145,12 +153,15 @@ def head_metrics_backward(
 ) -> None:
     """Fill the wanted gradients; ``column`` is the bias where it counts as a column of W.
 
+    A row's derivative with respect to its log is c = ``upstream`` exp(``log_coefficient``), both (N,), float64.
+
     Three products for the trace and layerwise, six for neuronwise and the gradient norms: z, q (W - center), directions
     (W - center)^T, and the gradients of features and weight, the latter in two parts.
     """
     dtype = torch.float64 if double else torch.float32
     itemsize = 8 if double else 4
     (N, D), C = features.shape, linear_weight.shape[0]
+    c = derivative(upstream, log_coefficient, double)
     bit = 1 << field
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
@@ -158,15 +169,17 @@ def head_metrics_backward(
     squares = torch.empty(C, dtype=torch.float64) if weights else None
     summary = _summary(target_name, problem, C, weights or layerwise, center, squares)
     scale = 2.0 ** int(summary[1])
+    repeats = _Repeats(target_name, problem, C, D, int(summary[1]), squares)
     shift = None if center is None else center[:D].to(dtype)
 
     scratch = torch.empty(_core.head_chunk_scratch(C, D), dtype=torch.float64)
-    fixed = 8 * (3 * C + D) + 8 * scratch.numel()
+    fixed = 8 * (3 * C + D) + 8 * scratch.numel() + repeats.nbytes
     tile_rows = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
     tile = torch.empty(tile_rows, D, dtype=dtype)
     fixed += tile.numel() * itemsize
     per_row = _core.HEAD_ROW_BYTES + _core.HEAD_BACKWARD_ROW_BYTES + (2 if weights else 1) * C * itemsize
     per_row += 2 * D * itemsize + 8 * D + (2 * D * itemsize if weights else 0)
+    per_row += ((C if repeats else 0) + repeats.near_count) * itemsize
     length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
     length = -(-N // -(-N // length)) if N else 1
 
@@ -174,6 +187,8 @@ def head_metrics_backward(
     numbers = torch.empty(length * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
     q = torch.empty(length, C, dtype=dtype)
     cotangent = torch.empty(length, C, dtype=dtype) if weights else None
+    merged = torch.empty(length, C, dtype=dtype) if repeats else None
+    near_q = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
     sums, part = torch.empty(length, D, dtype=torch.float64), torch.empty(length, D, dtype=dtype)
     direction = torch.empty(length, D, dtype=dtype) if weights else None
     top_row = torch.empty(length, D, dtype=dtype) if neuronwise else None
@@ -195,24 +210,26 @@ def head_metrics_backward(
                 _logits_into(z, features[here], linear_weight, tile, dtype)
             _core.head_chunk_statistics(
                 target_name, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), address(center),
-                address(squares), state.data_ptr(),
+                address(squares), state.data_ptr(), *repeats.arguments(merged, near_q),
             )  # fmt: skip
             g = z
             if weights:
                 g = cotangent[:rows]
-                _product_into(sums[:rows], part[:rows], z, linear_weight, shift, scale, tile)
+                shares = z if merged is None else merged[:rows]
+                _product_into(sums[:rows], part[:rows], shares, linear_weight, shift, scale, tile)
+                repeats.add_near(sums[:rows], near_q, linear_weight, scale, tile)
                 _core.head_chunk_directions(
-                    target_name, problem, first, rows, c.data_ptr(), summary.data_ptr(), address(center),
-                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), address(top_row),
-                    address(top_bias), address(top),
+                    target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
+                    address(center), state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(),
+                    z.data_ptr(), address(top_row), address(top_bias), address(top),
                 )  # fmt: skip
                 for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
                     g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
             mine = None if d_features is None else d_features[here]
             _core.head_chunk_cotangent(
-                target_name, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), C, summary.data_ptr(),
-                address(center), address(squares), state.data_ptr(), numbers.data_ptr(), address(mine),
-                address(d_weight), address(d_bias), scratch.data_ptr(),
+                target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(),
+                g.data_ptr(), C, summary.data_ptr(), address(center), address(squares), state.data_ptr(),
+                numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
             numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
             poisoned |= bool((numbers_here[:, 5].view(torch.int64) == POISONED).any())
@@ -254,6 +271,49 @@ def head_metrics_backward(
         for gradient in (d_weight, d_bias):
             if gradient is not None:
                 gradient.fill_(math.nan)
+
+
+class _Repeats:
+    """Classes whose rows of W are equal or nearly so: found once a call, taken together by the products."""
+
+    def __init__(self, target_name: str, problem, C: int, D: int, exponent: int, squares: Tensor | None):
+        self.groups = self.near_count = self.nbytes = 0
+        if squares is None or C < 2:
+            return
+        keys = torch.empty(2 * (C + D + 1), dtype=torch.float64)
+        self.members, self.near, self.near_of = (torch.empty(C, dtype=torch.int64) for _ in range(3))
+        self.starts = torch.empty(C + 1, dtype=torch.int64)
+        self.groups, self.near_count = _core.head_repeats(
+            target_name, problem, exponent, squares.data_ptr(), keys.data_ptr(), self.members.data_ptr(),
+            self.starts.data_ptr(), self.near.data_ptr(), self.near_of.data_ptr(),
+        )  # fmt: skip
+        if self.groups:
+            self.nbytes = 8 * 4 * C
+        else:
+            del self.members, self.near, self.near_of, self.starts
+
+    def __bool__(self) -> bool:
+        return self.groups > 0
+
+    def arguments(self, merged: Tensor | None, near_q: Tensor | None) -> tuple[int, ...]:
+        """What head_chunk_statistics takes to write the shares of groups and of nearly equal rows."""
+        if not self.groups:
+            return (0,) * 8
+        return (
+            self.members.data_ptr(), self.starts.data_ptr(), self.groups, self.near.data_ptr(),
+            self.near_of.data_ptr(), self.near_count, address(merged), address(near_q),
+        )  # fmt: skip
+
+    def add_near(self, mean: Tensor, near_q: Tensor | None, weight: Tensor, scale: float, tile: Tensor | None) -> None:
+        """Add to the mean rows what their groups' first rows leave out, from differences of rows."""
+        if near_q is None:
+            return
+        length = TILE_CLASSES if tile is None else tile.shape[0]
+        for start in range(0, self.near_count, length):
+            here = slice(start, min(start + length, self.near_count))
+            rows, firsts = weight[self.near[here]], weight[self.near_of[here]]
+            difference = (rows.double() - firsts.double()) * scale
+            mean += near_q[: mean.shape[0], here] @ difference.to(near_q.dtype)
 
 
 def _summary(target_name: str, problem, C: int, wanted: bool, center: Tensor | None, squares: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, POISONED, TILE_CLASSES, address
 from ._head_cuda import Head
 from ._precision import full_precision
+from ._reduction import derivative
 
 WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
@@ -72,6 +73,7 @@ def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
             )  # fmt: skip
             if not weights:
                 continue
+            prepared.merge(first, rows, q, q, parts, pieces, state)
             if parts is not None:
                 q_parts = parts[: pieces * rows * C].view(pieces, rows, C)
                 mean[:rows].zero_()  # type: ignore[index]
@@ -95,7 +97,8 @@ def head_metrics_backward(
     core: Any,
     where: tuple[int, int],
     head: Head,
-    c: Tensor,
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
     norm_power: int,
     field: int,
     d_features: Tensor | None,
@@ -103,7 +106,8 @@ def head_metrics_backward(
     d_bias: Tensor | None,
     d_logits: Tensor | None,
 ) -> None:
-    """Fill the wanted gradients, d_weight and d_bias from zeros; ``c`` is dL/dlog v_n of every row."""
+    """Fill the wanted gradients, d_weight and d_bias from zeros; upstream exp(log_coefficient) is dL/dlog v_n."""
+    c = derivative(upstream, log_coefficient, head.dtype is torch.float64)
     N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
     itemsize = dtype.itemsize
     bit = 1 << field
@@ -139,20 +143,22 @@ def head_metrics_backward(
             )  # fmt: skip
             g = z
             if cotangent is not None and direction is not None:
-                g = cotangent[:rows]
-                prepared.centered_product_into(sums[:rows], z)
+                g = cotangent[:rows]  # until the directions are there, q with equal rows of W taken together
+                prepared.merge(first, rows, z, g, None, 0, state)
+                prepared.centered_product_into(sums[:rows], g)
                 core.cuda_head_chunk_directions(
-                    *where, problem, first, rows, c.data_ptr(), prepared.summary.data_ptr(), address(prepared.center),
-                    state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(), address(top_row),
-                    address(top_bias), address(top),
+                    *where, problem, first, rows, upstream.data_ptr(), address(log_coefficient),
+                    prepared.summary.data_ptr(), address(prepared.center), state.data_ptr(), numbers.data_ptr(),
+                    sums.data_ptr(), direction.data_ptr(), z.data_ptr(), address(top_row), address(top_bias),
+                    address(top),
                 )  # fmt: skip
                 for start, tile in prepared.centered_tiles():
                     torch.mm(direction[:rows], tile.T, out=g[:, start : start + tile.shape[0]])
             mine = None if d_features is None else d_features[here]
             core.cuda_head_chunk_cotangent(
-                *where, problem, first, rows, c.data_ptr(), z.data_ptr(), g.data_ptr(), prepared.summary.data_ptr(),
-                address(prepared.center), address(prepared.squares), state.data_ptr(), numbers.data_ptr(),
-                address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
+                *where, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(), g.data_ptr(),
+                prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
+                numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
             poisoned = (numbers[:rows, 5].view(torch.int64) == POISONED).any()
             poison += torch.where(poisoned, math.nan, 0.0)
@@ -223,7 +229,38 @@ class _Weights:
         self._minus_center = None if self.center is None else -self.center[:D].to(head.dtype)
         self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * head.dtype.itemsize)))
         self._tile = head.empty(self.length, D, dtype=head.dtype)
-        self.nbytes = 8 * (workspace.numel() + C + D) + self._tile.nbytes
+        self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self._tile.nbytes
+        self._core, self._where, self._problem = core, where, head.problem
+        if centered:
+            self._find_repeats(head)
+
+    def _find_repeats(self, head: Head) -> None:
+        """Groups of classes with one row of W, in the order of their keys: all on the device, whatever it finds."""
+        C = head.C
+        keys, joins = head.empty(C), head.empty(C, dtype=torch.uint8)
+        self._core.cuda_head_repeat_keys(*self._where, head.problem, self.summary.data_ptr(), keys.data_ptr())
+        self._order = keys.argsort(stable=True)
+        self._core.cuda_head_repeat_joins(
+            *self._where, head.problem, keys.data_ptr(), self._order.data_ptr(), joins.data_ptr()
+        )
+        place = torch.arange(C, device=keys.device)
+        begins = torch.where(joins == 0, place, C)
+        # where the next group begins: the least beginning behind each place
+        following = begins.flip(0).cummin(0).values.flip(0).roll(-1)
+        following[-1:].fill_(C)
+        self._runs = torch.where(joins == 0, following - place, 0).to(torch.int32)
+        self._repeated = joins.amax(dim=0, keepdim=True)
+
+    def merge(
+        self, first: int, rows: int, q: Tensor | None, merged: Tensor | None, parts: Tensor | None, pieces: int,
+        state: Tensor,
+    ) -> None:  # fmt: skip
+        """Bring the shares of equal rows together: of q in ``merged``, which may be q; of pieces in place."""
+        self._core.cuda_head_chunk_merge(
+            *self._where, self._problem, first, rows, address(q), address(merged), address(parts), pieces,
+            self._order.data_ptr(), self._runs.data_ptr(), self._repeated.data_ptr(), self.summary.data_ptr(),
+            address(self.center), address(self.squares), state.data_ptr(),
+        )  # fmt: skip
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of rows of W, each with its first row's index."""

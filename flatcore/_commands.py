@@ -46,6 +46,10 @@ def load(place: str) -> tuple[nn.Module, Any]:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise CommandError(f"there is no module {error.name!r} (looked for from {Path.cwd()})") from None
         raise CommandError(f"importing {name} failed: {type(error).__name__}: {error}") from None
+    except SystemExit as stop:
+        raise CommandError(
+            f"importing {name} {_ended(stop)}: what it does as a script belongs under if __name__ == '__main__'"
+        ) from None
     except Exception as error:
         raise CommandError(f"importing {name} failed: {type(error).__name__}: {error}") from None
     try:
@@ -56,12 +60,18 @@ def load(place: str) -> tuple[nn.Module, Any]:
         raise CommandError(f"{place} is no function, but a {type(factory).__qualname__}")
     try:
         found = factory()
+    except SystemExit as stop:
+        raise CommandError(f"{place} {_ended(stop)} instead of returning (model, loader)") from None
     except Exception as error:
         call = f"python -c 'import {name}; {name}.{function}()'"
         raise CommandError(f"{place} raised {type(error).__name__}: {error} (to see where: {call})") from None
     if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[0], nn.Module):
         raise CommandError(f"{place} must return (model, loader), a torch.nn.Module first, got {_described(found)}")
     return found[0], found[1]
+
+
+def _ended(stop: SystemExit) -> str:
+    return f"called sys.exit({'' if stop.code is None else repr(stop.code)})"
 
 
 def _described(value: Any) -> str:
@@ -88,9 +98,13 @@ def _require(*packages: str) -> None:
             raise CommandError(f"{package} is not installed; pip install 'flatcore[lab]' brings it")
 
 
-def _save(out: Path, files: dict[str, Callable[[Path], None]]) -> int:
-    """Write files into a folder; those that cannot be written there into a new one, so that nothing is lost."""
+def _save(out: Path, files: dict[str, Callable[[Path], None]], summary: str) -> int:
+    """Write files into a folder, and say so after the summary: printing may fail, and then they are there.
+
+    Those that cannot be written there go into a new one, so that nothing is lost.
+    """
     spare: Path | None = None
+    written = []
     for name, save in files.items():
         path = out / name
         try:
@@ -101,7 +115,8 @@ def _save(out: Path, files: dict[str, Callable[[Path], None]]) -> int:
             print(f"flatcore: cannot write {path} ({error.strerror or error}): writing it to {spare}.", file=sys.stderr)
             path = spare / name
             save(path)
-        print(f"Written: {path}")
+        written.append(f"Written: {path}")
+    print(summary, *written, sep="\n")
     return 0 if spare is None else 1
 
 
@@ -126,7 +141,6 @@ def _evaluate(arguments: argparse.Namespace, first: bool) -> int:
     )  # fmt: skip
     if not first:
         return 0
-    print(report)
     status = _save(
         out,
         {
@@ -134,7 +148,11 @@ def _evaluate(arguments: argparse.Namespace, first: bool) -> int:
             "report.json": report.to_json,
             "report.html": lambda path: report.to_html(path, title=f"Flatness of {arguments.factory}"),
         },
+        repr(report),
     )
+    if missing := report.info.get("missing_rows"):
+        print(f"flatcore: {missing} rows of the data set are missing; the files are about the others.", file=sys.stderr)
+        return 1
     if not report.complete:
         print("flatcore: interrupted; the files hold what was measured before.", file=sys.stderr)
         return 130
@@ -195,11 +213,11 @@ def run_attack_path(arguments: argparse.Namespace) -> int:
     names = path._fields[:-1]
     columns = [getattr(path, name).cpu() for name in names]
     shown = ("log_layerwise", "log_neuronwise", "log_input_gradient_norm", "margin")
-    print(f"{'step':>4} {'correct':>8}  medians:" + "".join(f"  {name}" for name in shown))
+    lines = [f"{'step':>4} {'correct':>8}  medians:" + "".join(f"  {name}" for name in shown)]
     for k in range(len(path.correct)):
         medians = [getattr(path, name)[k].double().quantile(0.5).item() for name in shown]
         cells = "".join(f"  {m:>{len(name)}.4g}" for name, m in zip(shown, medians, strict=True))
-        print(f"{k:>4} {path.correct[k].double().mean().item():>8.3f}  {'':8}{cells}")
+        lines.append(f"{k:>4} {path.correct[k].double().mean().item():>8.3f}  {'':8}{cells}")
 
     def save(file: Path) -> None:
         text = io.StringIO(newline="")
@@ -211,7 +229,8 @@ def run_attack_path(arguments: argparse.Namespace) -> int:
             writer.writerows((k, n, labels[n], *(c[k, n] for c in texts)) for n in range(len(labels)))
         write(file, text.getvalue())
 
-    return _save(out, {"attack_path.csv": save, "attack_path.png": lambda file: _draw(path.plot(shown[:3]), file)})
+    files = {"attack_path.csv": save, "attack_path.png": lambda file: _draw(path.plot(shown[:3]), file)}
+    return _save(out, files, "\n".join(lines))
 
 
 def _draw(figure: Any, file: Path) -> None:
@@ -233,13 +252,15 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         model, _first_samples(loader, arguments.samples, place), arguments.scales, gradient=tuple(arguments.gradients),
         head=arguments.head, device=arguments.device, **_attack_options(arguments),
     )  # fmt: skip
-    print(
+    lines = [
         f"{'scale':>8} {'gradient':>9} {'clean':>7} {'robust':>7} {'median loss increase':>21} {'median flatness':>16}"
-    )
+    ]
     for r in found:
         flatness = number(r.log_layerwise.q50)
-        print(f"{r.scale:>8g} {r.gradient:>9} {r.clean_accuracy:>7.3f} {r.robust_accuracy:>7.3f} "
-              f"{r.loss_increase.q50:>21.4g} {flatness:>16}")  # fmt: skip
+        lines.append(
+            f"{r.scale:>8g} {r.gradient:>9} {r.clean_accuracy:>7.3f} {r.robust_accuracy:>7.3f} "
+            f"{r.loss_increase.q50:>21.4g} {flatness:>16}"
+        )
     plain = [{k: v._asdict() if isinstance(v, tuple) else v for k, v in r._asdict().items()} for r in found]
     return _save(
         out,
@@ -247,4 +268,5 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             "scaling_sweep.json": lambda file: write(file, dumps(plain)),
             "scaling_sweep.png": lambda file: _draw(plot_scaling(found), file),
         },
+        "\n".join(lines),
     )

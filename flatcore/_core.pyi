@@ -43,6 +43,7 @@ def cuda_head_chunk_cotangent(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     q: int,
     g: int,
     summary: int,
@@ -62,15 +63,35 @@ def cuda_head_chunk_directions(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     summary: int,
     center: int,
     row_state: int,
     numbers: int,
     mean: int,
     direction: int,
+    q: int,
     top_row: int,
     top_bias: int,
     top: int,
+) -> None: ...
+def cuda_head_chunk_merge(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q: int,
+    merged: int,
+    q_pieces: int,
+    pieces: int,
+    order: int,
+    runs: int,
+    repeated: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
 ) -> None: ...
 def cuda_head_chunk_statistics(
     device: int,
@@ -124,6 +145,10 @@ def cuda_head_metrics(
     special: int,
 ) -> None: ...
 def cuda_head_packing(problem: HeadProblem) -> tuple[int, int]: ...
+def cuda_head_repeat_joins(
+    device: int, stream: int, problem: HeadProblem, keys: int, order: int, joins: int
+) -> None: ...
+def cuda_head_repeat_keys(device: int, stream: int, problem: HeadProblem, summary: int, keys: int) -> None: ...
 def cuda_head_weights(
     device: int,
     stream: int,
@@ -162,6 +187,7 @@ def head_chunk_cotangent(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     q: int,
     g: int,
     g_stride: int,
@@ -181,12 +207,14 @@ def head_chunk_directions(
     first: int,
     rows: int,
     upstream: int,
+    log_coefficient: int,
     summary: int,
     center: int,
     row_state: int,
     numbers: int,
     mean: int,
     direction: int,
+    q: int,
     top_row: int,
     top_bias: int,
     top: int,
@@ -205,6 +233,14 @@ def head_chunk_statistics(
     center: int,
     centered_squares: int,
     row_state: int,
+    members: int,
+    starts: int,
+    groups: int,
+    near: int,
+    near_of: int,
+    near_count: int,
+    merged: int,
+    near_q: int,
 ) -> int: ...
 def head_chunk_weights(
     target: str,
@@ -233,7 +269,7 @@ def head_measure(
     count_rows: bool,
     value: int,
     double_value: bool,
-    coefficient: int,
+    log_coefficient: int,
 ) -> int: ...
 def head_measure_workspace(problem: HeadProblem) -> int: ...
 def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
@@ -242,7 +278,7 @@ def head_metrics_backward(
     problem: HeadProblem,
     upstream: int,
     upstream_stride: int,
-    coefficient: int,
+    log_coefficient: int,
     d_features: int,
     d_weight: int,
     d_bias: int,
@@ -263,8 +299,19 @@ def head_reduction(
     count_rows: bool,
     value: int,
     double_value: bool,
-    coefficient: int,
+    log_coefficient: int,
 ) -> None: ...
+def head_repeats(
+    target: str,
+    problem: HeadProblem,
+    exponent: int,
+    centered_squares: int,
+    keys: int,
+    members: int,
+    starts: int,
+    near: int,
+    near_of: int,
+) -> tuple[int, int]: ...
 def head_summary(
     target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
 ) -> None: ...

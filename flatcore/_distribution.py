@@ -20,8 +20,9 @@ class Statistics(NamedTuple):
 
     ``rows``; ``nan_rows`` (of them, counted in ``rows``); ``log_mean``, the log of the mean; ``relative_standard_error``,
     the mean's standard error over the mean; ``log_median``; ``heaviest_share``, the share of the sum that the heaviest 1 %
-    of the rows hold, in [0, 1] (of 150 rows: the heaviest and half of the next). All are NaN but the counts where a row is
-    NaN, and without rows.
+    of the rows hold, in [0, 1] (of 150 rows: the heaviest and half of the next). The median of an even number of rows is
+    the mean of the two middle values, as ``numpy.median`` has it. All are NaN but the counts where a row is NaN, and without
+    rows.
 
     Example:
         >>> import flatcore
@@ -64,7 +65,7 @@ class Distribution:
     """A sparse histogram of logs by group: each bin with its rows, and the sums of its values and of their squares.
 
     The sums are relative to the bin's centre, so that means are exact to rounding and relative standard errors to 1e-8; a
-    median is a bin's mean, within 0.4 %. At most 2^23 bins per group, and no more than rows.
+    middle value is taken as its bin's mean, within 0.4 %. At most 2^23 bins per group, and no more than rows.
     """
 
     def __init__(self) -> None:
@@ -108,8 +109,10 @@ class Distribution:
         if N == 0 or nan_rows:
             return Statistics(int(N), int(nan_rows), *[math.nan] * 4)
         order = np.cumsum(rows)
-        middle = int(np.searchsorted(order, N / 2))
-        log_median = self._log(index[middle], values[middle] / rows[middle])
+        # row k, from 0 on, is in the first bin up to which there are more than k rows
+        two = [int(np.searchsorted(order, k, side="right")) for k in ((N - 1) // 2, N // 2)]
+        logs = [self._log(index[k], values[k] / rows[k]) for k in two]
+        log_median = float(np.logaddexp(*logs)) - math.log(2) if two[0] != two[1] else logs[0]
         if infinite:
             return Statistics(int(N), 0, math.inf, math.nan, log_median, math.nan)
         positive = index != _ZERO

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -11,17 +12,17 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ._config import __version__
 from ._head_metrics import head_metrics
 from ._input_gradients import input_gradients
-from ._loading import batches, check_module, device_of, evaluation_mode
+from ._loading import check_module, device_of, evaluation_mode
 from ._probe import Probe
 from ._report import Report, write_rows
 from ._row_norms import row_norms
+from ._shards import Shard
 from ._tally import Tally, joined, thinned
-from ._validate import INTEGERS, check_flag, check_integer, check_temperature
+from ._validate import INTEGERS, check_flag, check_integer, check_temperature, one_output
 
 _HELD = 1 << 22  # bytes of features and logits that wait to be measured together
 _FLUSH = 1 << 16  # rows that wait on the device before they are counted: 5 MB, and one transfer instead of 256
@@ -51,7 +52,10 @@ def evaluate(
     Args:
         model: a module whose logits are its head's output; put into evaluation mode for the call, then as it was.
         loader: yields (inputs, target): inputs (N, ...) for ``model(inputs)``, integer labels (N,), or (N, L) for a model
-            with logits (N, L, C), as a language model has: then a row is a token. Any iterable; read once.
+            with logits (N, L, C), as a language model has: then a row is a token. Tensors or NumPy arrays; a mapping of
+            inputs is for ``model(**inputs)``. Or it yields such mappings alone (transformers' BatchEncoding), with the
+            target under "labels", "label" or "target". Any iterable; read once. A ``torch.utils.data.Dataset`` of rows is
+            read in batches of 256.
         head, temperature: as in :class:`flatcore.Probe`.
         device: None, the model's; or a device that the model must be on. Batches are moved to it.
         ignore_index: label of rows that are left out (padding).
@@ -61,23 +65,31 @@ def evaluate(
         progress: a bar on standard error; None: where that is a terminal. Needs tqdm; without it there is none.
 
     Returns:
-        :class:`flatcore.Report`. After Ctrl-C it holds what was measured so far and its ``complete`` is False.
+        :class:`flatcore.Report`. After Ctrl-C it holds what was measured so far and its ``complete`` is False; so it is
+        where rows of the data set are known to be missing, which ``info["missing_rows"]`` counts.
 
     Raises:
-        TypeError: a model that is no module; a loader that yields something else; a target that is not integer.
+        TypeError: a model that is no module; a loader that yields something else; a target that is not integer; mappings
+            with ``input_gradient_norms``, which needs one tensor of inputs.
         ValueError: an empty loader; no rows but ignored ones; a model on several devices or another one; a target whose
-            shape is not the features'; as :class:`flatcore.Probe`; in a distributed run a loader that draws at random, or a
-            path as ``rows``.
-        RuntimeError: as :class:`flatcore.Probe`, where the model's output is not its head's.
+            shape is not the features' ((N, 1), one-hot); a label that is no class, on CUDA too, with its row; labels equal
+            to "input_ids", which a causal language model would shift; a head with one output; as :class:`flatcore.Probe`;
+            in a distributed run a loader that draws at random, loaders that do not fit together, or a path as ``rows``.
+        RuntimeError: as :class:`flatcore.Probe`, where the model's output is not its head's, in any batch; in a distributed
+            run, another process whose first batch failed.
         OSError: the file of ``rows`` cannot be written.
         KeyboardInterrupt: Ctrl-C in a distributed run, where the others would wait for this process.
 
-    Distributed: with an initialised process group each process measures its share, and all return the report on the whole.
-    A ``DistributedSampler`` is taken as it is, less the rows it repeats to even the shards; of any other loader, which must
-    yield the same batches in every process, each takes every world-size-th batch.
+    Distributed: with an initialised process group every process must call it; each measures its share, and all return the
+    report on the whole. A ``DistributedSampler`` is taken as it is, less the rows it repeats to even the shards. Of any
+    other loader the processes compare the first batch. If it is the same everywhere, each takes every world-size-th batch
+    of what must be the same loader to its end. If it differs, each loader is its process's share (accelerate's ``prepare``,
+    a sampler of one's own, an iterable data set), read to its end, however many batches that are; rows are numbered one
+    share after another. What accelerate repeats to even the shares is left out; where one cannot know, rows that are equal
+    to another one are counted in a warning and in ``info["repeated_rows"]``. Checksums take 8 bytes a row.
 
     Numerics: per-sample values as :func:`flatcore.head_metrics`. Means and standard errors in float64, relative to bins
-        of their logs, so that nothing underflows; medians within 0.4 %.
+        of their logs, so that nothing underflows; medians (of two middle values the mean) within 0.4 %.
 
     Example:
         >>> import torch, flatcore
@@ -98,7 +110,7 @@ def evaluate(
         check_flag(progress, "progress")
     if not isinstance(rows, (bool, str, Path)):
         raise TypeError(f"rows must be True, False or a path, got {type(rows).__qualname__}")
-    shard = _Shard(loader)
+    shard = Shard(loader)
     if shard.world > 1 and not isinstance(rows, bool):
         raise ValueError("rows must be True or False in a distributed run, got a path, which all would write")
 
@@ -108,17 +120,18 @@ def evaluate(
     with (
         evaluation_mode(model),
         Probe(model, head, temperature=temperature) as probe,
+        shard.opened(),
         _Rows(rows, measures, ignore_index) as table,
     ):
         waiting = _Waiting(table)
         try:
             for inputs, target, numbers in _with_progress(shard, progress):
-                inputs, target = inputs.to(place, non_blocking=True), target.to(place, non_blocking=True)
-                if target.dtype not in INTEGERS:
-                    raise TypeError(f"loader must yield integer class labels as target, got {target.dtype}")
                 if len(target) == 0:
                     continue
-                waiting.add(numbers, target, *_passed(probe, inputs, target, ignore_index, input_gradient_norms))
+                target = _checked_target(target).to(place, non_blocking=True)
+                inputs = _moved(inputs, place)
+                arguments, norms = _passed(probe, inputs, target, numbers, ignore_index, input_gradient_norms)
+                waiting.add(numbers, target, arguments, norms)
                 info = info or _info(model, probe, place)
         except KeyboardInterrupt:
             if shard.world > 1:
@@ -126,39 +139,107 @@ def evaluate(
             complete = False
         waiting.measure()
         table.flush()
-    parts = [(table.tally, info, table.table(), table.sample)]
-    if shard.world > 1:
-        parts = shard.gathered(parts[0])
+    parts, before, said = shard.settled((table.tally, info, table.table(), table.sample), complete)
     tally = parts[0][0]
     for other, *_ in parts[1:]:
         tally.merge(other)
     if tally.rows == 0 and complete:
         raise ValueError("loader must yield at least one row that is not ignored, got none")
+    for part, offset in zip(parts, before, strict=True):
+        for columns in part[2:]:
+            if columns:
+                columns["row"] = columns["row"] + offset
     info = next((part[1] for part in parts if part[1]), {}) | {
-        "temperature": temperature, "processes": shard.world, "seconds": time.perf_counter() - start,
+        "temperature": temperature, "processes": shard.world, **said, "seconds": time.perf_counter() - start,
     }  # fmt: skip
     kept = joined([part[2] for part in parts]) if rows is True else None
+    complete = complete and not said.get("missing_rows")
     return Report(tally, info, kept, thinned([part[3] for part in parts]), complete)
 
 
+def _checked_target(target: Tensor) -> Tensor:
+    """Labels as int64, none of which becomes another."""
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"loader must yield integer class labels as target, got {target.dtype}{_remedy(target)}")
+    if target.dtype == torch.uint64:  # those beyond int64 are no classes, and would be negative in it
+        target = target.to("cpu").view(torch.int64)
+        return torch.where(target < 0, torch.iinfo(torch.int64).max, target)
+    return target.to(torch.int64)
+
+
+def _remedy(target: Tensor) -> str:
+    """What to do with labels of another form, where one can see what they mean."""
+    whole = target.dtype in INTEGERS
+    dim = 1 if target.dim() == 2 else -1
+    if target.dim() > 1 and target.shape[-1] == 1:
+        return f": pass target.squeeze({dim})" + ("" if whole else ", and integers (.long()) if they are classes")
+    if target.dim() > 1 and bool(((target == 0) | (target == 1)).all() and (target.sum(-1) == 1).all()):
+        return f", as it seems one-hot: pass target.argmax({dim})"
+    return "" if whole else ": pass target.long() if these are classes"
+
+
+def _moved(inputs: Any, place: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(place, non_blocking=True)
+    return {k: v.to(place, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def _passed(
-    probe: Probe, inputs: Tensor, target: Tensor, ignore_index: int, input_gradient_norms: bool
+    probe: Probe,
+    inputs: Any,
+    target: Tensor,
+    numbers: np.ndarray,
+    ignore_index: int,
+    input_gradient_norms: bool,
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """One forward pass: what the head's measures take, and log input gradient norms (N,) if they are asked for."""
+    """One forward pass: what the head's measures take, and log input gradient norms (N,) if they are asked for.
+
+    The probe compares the model's output with the head's at the first measure of a pass: so there is one in every pass.
+    """
     norms = None
     if input_gradient_norms:
-        found = input_gradients(probe.model, inputs, target, ignore_index=ignore_index)
+        if isinstance(inputs, Mapping):
+            raise TypeError("input_gradient_norms needs inputs as one tensor, got a mapping")
+        try:
+            found = input_gradients(probe.model, inputs, target, ignore_index=ignore_index)
+        except ValueError:  # of a label, perhaps, by its row in this batch
+            with suppress(RuntimeError):  # the model has not run
+                _check_labels(target, numbers, _classes(probe), ignore_index)
+            raise
         norms = row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale
     else:
         with torch.no_grad():
-            probe.model(inputs)
+            probe.model(**inputs) if isinstance(inputs, Mapping) else probe.model(inputs)
+    classes = _classes(probe)
     arguments = probe._arguments({})
     shape = tuple(arguments["features"].shape[:-1])
     if shape != target.shape:
         raise ValueError(
-            f"loader must yield a target of the features' leading shape {shape}, got {tuple(target.shape)}"
+            f"loader must yield a target of the features' leading shape {shape}, got {tuple(target.shape)}{_remedy(target)}"
         )
+    if target.device.type == "cpu":  # elsewhere it would have to be waited for: when the rows are counted
+        _check_labels(target, numbers, classes, ignore_index)
     return arguments, norms
+
+
+def _classes(probe: Probe) -> int:
+    """C of the head that ran."""
+    classes = probe.head.out_features
+    if classes == 1:
+        raise ValueError(one_output(f"the head {probe.head_name!r}", "give the model such a head for the evaluation"))
+    return classes
+
+
+def _check_labels(target: Tensor, numbers: np.ndarray, classes: int, ignore_index: int) -> None:
+    """Refuse a label that is no class, by its row in the loader: target (N, ...) and the rows' numbers (N,)."""
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"loader must yield labels (target) in 0..{classes - 1} or ignore_index = {ignore_index}, got "
+            f"{target[tuple(place)].item()} in row {numbers[place[0]]}"
+            + (f", position {place[1]}" if len(place) > 1 else "")
+        )
 
 
 def _info(model: nn.Module, probe: Probe, device: torch.device) -> dict[str, Any]:
@@ -169,49 +250,7 @@ def _info(model: nn.Module, probe: Probe, device: torch.device) -> dict[str, Any
     }  # fmt: skip
 
 
-class _Shard:
-    """The batches of this process, with the number of their first row in the whole."""
-
-    def __init__(self, loader: Any):
-        self.loader = loader
-        running = dist.is_available() and dist.is_initialized()
-        self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if running else (1, 0)
-        sampler = getattr(loader, "sampler", None)
-        self.sampler = sampler if isinstance(sampler, torch.utils.data.DistributedSampler) else None
-        if self.world > 1 and isinstance(sampler, torch.utils.data.RandomSampler):
-            raise ValueError(
-                "loader must yield the same batches in every process, got one with shuffle=True: take shuffle=False or a "
-                "DistributedSampler"
-            )
-
-    def gathered(self, part: Any) -> list[Any]:
-        """What every process has to say, in the order of their ranks."""
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, part)
-        return parts
-
-    def __len__(self) -> int:
-        total = len(self.loader)
-        return total if self.sampler is not None else -(-max(total - self.rank, 0) // self.world)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        if self.sampler is None:
-            first = 0
-            for number, (inputs, target) in enumerate(batches(self.loader)):
-                if number % self.world == self.rank:
-                    yield inputs, target, np.arange(first, first + len(target))
-                first += len(target)
-            return
-        replicas, rank = self.sampler.num_replicas, self.sampler.rank
-        total, seen = len(self.sampler.dataset), 0  # type: ignore[arg-type]
-        for inputs, target in batches(self.loader):
-            numbers = rank + replicas * np.arange(seen, seen + len(target))
-            seen += len(target)
-            own = int((numbers < total).sum())  # the rows that even the shards stand at the end
-            yield inputs[:own], target[:own], numbers[:own]
-
-
-def _with_progress(shard: _Shard, progress: bool | None) -> Any:
+def _with_progress(shard: Shard, progress: bool | None) -> Any:
     """The shard, behind a bar where one is wanted and tqdm is there."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
@@ -237,6 +276,7 @@ class _Waiting:
     def add(self, numbers: np.ndarray, target: Tensor, arguments: dict[str, Any], norms: Tensor | None) -> None:
         """Take in a batch: row numbers (N,), labels (N, ...), and what :func:`_passed` gives."""
         length = target[0].numel()
+        self.table.classes = len(arguments["linear_weight"])
         self.head = {name: arguments[name] for name in ("linear_weight", "linear_bias", "temperature")}
         features, logits = (
             None if x is None else x.detach().reshape(-1, x.shape[-1])
@@ -284,6 +324,7 @@ class _Rows:
         self.waiting: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor, Tensor]] = []
         self.count = 0
         self.has_positions = False
+        self.classes = 0
 
     def __enter__(self) -> _Rows:
         if self.path is not None:
@@ -312,8 +353,9 @@ class _Rows:
             return
         numbers, positions, *tensors = zip(*self.waiting, strict=True)
         target, prediction, values = (torch.cat(part, dim=-1).cpu().numpy() for part in tensors)
-        kept = target != self.ignore_index
         table = {"row": np.concatenate(numbers)}
+        _check_labels(torch.from_numpy(target), table["row"], self.classes, self.ignore_index)
+        kept = target != self.ignore_index
         if self.has_positions:
             table["position"] = np.concatenate(positions)
         table |= {"target": target.astype(np.int64), "prediction": prediction, "correct": target == prediction}

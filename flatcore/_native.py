@@ -166,7 +166,7 @@ def head_measure(
     measure: Measure,
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One field, reduced: the value and, if wanted, its derivative by each row's log.
+    """One field, reduced: the value and, if wanted, the log of its derivative by each row's log.
 
     Arguments as in ``_reduction``; one call of the extension where the head is small, for it takes no longer than 10 us.
     """
@@ -197,7 +197,7 @@ def head_measure(
 
 def head_metrics_backward(
     upstream: Tensor,
-    coefficient: Tensor | None,
+    log_coefficient: Tensor | None,
     features: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -212,8 +212,8 @@ def head_metrics_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run the kernels of this stem: the wanted gradients of features, weight, bias and logits, None for the others.
 
-    A row's derivative with respect to its log is ``upstream`` (float64, (N,) or one number) times ``coefficient``
-    (float64, (N,), or None for 1); otherwise as ``reference.head_metrics_backward``.
+    A row's derivative with respect to its log is ``upstream`` (float64, (N,) or one number) times
+    exp(``log_coefficient``) (float64, (N,), or None for 0); otherwise as ``reference.head_metrics_backward``.
     """
     (N, D), C = features.shape, linear_weight.shape[0]
     double = is_double(features, linear_weight, logits)
@@ -230,15 +230,12 @@ def head_metrics_backward(
     if call.path == "fused":
         workspace = torch.empty(_core.head_metrics_backward_workspace(call.problem), dtype=torch.uint8, device="cpu")
         _core.head_metrics_backward(
-            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), address(coefficient),
+            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), address(log_coefficient),
             address(d_features), address(d_weight), address(d_bias), address(d_logits), workspace.data_ptr(),
         )  # fmt: skip
     else:
-        c = upstream.expand(N)
-        if coefficient is not None:
-            c = torch.where(c == 0, 0, c * coefficient)
         _chunked.head_metrics_backward(
-            call.cpu_target, call.problem, c.contiguous(), call.features, call.weight,
+            call.cpu_target, call.problem, upstream.expand(N).contiguous(), log_coefficient, call.features, call.weight,
             call.bias if include_bias else None, call.logits, norm_power, field, double, call.threads, d_features,
             d_weight, d_bias, d_logits,
         )  # fmt: skip
@@ -272,7 +269,7 @@ def head_reduction(
     dtype: torch.dtype,
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel; arguments and results as in ``_reduction.reduce`` and ``reduce_with_coefficient``."""
+    """Run the kernel; arguments and results as in ``_reduction.reduce`` and ``reduce_with_log_coefficient``."""
     N = logs.shape[0]
     value = logs.new_empty((N,) if reduction == "none" else (), dtype=dtype)
     coefficient = logs.new_empty((N,)) if with_coefficient else None

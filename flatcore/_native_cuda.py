@@ -16,7 +16,7 @@ from ._backend import _core
 from ._chunked import GRADIENT, NEURONWISE, address
 from ._head_cuda import Head
 from ._native import as_dtype, in_dtypes_of, is_double, matrix, readable
-from ._reduction import Measure, reduce, reduce_with_coefficient
+from ._reduction import Measure, reduce, reduce_with_log_coefficient
 from .reference import FIELDS
 
 _log = logging.getLogger("flatcore")
@@ -104,15 +104,15 @@ def head_measure(
     measure: Measure,
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One field, reduced: the value and, if wanted, its derivative by each row's log."""
+    """One field, reduced: the value and, if wanted, the log of its derivative by each row's log."""
     values, _ = head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
     options = (values[0], s, target, count_rows, *measure.reduced)
-    return reduce_with_coefficient(*options) if with_coefficient else (reduce(*options), None)
+    return reduce_with_log_coefficient(*options) if with_coefficient else (reduce(*options), None)
 
 
 def head_metrics_backward(
     upstream: Tensor,
-    coefficient: Tensor | None,
+    log_coefficient: Tensor | None,
     features: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -131,17 +131,16 @@ def head_metrics_backward(
         1 << field,
     )  # fmt: skip
     N, D, C = head.N, head.D, head.C
-    c = as_dtype(readable(upstream), torch.float64).expand(N)
-    if coefficient is not None:
-        c = torch.where(c == 0, 0, c * coefficient)
+    upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
     d_features = head.empty(N, D, dtype=head.dtype) if wanted[0] else None
     d_weight = head.empty(C, D, dtype=head.dtype).zero_() if wanted[1] else None
     d_bias = head.empty(C).zero_() if wanted[2] else None
     d_logits = head.empty(N, C, dtype=head.dtype) if wanted[3] else None
     _native.last_path = "chunked"
     _chunked_cuda.head_metrics_backward(
-        _core, stream(head.features), head, c.contiguous(), norm_power, field, d_features, d_weight, d_bias, d_logits
-    )
+        _core, stream(head.features), head, upstream, log_coefficient, norm_power, field, d_features, d_weight, d_bias,
+        d_logits,
+    )  # fmt: skip
     return in_dtypes_of((features, linear_weight, linear_bias, logits), (d_features, d_weight, d_bias, d_logits))
 
 

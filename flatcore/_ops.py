@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _native, _native_cuda, reference
-from ._reduction import Measure, reduce, reduce_with_coefficient, sample_weights
+from ._reduction import Measure, reduce, reduce_with_log_coefficient, sample_weights
 from ._validate import check_device, check_matrix, is_exact, is_wrapped, storage_covers
 from .reference import DIFFERENTIABLE, FIELDS
 
@@ -20,9 +20,9 @@ _HEAD_METRICS = (
     "-> (Tensor, Tensor)"
 )
 _HEAD_BACKWARD = (
-    "head_metrics_backward(Tensor upstream, Tensor features, Tensor linear_weight, Tensor? linear_bias, Tensor? logits, "
-    "Tensor? target, float temperature, int ignore_index, bool include_bias, int norm_power, int field, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "head_metrics_backward(Tensor upstream, Tensor? log_coefficient, Tensor features, Tensor linear_weight, "
+    "Tensor? linear_bias, Tensor? logits, Tensor? target, float temperature, int ignore_index, bool include_bias, "
+    "int norm_power, int field, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LABELLED = tuple(name for name in DIFFERENTIABLE if "gradient" in name)
 _ROW_NORMS = "row_norms(Tensor x, float[] ord) -> Tensor"
@@ -51,17 +51,14 @@ def _run_head_metrics(features: Tensor, linear_weight: Tensor, *rest) -> tuple[T
 
 
 def _run_head_metrics_backward(
-    upstream: Tensor, coefficient: Tensor | None, arguments: tuple[Any, ...], wanted: tuple[bool, ...]
+    upstream: Tensor, log_coefficient: Tensor | None, arguments: tuple[Any, ...], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of features, weight, bias and logits where wanted; a row's upstream is ``upstream * coefficient``."""
+    """Gradients of features, weight, bias and logits where wanted; a row's is ``upstream * exp(log_coefficient)``."""
     features = arguments[0]
     kernels = _kernels(features, "head_metrics_backward")
     if kernels is not None:
-        return kernels.head_metrics_backward(upstream, coefficient, *arguments, wanted)
-    c = upstream.double().expand(features.shape[0])
-    if coefficient is not None:
-        c = torch.where(c == 0, 0, c * coefficient)
-    gradients = reference.head_metrics_backward(c, *arguments)
+        return kernels.head_metrics_backward(upstream, log_coefficient, *arguments, wanted)
+    gradients = reference.head_metrics_backward(upstream.expand(features.shape[0]), log_coefficient, *arguments)
     return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
 
 
@@ -97,8 +94,8 @@ def _fake_head_metrics(features, linear_weight, linear_bias, logits, target, tem
     return values, features.new_empty((n,), dtype=torch.int64)
 
 
-def _fake_head_metrics_backward(upstream, features, linear_weight, linear_bias, logits, target, temperature,
-                                ignore_index, include_bias, norm_power, field, wanted):  # fmt: skip
+def _fake_head_metrics_backward(upstream, log_coefficient, features, linear_weight, linear_bias, logits, target,
+                                temperature, ignore_index, include_bias, norm_power, field, wanted):  # fmt: skip
     return tuple(
         x.new_empty(x.shape if want and x is not None else (0,)) if x is not None else features.new_empty((0,))
         for x, want in zip((features, linear_weight, linear_bias, logits), wanted, strict=True)
@@ -154,12 +151,15 @@ def _op_head_metrics(features, linear_weight, linear_bias, logits, target, *rest
     return _run_head_metrics(features, linear_weight, linear_bias, logits, target, *rest)
 
 
-def _op_head_metrics_backward(upstream, features, linear_weight, linear_bias, logits, target, *rest):
+def _op_head_metrics_backward(upstream, log_coefficient, features, linear_weight, linear_bias, logits, target, *rest):
     *options, field, wanted = rest
     _, _, include_bias, norm_power = options
     _check_head(features, linear_weight, linear_bias, logits, target, include_bias, norm_power)
     check_matrix(upstream, "upstream", (features.shape[0],), (torch.float32, torch.float64))
     check_device(upstream, "upstream", features, "features")
+    if log_coefficient is not None:
+        check_matrix(log_coefficient, "log_coefficient", (features.shape[0],), (torch.float64,))
+        check_device(log_coefficient, "log_coefficient", features, "features")
     if not 0 <= field < len(FIELDS) or FIELDS[field] not in DIFFERENTIABLE:
         raise ValueError(f"field must be that of one of {', '.join(DIFFERENTIABLE)}, got {field}")
     if target is None and FIELDS[field] in _LABELLED:
@@ -170,7 +170,7 @@ def _op_head_metrics_backward(upstream, features, linear_weight, linear_bias, lo
     if target is not None and (target.device.type == "cpu" or _backend.validate_on_device):
         _check_labels(target, linear_weight.shape[0], options[1])
     arguments = (*inputs, target, *options, field)
-    gradients = _run_head_metrics_backward(upstream, None, arguments, tuple(wanted))
+    gradients = _run_head_metrics_backward(upstream, log_coefficient, arguments, tuple(wanted))
     return tuple(features.new_empty((0,)) if x is None else x for x in gradients)
 
 
@@ -229,7 +229,7 @@ def _backward_head_metrics(ctx, upstream, _):
             "relative_flatness or feature_gradient_norms, which have one"
         )
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = _head_metrics_backward(upstream[0], *ctx.saved_tensors, *options, field, wanted)
+    gradients = _head_metrics_backward(upstream[0], None, *ctx.saved_tensors, *options, field, wanted)
     found = (x if want else None for x, want in zip(gradients, wanted, strict=True))
     return (*found, *(None,) * (len(ctx.options) + 1))
 
@@ -272,14 +272,14 @@ def _vmap_head_metrics(info, in_dims, *arguments):
 
 def _vmap_head_metrics_backward(info, in_dims, *arguments):
     """Fold the batch into N where the head is shared and its gradient not wanted; otherwise a loop over the batch."""
-    tensors, (*rest, wanted) = arguments[:6], arguments[6:]
+    tensors, (*rest, wanted) = arguments[:7], arguments[7:]
     several = [
         None if x is None else _batch_first(x, dim, info.batch_size)
-        for x, dim in zip(tensors, in_dims[:6], strict=True)
+        for x, dim in zip(tensors, in_dims[:7], strict=True)
     ]
-    if in_dims[2] is None and in_dims[3] is None and not (wanted[1] or wanted[2]):
-        upstream, features, _, _, logits, target = (None if x is None else x.flatten(0, 1) for x in several)
-        folded = (upstream, features, tensors[2], tensors[3], logits, target)
+    if in_dims[3] is None and in_dims[4] is None and not (wanted[1] or wanted[2]):
+        upstream, logs, features, _, _, logits, target = (None if x is None else x.flatten(0, 1) for x in several)
+        folded = (upstream, logs, features, tensors[3], tensors[4], logits, target)
         gradients = _head_metrics_backward(*folded, *rest, wanted)
         shape = (info.batch_size, -1)
         return tuple(x.unflatten(0, shape) if want else x for x, want in zip(gradients, wanted, strict=True)), tuple(
@@ -494,24 +494,23 @@ class _Measure(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, linear_weight, linear_bias, logits, target, s, count_rows, measure):
-        value, coefficient = _run_measure(
+        value, log_coefficient = _run_measure(
             features, linear_weight, linear_bias, logits, target, s, count_rows, measure, True
         )
-        ctx.save_for_backward(features, linear_weight, linear_bias, logits, target, coefficient)
+        ctx.save_for_backward(features, linear_weight, linear_bias, logits, target, log_coefficient)
         ctx.measure = measure
         return value
 
     @staticmethod
     def backward(ctx, upstream):
-        *inputs, coefficient = ctx.saved_tensors
+        *inputs, log_coefficient = ctx.saved_tensors
         measure, wanted = ctx.measure, ctx.needs_input_grad[:4]
         arguments = (*inputs, *measure[:5])
         if is_direct(upstream, *inputs):
-            gradients = _run_head_metrics_backward(upstream, coefficient, arguments, wanted)
+            gradients = _run_head_metrics_backward(upstream, log_coefficient, arguments, wanted)
         else:  # a graph is asked for, a vmap over upstreams, a trace
-            c = upstream.to(torch.float64)
-            c = torch.where(c == 0, 0, c * coefficient)
-            gradients = _head_metrics_backward(c, *arguments, list(wanted))
+            rows = upstream.to(torch.float64).expand(log_coefficient.shape)
+            gradients = _head_metrics_backward(rows, log_coefficient, *arguments, list(wanted))
         found = (x if want else None for x, want in zip(gradients, wanted, strict=True))
         return (*found, None, None, None, None)
 
@@ -527,7 +526,7 @@ def _run_measure(
     measure: Measure,
     with_coefficient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The value and, if wanted, its derivative by each row's log."""
+    """The value and, if wanted, the log of its derivative by each row's log."""
     kernels = _kernels(features, "head_metrics")
     if kernels is not None:
         if target is not None and _checks_labels(target, kernels):
@@ -537,7 +536,7 @@ def _run_measure(
         )
     values, _ = _run_head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
     options = (values[0], s, target, count_rows, *measure.reduced)
-    return reduce_with_coefficient(*options) if with_coefficient else (reduce(*options), None)
+    return reduce_with_log_coefficient(*options) if with_coefficient else (reduce(*options), None)
 
 
 def head_measure(

@@ -51,6 +51,17 @@ def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> 
     return torch.where(s < 0, math.nan, s)
 
 
+def _weighed(logs: Tensor, s: Tensor | None, target: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """log(s_n t_n), and s."""
+    if s is None and target is not None:
+        s = sample_weights(target, None, ignore_index)
+    if s is not None:
+        # by select, so that a NaN in a row of weight 0 stays out
+        logs = torch.where(s == 0, -math.inf, logs + s.log())
+    # by select too: whatever the upstream of a value 0 is, the gradient is 0
+    return torch.where(logs == -math.inf, -math.inf, logs), s
+
+
 def reduce(
     logs: Tensor,
     s: Tensor | None,
@@ -65,11 +76,7 @@ def reduce(
 
     ``s`` None: 1, or 0 where ``target`` is ignored. ``count_rows``: the mean's divisor is N, not the sum of s.
     """
-    if s is None and target is not None:
-        s = sample_weights(target, None, ignore_index)
-    if s is not None:
-        # by select, so that a NaN in a row of weight 0 stays out
-        logs = torch.where(s == 0, -math.inf, logs + s.log())
+    logs, s = _weighed(logs, s, target, ignore_index)
     if reduction == "none":
         return (logs if log else logs.exp()).to(dtype)
     if log:
@@ -77,15 +84,49 @@ def reduce(
     else:
         value = logs.exp().sum()
     if reduction == "mean":
-        count = logs.new_full((), float(logs.shape[0])) if s is None or count_rows else s.sum()
+        count = _count(logs, s, count_rows)
         value = torch.where(count == 0, math.nan, value - count.log() if log else value / count)
     return value.to(dtype)
 
 
-def reduce_with_coefficient(logs: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """Reduce as :func:`reduce`, and the derivative of the value by each row's log (N,), float64."""
-    with torch.enable_grad():
-        leaf = logs.detach().requires_grad_()
-        value = reduce(leaf, *options)
-        (coefficient,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), torch.where(leaf.detach() == -math.inf, 0, coefficient)
+def _count(logs: Tensor, s: Tensor | None, count_rows: bool) -> Tensor:
+    return logs.new_full((), float(logs.shape[0])) if s is None or count_rows else s.sum()
+
+
+def reduce_with_log_coefficient(
+    logs: Tensor,
+    s: Tensor | None,
+    target: Tensor | None,
+    count_rows: bool,
+    ignore_index: int,
+    reduction: str,
+    log: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Reduce as :func:`reduce`, and the log of the value's derivative by each row's log (N,), float64.
+
+    -inf where a row's value is 0. A log, for e^-760 is 0 in float64, and its quotient by as small a value is not.
+    """
+    logs = logs.detach()
+    value = reduce(logs, s, target, count_rows, ignore_index, reduction, log, dtype)
+    weighed, s = _weighed(logs, s, target, ignore_index)
+    if not log:
+        mean = reduction == "mean"
+        slope = weighed - _count(logs, s, count_rows).log() if mean else weighed
+    elif reduction == "none":
+        slope = weighed * 0
+    else:
+        slope = weighed - (weighed.logsumexp(dim=0) if logs.shape[0] else 0)
+    return value, torch.where(weighed == -math.inf, -math.inf, slope)
+
+
+def derivative(upstream: Tensor, log_coefficient: Tensor | None, double: bool) -> Tensor:
+    """upstream * exp(log_coefficient): 0, by select, where either of them says that a row adds nothing.
+
+    As csrc/head_problem.h has it, ``counts_as_nothing``; ``double``: the value was given back in float64.
+    """
+    if log_coefficient is None:
+        return upstream
+    none = (upstream == 0) | (log_coefficient == -math.inf)
+    none |= ~upstream.isfinite() & (log_coefficient < (-745.133 if double else -103.972))
+    return torch.where(none, 0, upstream * log_coefficient.exp())

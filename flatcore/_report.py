@@ -40,7 +40,8 @@ class Report:
 
     ``rows`` is the per-sample table, a dictionary of NumPy columns, or None if it was not kept: ``row`` (the number in the
     loader's order; ``position`` too for sequences), ``target``, ``prediction``, ``correct`` and the fields of
-    :class:`flatcore.HeadMetrics`. ``info`` says what was measured; ``complete`` is False after an interrupt.
+    :class:`flatcore.HeadMetrics`. ``info`` says what was measured; ``complete`` is False after an interrupt, and where
+    rows of the data set are known to be missing: ``info["missing_rows"]`` of them.
 
     Nothing is lost where a file cannot be written: the report stays, and files are replaced only when they are whole.
 
@@ -84,11 +85,11 @@ class Report:
         return found[measure]
 
     def __repr__(self) -> str:
-        whole = self.groups["all"]
+        whole, missing = self.groups["all"], self.info.get("missing_rows")
         lines = [
             f"flatcore.Report({self.info.get('model')}, head {self.info.get('head')!r}: {whole.rows} rows, "
             f"accuracy {whole.accuracy:.4f} +- {whole.accuracy_standard_error:.4f}"
-            + ("" if self.complete else ", INTERRUPTED")
+            + ("" if self.complete else f", {missing} ROWS MISSING" if missing else ", INTERRUPTED")
             + ")"
         ]
         for name, s in whole.statistics.items():

@@ -10,6 +10,9 @@ Needs the extra ``flatcore[torchmetrics]``.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,10 +20,11 @@ from torch import Tensor
 
 from ._head_metrics import GRADIENT_NORMS, check_include_bias, check_measure, checked_class_weight, checked_inputs
 from ._reduction import sample_weights
-from ._validate import check_flag, check_integer, check_number, check_option, check_temperature
+from ._validate import check_flag, check_integer, check_number, check_option, check_temperature, one_output
 
 try:
     from torchmetrics import Metric
+    from torchmetrics.wrappers import BootStrapper, MultioutputWrapper
 except ImportError as error:
     raise ImportError(
         "flatcore.metrics needs torchmetrics: pip install 'flatcore[torchmetrics]'", name="torchmetrics"
@@ -33,6 +37,16 @@ _LOWEST, _TURN, _HIGHEST = -16384.0, -512.0, 128.0
 _COARSE, _FINE = 32.0, 1 / 16
 _COARSE_BINS = round((_TURN - _LOWEST) / _COARSE)
 _BINS = _COARSE_BINS + round((_HIGHEST - _TURN) / _FINE)
+
+
+_DISMEMBERING = {
+    BootStrapper.__init__.__code__: "BootStrapper, which draws at random from the first dimension of every tensor it is "
+    "given, from the classes in linear_weight too: wrap torchmetrics.MeanMetric() in it, and update that with the values "
+    "of the rows that count, reduction='none'",
+    MultioutputWrapper.__init__.__code__: "MultioutputWrapper, which takes one column at a time of every tensor it is "
+    "given, one feature of features and linear_weight: update a metric for each output",
+}  # fmt: skip
+"""Wrappers that would pass on parts of a head: the code in which they copy their metric, and what to say."""
 
 
 def _bin_of(log: Tensor) -> Tensor:
@@ -61,18 +75,80 @@ class _HeadMetric(Metric):
     divisor: Tensor
     nan_rows: Tensor
 
-    def __init__(self, *, temperature: float, ignore_index: int, log: bool, ignore_nan: bool, **options: Any):
+    def __init__(
+        self,
+        options: dict[str, Any],
+        *,
+        temperature: float,
+        ignore_index: int,
+        log: bool,
+        ignore_nan: bool,
+        **measured: Any,
+    ):
+        """``options`` are torchmetrics'; ``measured`` are a metric's own, checked already."""
         super().__init__(**options)
-        self.temperature = check_temperature(temperature)
-        self.ignore_index = check_integer(ignore_index, "ignore_index")
+        self._fixed: tuple[str, ...] = ()
         self.log = check_flag(log, "log")
         self.ignore_nan = check_flag(ignore_nan, "ignore_nan")
+        measured["temperature"] = check_temperature(temperature)
+        measured["ignore_index"] = check_integer(ignore_index, "ignore_index")
+        for name, value in measured.items():
+            setattr(self, name, value)
+        said = ", ".join(
+            f"{name}={value!r}" for name, value in (measured | {"log": log, "ignore_nan": ignore_nan}).items()
+        )
         wide = torch.float64
+        # A MetricCollection takes metrics for one whose states have the same names and, after the first batch, the same
+        # values (0 after one of padding or dead features): so what is measured is the name of a state.
+        self._identity = f"{type(self).__name__}({said})"
+        self.add_state(self._identity, torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         self.add_state("mass", torch.zeros(_BINS, dtype=wide), dist_reduce_fx="sum")
         self.add_state("scaled", torch.zeros(_BINS, dtype=wide), dist_reduce_fx="sum")
         self.add_state("zero_mass", torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         self.add_state("divisor", torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         self.add_state("nan_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._fixed = tuple(measured)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            raise AttributeError(f"{name} is fixed, as the states are sums under {self._identity}: make another metric")
+        if name.endswith(")") and name != self._identity:
+            raise ValueError(
+                f"{self._identity} cannot be in a compute group with {name}, whose states are others: leave compute_groups "
+                "of the MetricCollection at True"
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copied, which is how the wrappers begin
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code in _DISMEMBERING:
+                raise TypeError(f"{type(self).__name__} cannot be wrapped in {_DISMEMBERING[frame.f_code]}")
+            frame = frame.f_back
+        return super().__getstate__()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
+        """Move the states, but never cast them (``parent.to(torch.bfloat16)`` would): they are sums over many rows."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        last = self._forward_cache
+        super()._apply(fn, exclude_state=tuple(self._defaults))
+        for name in self._defaults:
+            self._defaults[name] = moved(self._defaults[name])
+            setattr(self, name, moved(getattr(self, name)))
+        self._forward_cache = None if last is None else moved(last)
+        self._computed = None  # computed again, in the dtype that is wanted now
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        before = {name: getattr(self, name) for name in self._defaults}
+        super()._load_from_state_dict(*arguments)
+        for name, old in before.items():  # as a module's buffers: copied, into the dtype and the device that are here
+            setattr(self, name, getattr(self, name).detach().to(device=old.device, dtype=old.dtype, copy=True))
 
     @torch.no_grad()
     def _add(
@@ -90,6 +166,10 @@ class _HeadMetric(Metric):
         norm_power: int = 2,
     ) -> None:
         """Take in the rows' logs of s_n v_n, of the named field, in float64."""
+        shape = getattr(linear_weight, "shape", ())
+        if len(shape) == 2 and shape[0] == 1:
+            remedy = "linear_weight = torch.cat([torch.zeros_like(w), w]), and the same of linear_bias"
+            raise ValueError(one_output(f"{type(self).__name__}: linear_weight", remedy))
         inputs = checked_inputs(
             features, linear_weight, target, linear_bias, logits, self.temperature, self.ignore_index, soft=soft
         )._replace(dtype=torch.float64)
@@ -125,19 +205,21 @@ class _HeadMetric(Metric):
         return self._result(self._log_total(self.scaled) - self.divisor.log())
 
     def median(self) -> Tensor:
-        """The value that half of the rows' weight does not exceed, to 1/16 in its log (below e^-512: to 32); or its log.
+        """The middle of the rows' values, by weight, to 1/16 in its log (below e^-512: to 32); or its log.
 
+        Of two in the middle, each with half of the weight on its side, it is the mean, as ``numpy.median`` has it.
         In a distributed run every process must call it, as it gathers the states. NaN as :meth:`compute`.
         """
         with self._gathered():
             half = (self.mass.sum() + self.zero_mass) / 2
-            if half <= self.zero_mass:
-                log = torch.full_like(half, -math.inf)
-            else:
-                index = int(torch.searchsorted(self.zero_mass + self.mass.cumsum(0), half))
-                index = min(index, _BINS - 1)
-                log = _centres(half.device)[index] + (self.scaled[index] / self.mass[index]).log()
-            return self._result(log)
+            below = self.zero_mass + self.mass.cumsum(0)
+            logs = _centres(half.device) + (self.scaled / self.mass).log()
+            two = []
+            for strictly in (False, True):  # the values up to which at least, and more than, half of the weight lies
+                index = torch.searchsorted(below, half, right=strictly).clamp(max=_BINS - 1)
+                is_zero = self.zero_mass > half if strictly else self.zero_mass >= half
+                two.append(torch.where(is_zero, -math.inf, logs[index]))
+            return self._result(torch.logaddexp(*two) - math.log(2))
 
     def heaviest_share(self, fraction: float = 0.01) -> Tensor:
         """The share of the sum that the heaviest rows hold: 1 % of the rows' weight, or another fraction. In [0, 1].
@@ -157,7 +239,7 @@ class _HeadMetric(Metric):
             before = mass.cumsum(0) - mass
             taken = ((wanted - before) / torch.where(mass > 0, mass, 1)).clamp(0, 1)
             share = (self._log_total((taken * scaled).flip(0)) - self._log_total(self.scaled)).exp()
-            return torch.where(self._is_poisoned(), math.nan, share).to(self.dtype)
+            return self._or_nan(share)
 
     def _gathered(self) -> Any:
         return self.sync_context(
@@ -172,8 +254,11 @@ class _HeadMetric(Metric):
         return nothing if self.ignore_nan else nothing | (self.nan_rows > 0)
 
     def _result(self, log: Tensor) -> Tensor:
-        value = log if self.log else log.exp()
-        return torch.where(self._is_poisoned(), math.nan, value).to(self.dtype)
+        return self._or_nan(log if self.log else log.exp())
+
+    def _or_nan(self, value: Tensor) -> Tensor:
+        value = torch.where(self._is_poisoned(), math.nan, value)
+        return value if self.dtype == torch.float64 else value.float()
 
 
 class HessianTrace(_HeadMetric):
@@ -186,11 +271,16 @@ class HessianTrace(_HeadMetric):
             way ``nan_rows`` counts them, and the rows beside it are kept, so that the choice can be made afterwards.
         options: those of ``torchmetrics.Metric``.
 
-    States: ``mass`` and ``scaled`` (10,736,) float64, three numbers; all are summed over processes. Updates are detached
-    and do not wait for the device.
+    States: ``mass`` and ``scaled`` (10,736,) float64, four numbers; all are summed over processes, and stay float64 where
+    a module is cast (``module.to(torch.bfloat16)``, ``half()``, ``set_dtype``). One of them has the measure and all options
+    in its name, so that a MetricCollection shares states between equal metrics alone. Updates are detached and do not wait
+    for the device. Results are float32, or float64 after ``set_dtype(torch.float64)``.
 
     Raises:
         TypeError, ValueError: as :func:`flatcore.hessian_trace`, at ``update``, which then leaves the states as they were.
+        TypeError: wrapped in torchmetrics' BootStrapper or MultioutputWrapper, which would pass on parts of the head.
+        ValueError: a head of one output (C = 1), whose values are all 0.
+        AttributeError: temperature, ignore_index or include_bias are set later.
         ImportError: at the module's import, without torchmetrics.
 
     Numerics: sums in float64, relative to their bin; the rows' logs too, so that the mean's log is within 1e-12 of
@@ -202,10 +292,10 @@ class HessianTrace(_HeadMetric):
         >>> import torch
         >>> from flatcore.metrics import HessianTrace
         >>> metric = HessianTrace()
-        >>> for rows in torch.tensor([[[30.0, 10.0]], [[3.0, 1.0]]]):
+        >>> for rows in torch.tensor([[[30.0, 10.0]], [[3.0, 1.0]], [[20.0, 0.0]]]):
         ...     metric.update(rows, torch.eye(2))
-        >>> f"{metric.compute().item():.4f} {metric.median().item():.1e} {metric.heaviest_share(0.5).item():.4f}"
-        '1.0499 4.1e-06 1.0000'
+        >>> f"{metric.compute().item():.4f} {metric.median().item():.1e} {metric.heaviest_share(0.4).item():.4f}"
+        '0.7000 4.1e-06 1.0000'
     """
 
     def __init__(
@@ -218,8 +308,10 @@ class HessianTrace(_HeadMetric):
         ignore_nan: bool = False,
         **options: Any,
     ):
-        super().__init__(temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, **options)
-        self.include_bias = check_flag(include_bias, "include_bias")
+        super().__init__(
+            options, temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan,
+            include_bias=check_flag(include_bias, "include_bias"),
+        )  # fmt: skip
 
     def update(
         self,
@@ -249,6 +341,7 @@ class RelativeFlatness(_HeadMetric):
 
     Raises:
         TypeError, ValueError: as :func:`flatcore.relative_flatness`; of tensors at ``update``.
+        TypeError, ValueError, AttributeError: as :class:`HessianTrace`.
 
     States, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.relative_flatness`.
 
@@ -273,10 +366,11 @@ class RelativeFlatness(_HeadMetric):
         ignore_nan: bool = False,
         **options: Any,
     ):
-        super().__init__(temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, **options)
         check_measure(measure, norm_power)
-        self.measure, self.norm_power = measure, int(norm_power)
-        self.include_bias = check_flag(include_bias, "include_bias")
+        super().__init__(
+            options, temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, measure=measure,
+            norm_power=int(norm_power), include_bias=check_flag(include_bias, "include_bias"),
+        )  # fmt: skip
 
     def update(
         self,
@@ -304,6 +398,7 @@ class FeatureGradientNorm(_HeadMetric):
 
     Raises:
         TypeError, ValueError: as :func:`flatcore.feature_gradient_norms`; of tensors at ``update``.
+        TypeError, ValueError, AttributeError: as :class:`HessianTrace`.
 
     States, numerics: as :class:`HessianTrace`. Source: as :func:`flatcore.feature_gradient_norms`.
 
@@ -326,8 +421,10 @@ class FeatureGradientNorm(_HeadMetric):
         ignore_nan: bool = False,
         **options: Any,
     ):
-        super().__init__(temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan, **options)
-        self.ord = check_option(ord, "ord", (1, 2, math.inf))
+        super().__init__(
+            options, temperature=temperature, ignore_index=ignore_index, log=log, ignore_nan=ignore_nan,
+            ord=float(check_option(ord, "ord", (1, 2, math.inf))),
+        )  # fmt: skip
 
     def update(
         self, features: Any, linear_weight: Any, target: Any, *, linear_bias: Any = None, logits: Any = None
@@ -336,5 +433,5 @@ class FeatureGradientNorm(_HeadMetric):
         if target is None:
             raise ValueError("target must hold integer class labels, got None")
         self._add(
-            GRADIENT_NORMS[float(self.ord)], features, linear_weight, target, linear_bias, logits, soft=False
+            GRADIENT_NORMS[self.ord], features, linear_weight, target, linear_bias, logits, soft=False
         )  # fmt: skip

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
 import flatcore
@@ -140,3 +143,20 @@ def test_the_tour_names_what_is_on_the_disk():
     }
     ignored = {"build", "dist", "venv", "flatcore-demo", "__pycache__"}
     assert folders - ignored <= {Path(path).parts[0] for path in named}
+
+
+class Collected:
+    """What the choice of a plain run looks at in a collected test."""
+
+    def __init__(self, **params):
+        self.nodeid = f"tests/test_x.py::test_y[{'-'.join(params.values())}]"
+        self.callspec = SimpleNamespace(params=params)
+
+
+def test_a_plain_run_shows_every_value_and_every_pair_of_short_parameters():
+    paths, dtypes, cases = ([f"{name}{i}" for i in range(n)] for name, n in (("path", 9), ("dtype", 4), ("case", 50)))
+    crossing = [Collected(path=p, case=c, dtype=d) for p, c, d in itertools.product(paths, cases, dtypes)]
+    kept = [item.callspec.params for item in conftest._covering(crossing)]
+    assert {k["case"] for k in kept} == set(cases)
+    assert {(k["path"], k["dtype"]) for k in kept} == set(itertools.product(paths, dtypes))
+    assert len(kept) < len(cases) + len(paths) * len(dtypes) < len(crossing) / 20

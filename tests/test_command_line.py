@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,6 +200,36 @@ FACTORIES = """
     def broken():
         return 1 / 0
 
+    def leaving():
+        raise SystemExit(0)
+
+    def leaving_later():
+        model, loader = trained()
+        def batches():
+            yield next(iter(loader))
+            raise SystemExit
+        return model, batches()
+
+    class Modèle(nn.Sequential):
+        pass
+
+    def named():
+        model, loader = trained()
+        return Modèle(*model), loader
+
+    def rows():
+        model, loader = trained()
+        return model, loader.dataset
+
+    def by_name():
+        model, loader = trained()
+        return model, [{"input": x, "labels": y} for x, y in loader]
+
+    def shared():
+        model, loader = trained()
+        sampler = torch.utils.data.DistributedSampler(loader.dataset, num_replicas=4, rank=0, shuffle=False)
+        return model, torch.utils.data.DataLoader(loader.dataset, batch_size=4, sampler=sampler)
+
     def single():
         return trained()[0]
 
@@ -208,14 +240,15 @@ FACTORIES = """
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the module ``factories``, the working folder of the command."""
-    (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES))
+    (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES), encoding="utf-8")
+    (tmp_path / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--help'])")
     (tmp_path / "unfinished.py").write_text("import nothing_of_this_name")
     (tmp_path / "misspelt.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     yield tmp_path
     sys.path[:] = path
-    for name in ("factories", "unfinished", "misspelt"):
+    for name in ("factories", "unfinished", "misspelt", "script"):
         sys.modules.pop(name, None)
 
 
@@ -232,6 +265,16 @@ def test_evaluate_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> 
     model, loader = sys.modules["factories"].trained()
     want = flatcore.evaluate(model, loader, input_gradient_norms=True)
     assert repr(want) in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "attack-path", "sweep"])
+def test_a_factory_may_return_a_data_set(command: str, factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [] if command == "evaluate" else [*ATTACK[:-2], "--samples", "40"]
+    said = {}
+    for place in ("factories:trained", "factories:rows"):
+        assert main([command, place, *options, "--out", "out"]) == 0
+        said[place] = capsys.readouterr().out
+    assert re.sub(r"\d\.\d+\S*", "", said["factories:rows"]) == re.sub(r"\d\.\d+\S*", "", said["factories:trained"])
 
 
 def test_interrupted_evaluate_writes_what_it_has(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +350,10 @@ def test_sweep_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["evaluate", "factories:number"], "factories:number is no function, but a int"),
         (["evaluate", "factories:single"], "must return (model, loader), a torch.nn.Module first, got a Sequential"),
         (["evaluate", "factories:broken"], "factories:broken raised ZeroDivisionError: division by zero (to see where"),
+        (["evaluate", "factories:leaving"], "factories:leaving called sys.exit(0) instead of returning (model, loader)"),
+        (["sweep", "factories:leaving", *ATTACK], "factories:leaving called sys.exit(0) instead of returning"),
+        (["evaluate", "factories:leaving_later"], "the command was ended by sys.exit()"),
+        (["evaluate", "script:f"], "importing script called sys.exit(0): what it does as a script belongs under if"),
         (["evaluate", "unfinished:f"], "importing unfinished failed: ModuleNotFoundError: No module named 'nothing_of_this"),
         (["evaluate", "misspelt:f"], "importing misspelt failed: SyntaxError"),
         (["evaluate", "factories:empty"], "loader must yield at least one batch, got an empty one"),
@@ -315,12 +362,63 @@ def test_sweep_command(factory: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["evaluate", "factories:trained", "--device", "meta"], "model must be on device meta, got one on cpu"),
         (["attack-path", "factories:trained", *ATTACK, "--clip", "0", "0.5"], "inputs must lie within clip = (0.0, 0.5)"),
         (["sweep", "factories:empty", *ATTACK], "loader must yield at least one batch"),
+        (["sweep", "factories:by_name", *ATTACK], "got a dict of 2 as batch 0: inputs by name are for flatcore.evaluate"),
     ],
 )  # fmt: skip
 def test_failures_are_sentences(argv: list[str], words: str, factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("flatcore: ") and words in error and error.endswith(".\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        (["evaluate", "factories:named", "--out", "sortie-é"], ("report.html", "report.json", "rows.csv")),
+        (["attack-path", "factories:named", *ATTACK, "--out", "sortie-é"], ("attack_path.csv", "attack_path.png")),
+        (
+            ["sweep", "factories:named", *ATTACK, "--scales", "1", "--out", "sortie-é"],
+            ("scaling_sweep.json", "scaling_sweep.png"),
+        ),
+        (["demo", "--epochs-max", "1", "--out", "sortie-é"], ("digits.csv", "digits.html", "digits.png")),
+    ],
+    ids=lambda value: value[0],
+)  # fmt: skip
+def test_an_output_without_accents(command: list[str], files: tuple[str, ...], factory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flatcore", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr[-2000:]) == (0, b"")
+    text = done.stdout.decode("ascii")
+    assert sorted(path.name for path in (factory / "sortie-é").iterdir()) == sorted(files)
+    assert text.count(r"sortie-\xe9") == len(files)
+    if command[0] == "evaluate":
+        assert r"flatcore.Report(Mod\xe8le, head " in text
+        assert json.loads((factory / "sortie-é/report.json").read_text(encoding="utf-8"))["info"]["model"] == "Modèle"
+
+
+def test_files_are_there_before_anything_is_printed(factory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Gone(io.BytesIO(), encoding="utf-8"))
+    assert main(["evaluate", "factories:trained", "--out", "out"]) == 1
+    assert sorted(path.name for path in (factory / "out").iterdir()) == ["report.html", "report.json", "rows.csv"]
+
+
+def test_missing_rows_are_a_failure_that_says_so(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="30 rows of the data set were in no process's share"):
+        assert main(["evaluate", "factories:shared", "--out", "out"]) == 1
+    captured = capsys.readouterr()
+    assert "30 ROWS MISSING" in captured.out and "30 rows of the data set are missing" in captured.err
+    assert json.loads((factory / "out/report.json").read_text())["complete"] is False
+    assert (
+        "30 rows of the data set are missing: this page is about the other 10"
+        in (factory / "out/report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("command", ["evaluate", "attack-path", "sweep"])

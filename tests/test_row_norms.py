@@ -49,7 +49,6 @@ def test_ragged_widths(target: str, width: int, dtype: torch.dtype) -> None:
     _check(x.to(dtype))
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("width", (1, 5, 33, 64, 65537))
 @pytest.mark.parametrize("size", (1e20, 3e38, 1e-25, 1e-38, 1e-44))
 def test_float32_whose_squares_leave_its_range(target: str, size: float, width: int) -> None:
@@ -57,7 +56,6 @@ def test_float32_whose_squares_leave_its_range(target: str, size: float, width: 
     _check_finite(x.float())
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("width", (1, 5, 33, 64, 1000))
 @pytest.mark.parametrize("size", (1e200, 1e300, 1e160, 1e-160, 1e-200, 1e-300, 1e-308, 1e-320))
 def test_float64_whose_squares_leave_its_range(target: str, size: float, width: int) -> None:
@@ -142,7 +140,6 @@ def test_strides_and_views(target: str, dtype: torch.dtype) -> None:
         _check(x)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("offset", range(1, 9))
 def test_misaligned_rows(target: str, offset: int, dtype: torch.dtype) -> None:

@@ -35,14 +35,12 @@ def _case(n: int, d: int, c: int, *, bias: bool = False) -> Case:
 
 
 # --------------------------------------------------------------------------------------------------------- sizes
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", RAGGED)
 def test_ragged_features(path: str, width: int, dtype: torch.dtype) -> None:
     Problem(_case(5, width, 6).at(dtype)).check_head_metrics()
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", RAGGED)
 def test_ragged_classes(path: str, classes: int, dtype: torch.dtype) -> None:
@@ -56,7 +54,6 @@ def test_ragged_features_and_classes(path: str, size: int) -> None:
     problem.check_views()
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("rows", (*range(1, 18), 31, 32, 33, 65))
 def test_ragged_rows(path: str, rows: int) -> None:
     Problem(_case(rows, 9, 5).at(torch.float32)).check_head_metrics()
@@ -81,7 +78,7 @@ def test_no_features(path: str) -> None:
 
 
 @pytest.mark.parametrize("given", (False, True), ids=("features", "logits"))
-@pytest.mark.parametrize("kind", ("reference", "chunked"))
+@pytest.mark.parametrize("kind", (pytest.param("reference", marks=pytest.mark.exhaustive), "chunked"))
 def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
     """Rows of W and logits come from 50 different ones, so that the exact value counts instead of summing 200,000."""
     classes, n = 200_000, 3
@@ -174,7 +171,6 @@ _LAYOUTS = {
 }
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("argument", ("features", "weight", "logits"))
@@ -273,7 +269,6 @@ _ARRAYS = {
 }
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("kind", _ARRAYS)
 def test_numpy_arrays(path: str, kind: str, dtype: torch.dtype) -> None:

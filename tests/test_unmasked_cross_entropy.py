@@ -93,7 +93,6 @@ def test_plain_rows_against_autograd(target: str, classes: int) -> None:
     assert_within("cotangent", cotangent, (leaf.grad / (1 - p)).numpy(), bound)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", (2, 3, 20))
 def test_confident_rows(target: str, classes: int, dtype: torch.dtype) -> None:
@@ -162,7 +161,6 @@ def test_a_label_that_is_the_only_class(target: str, classes: int, dtype: torch.
         assert_same("cotangent", cotangent, want)
 
 
-@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("classes", (1, 2, 9, 33, 70))
 def test_bad_rows_stay_alone(target: str, classes: int, dtype: torch.dtype) -> None:

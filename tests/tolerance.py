@@ -142,6 +142,37 @@ def cotangent_tolerance(dtype: torch.dtype) -> Bound:
     return Bound(smallest, 1e-12 if dtype == torch.float64 else 8 * _UNIT[torch.float32] + _NARROW[dtype])
 
 
+def derivative_error(dtype: torch.dtype, classes: int, rows: int, logit_error: Any, measure_error: Any) -> Any:
+    """What the terms of a row's gradient may be off, relatively; times ``oracles.Derivative.size`` it bounds an entry.
+
+    A term is a product: a probability (or p_j over the measure), and sums over classes of products of two of them. Each
+    of these two factors has what :func:`tolerance` gives a log, 4e-6 (1e-12), and moves with the logits: by e^d for a
+    probability, e^2d for the measure and for a sum over two of them, with d their error, so by e^5d; e^6d with the
+    product that is left. The products over classes, and over rows where a weight's gradient is summed, add a rounding for
+    each term, as in :func:`product_tolerance`: not a root of their number, for where many rows of W are equal these
+    roundings have one sign. Sums longer than 4096 have to be made of parts.
+
+    On the path of large heads the library forms products with W about its mean row, not with differences to the class that
+    counts: there each entry is held to the largest size among those of its row and input, as the zeros of a derivative are.
+
+    ``measure_error``: what the row's value, by which a derivative in the linear domain is multiplied, may be off.
+    """
+    terms = min(classes, 4096) + min(rows, 4096)
+    own = 2 * (4e-6 if dtype == torch.float32 else 1e-12) + (terms + 8) * _UNIT[dtype]
+    return own + np.expm1(6 * np.asarray(logit_error, dtype=float)) + np.asarray(measure_error)
+
+
+def rounded_gradient(truth: Any, allowed: Any, dtype: torch.dtype, computed: torch.dtype, small: Any) -> Any:
+    """``allowed`` of a gradient that is given back in ``dtype``: one rounding more, and what the format cannot hold.
+
+    ``computed``: the dtype of the arithmetic. ``small``: the sizes that the entry's terms have beside the row's largest
+    derivative by a logit, for a term that is below the smallest normal number of ``computed`` times that may be 0.
+    """
+    rounding = _UNIT[dtype] if dtype == torch.float32 and computed == torch.float64 else _NARROW[dtype]
+    tiny = 2.0**-25 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    return allowed + rounding * np.abs(truth) + tiny + torch.finfo(computed).tiny * np.asarray(small)
+
+
 def product_tolerance(magnitude: Any, terms: int, dtype: torch.dtype) -> Bound:
     """Return what a chain of products seeded with a cotangent may be off: an entry's bound from its absolute terms.
 
@@ -178,6 +209,31 @@ def assert_within(field: str, got: Any, truth: Any, bound: Bound, dtype: torch.d
         bound: from :func:`tolerance`.
         dtype: the dtype that ``got`` must have; truths beyond its largest number count as infinite.
     """
+    got, truth, error, allowed, right = _compared(field, got, truth, bound, dtype)
+    if not right.all():
+        where = tuple(int(i) for i in np.argwhere(~right)[0])
+        raise AssertionError(
+            f"{field}: {(~right).sum()} of {right.size} outside their bound; at {where} got {got[where]!r}, "
+            f"truth {truth[where]!r}, error {error[where]:.3e}, allowed {allowed[where]:.3e}"
+        )
+
+
+def worst(field: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype | None = None) -> tuple[float, int]:
+    """Return the largest error in units of its bound (inf where it has none to hold), and its place.
+
+    The comparison is that of :func:`assert_within`: above 1, or NaN as inf, is what it refuses.
+    """
+    got, truth, error, allowed, right = _compared(field, got, truth, bound, dtype)
+    if not right.size:
+        return 0.0, 0
+    ratio = np.where(right, 0.0, math.inf)
+    finite = np.isfinite(truth) & np.isfinite(got) & (allowed > 0)
+    np.divide(error, allowed, out=ratio, where=finite)
+    place = int(ratio.argmax())
+    return float(ratio.flat[place]), place
+
+
+def _compared(field: str, got: Any, truth: Any, bound: Bound, dtype: torch.dtype | None) -> tuple[np.ndarray, ...]:
     if dtype is not None:
         assert got.dtype == dtype, f"{field}: dtype {got.dtype}, not {dtype}"
         largest = float(np.finfo(_NUMPY[dtype]).max)
@@ -192,12 +248,7 @@ def assert_within(field: str, got: Any, truth: Any, bound: Bound, dtype: torch.d
     )
     error = np.abs(np.where(finite, got - np.where(finite, truth, 0.0), 0.0))
     right = np.where(finite, error <= allowed, got == truth)  # a comparison with NaN is False
-    if not right.all():
-        where = tuple(int(i) for i in np.argwhere(~right)[0])
-        raise AssertionError(
-            f"{field}: {(~right).sum()} of {right.size} outside their bound; at {where} got {got[where]!r}, "
-            f"truth {truth[where]!r}, error {error[where]:.3e}, allowed {allowed[where]:.3e}"
-        )
+    return got, truth, error, allowed, right
 
 
 def assert_same(field: str, first: Any, second: Any) -> None:

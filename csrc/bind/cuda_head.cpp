@@ -107,6 +107,47 @@ void register_cuda_head(py::module_& module) {
       py::arg("z_stride"), py::arg("q"), py::arg("q_pieces"), py::arg("pieces"), py::arg("summary"), py::arg("center"),
       py::arg("centered_squares"), py::arg("row_state"));
   module.def(
+      "cuda_head_repeat_keys",
+      [](int device, uintptr_t stream, const Problem& problem, uintptr_t summary, uintptr_t keys) {
+        auto call = head_call<cuda::HeadRepeats>(device, stream, problem);
+        call.summary = pointer<const double>(summary);
+        call.keys = pointer<double>(keys);
+        run_released([&] { return cuda::head_repeat_keys(call); });
+      },
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("summary"), py::arg("keys"));
+  module.def(
+      "cuda_head_repeat_joins",
+      [](int device, uintptr_t stream, const Problem& problem, uintptr_t keys, uintptr_t order, uintptr_t joins) {
+        auto call = head_call<cuda::HeadRepeats>(device, stream, problem);
+        call.keys = pointer<double>(keys);
+        call.order = pointer<const int64_t>(order);
+        call.joins = pointer<uint8_t>(joins);
+        run_released([&] { return cuda::head_repeat_joins(call); });
+      },
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("keys"), py::arg("order"), py::arg("joins"));
+  module.def(
+      "cuda_head_chunk_merge",
+      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,
+         uintptr_t merged, uintptr_t q_pieces, int pieces, uintptr_t order, uintptr_t runs, uintptr_t repeated,
+         uintptr_t summary, uintptr_t center, uintptr_t centered_squares, uintptr_t row_state) {
+        auto call = chunk_call<cuda::HeadChunk>(device, stream, problem, first, rows);
+        call.q = pointer<void>(q);
+        call.merged = pointer<void>(merged);
+        call.q_pieces = pointer<void>(q_pieces);
+        call.pieces = pieces;
+        call.order = pointer<const int64_t>(order);
+        call.runs = pointer<const int32_t>(runs);
+        call.repeated = pointer<const uint8_t>(repeated);
+        call.summary = pointer<const double>(summary);
+        call.center = pointer<const double>(center);
+        call.centered_squares = pointer<const double>(centered_squares);
+        call.row_state = pointer<HeadRow>(row_state);
+        run_released([&] { return cuda::head_chunk_merge(call); });
+      },
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q"),
+      py::arg("merged"), py::arg("q_pieces"), py::arg("pieces"), py::arg("order"), py::arg("runs"), py::arg("repeated"),
+      py::arg("summary"), py::arg("center"), py::arg("centered_squares"), py::arg("row_state"));
+  module.def(
       "cuda_head_chunk_weights",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t q_pieces,
          uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean, uintptr_t special) {
@@ -124,31 +165,35 @@ void register_cuda_head(py::module_& module) {
   module.def(
       "cuda_head_chunk_directions",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-         uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers, uintptr_t mean,
-         uintptr_t direction, uintptr_t top_row, uintptr_t top_bias, uintptr_t top) {
+         uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
+         uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top) {
         auto call = chunk_call<cuda::HeadBackwardChunk>(device, stream, problem, first, rows);
         call.upstream = pointer<const double>(upstream);
+        call.log_coefficient = pointer<const double>(log_coefficient);
         call.summary = pointer<const double>(summary);
         call.center = pointer<const double>(center);
         call.row_state = pointer<const HeadRow>(row_state);
         call.numbers = pointer<HeadBackwardRow>(numbers);
         call.mean = pointer<const double>(mean);
         call.direction = pointer<void>(direction);
+        call.q = pointer<void>(q);
         call.top_row = pointer<void>(top_row);
         call.top_bias = pointer<double>(top_bias);
         call.top = pointer<int64_t>(top);
         run_released([&] { return cuda::head_chunk_directions(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"), py::arg("mean"),
-      py::arg("direction"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"));
+      py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
+      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"));
   module.def(
       "cuda_head_chunk_cotangent",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-         uintptr_t q, uintptr_t g, uintptr_t summary, uintptr_t center, uintptr_t centered_squares, uintptr_t row_state,
-         uintptr_t numbers, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t scratch) {
+         uintptr_t log_coefficient, uintptr_t q, uintptr_t g, uintptr_t summary, uintptr_t center,
+         uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers, uintptr_t d_features, uintptr_t d_weight,
+         uintptr_t d_bias, uintptr_t scratch) {
         auto call = chunk_call<cuda::HeadBackwardChunk>(device, stream, problem, first, rows);
         call.upstream = pointer<const double>(upstream);
+        call.log_coefficient = pointer<const double>(log_coefficient);
         call.q = pointer<void>(q);
         call.g = pointer<void>(g);
         call.summary = pointer<const double>(summary);
@@ -163,9 +208,9 @@ void register_cuda_head(py::module_& module) {
         run_released([&] { return cuda::head_chunk_cotangent(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("q"), py::arg("g"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
-      py::arg("row_state"), py::arg("numbers"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"),
-      py::arg("scratch"));
+      py::arg("log_coefficient"), py::arg("q"), py::arg("g"), py::arg("summary"), py::arg("center"),
+      py::arg("centered_squares"), py::arg("row_state"), py::arg("numbers"), py::arg("d_features"), py::arg("d_weight"),
+      py::arg("d_bias"), py::arg("scratch"));
 }
 
 }  // namespace flatcore::bind

@@ -1,3 +1,4 @@
+#include <tuple>
 #include <utility>
 
 #include "bind/bind.h"
@@ -10,7 +11,7 @@ int64_t bad_row(const Outcome& outcome) { return outcome.status == Status::kBadL
 
 cpu::HeadReduction make_reduction(uintptr_t logs, uintptr_t weight, uintptr_t labels, int64_t N, int64_t ignore_index,
                                   int reduction, bool log, bool count_rows, uintptr_t value, bool double_value,
-                                  uintptr_t coefficient) {
+                                  uintptr_t log_coefficient) {
   cpu::HeadReduction call;
   call.logs = pointer<const double>(logs);
   call.weight = pointer<const double>(weight);
@@ -22,7 +23,7 @@ cpu::HeadReduction make_reduction(uintptr_t logs, uintptr_t weight, uintptr_t la
   call.count_rows = count_rows;
   call.value = pointer<void>(value);
   call.double_value = double_value;
-  call.coefficient = pointer<double>(coefficient);
+  call.log_coefficient = pointer<double>(log_coefficient);
   return call;
 }
 
@@ -71,21 +72,21 @@ void register_head_metrics(py::module_& module) {
       "head_reduction",
       [](const std::string& target_name, uintptr_t logs, uintptr_t weight, uintptr_t labels, int64_t N,
          int64_t ignore_index, int reduction, bool log, bool count_rows, uintptr_t value, bool double_value,
-         uintptr_t coefficient) {
+         uintptr_t log_coefficient) {
         check_size("N", N, 0);
         const cpu::HeadReduction call = make_reduction(logs, weight, labels, N, ignore_index, reduction, log,
-                                                       count_rows, value, double_value, coefficient);
+                                                       count_rows, value, double_value, log_coefficient);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         kernels.head_reduction(call);
       },
       py::arg("target"), py::arg("logs"), py::arg("weight"), py::arg("labels"), py::arg("N"), py::arg("ignore_index"),
       py::arg("reduction"), py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"),
-      py::arg("coefficient"));
+      py::arg("log_coefficient"));
   module.def(
       "head_measure",
       [](const std::string& target_name, const Problem& problem, uintptr_t workspace, uintptr_t weight, int reduction,
-         bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t coefficient) {
+         bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t log_coefficient) {
         if (!problem.double_values) throw std::invalid_argument("a measure is reduced from float64 logs");
         cpu::HeadMetrics call;
         static_cast<HeadProblem&>(call) = problem;
@@ -95,7 +96,7 @@ void register_head_metrics(py::module_& module) {
         call.values = pointer<void>(logs);
         const cpu::HeadReduction reduce =
             make_reduction(logs, weight, reinterpret_cast<uintptr_t>(problem.target), problem.N, problem.ignore_index,
-                           reduction, log, count_rows, value, double_value, coefficient);
+                           reduction, log, count_rows, value, double_value, log_coefficient);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         const int64_t bad = problem.N > 0 ? bad_row(kernels.head_metrics(call)) : -1;
@@ -103,7 +104,7 @@ void register_head_metrics(py::module_& module) {
         return bad;
       },
       py::arg("target"), py::arg("problem"), py::arg("workspace"), py::arg("weight"), py::arg("reduction"),
-      py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("coefficient"));
+      py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("log_coefficient"));
   module.def(
       "head_summary",
       [](const std::string& target_name, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,
@@ -127,6 +128,30 @@ void register_head_metrics(py::module_& module) {
       py::arg("target"), py::arg("problem"), py::arg("row_workspace"), py::arg("summary"), py::arg("center"),
       py::arg("centered_squares"));
   module.def(
+      "head_repeats",  // (groups, near)
+      [](const std::string& target_name, const Problem& problem, int exponent, uintptr_t centered_squares,
+         uintptr_t keys, uintptr_t members, uintptr_t starts, uintptr_t near, uintptr_t near_of) {
+        cpu::HeadRepeats call;
+        call.weight = problem.weight;
+        call.C = problem.C;
+        call.D = problem.D;
+        call.bias = problem.include_bias ? problem.bias : nullptr;
+        call.exponent = exponent;
+        call.centered_squares = pointer<const double>(centered_squares);
+        call.threads = problem.threads;
+        call.keys = pointer<double>(keys);
+        call.members = pointer<int64_t>(members);
+        call.starts = pointer<int64_t>(starts);
+        call.near = pointer<int64_t>(near);
+        call.near_of = pointer<int64_t>(near_of);
+        const cpu::Target& kernels = target(target_name);
+        py::gil_scoped_release release;
+        const cpu::RepeatCounts counts = kernels.head_repeats(call);
+        return std::make_tuple(counts.groups, counts.near);
+      },
+      py::arg("target"), py::arg("problem"), py::arg("exponent"), py::arg("centered_squares"), py::arg("keys"),
+      py::arg("members"), py::arg("starts"), py::arg("near"), py::arg("near_of"));
+  module.def(
       "head_distances",
       [](const std::string& target_name, const Problem& problem, const py::object& weight, int exponent,
          uintptr_t distances) {
@@ -148,16 +173,23 @@ void register_head_metrics(py::module_& module) {
       "head_chunk_statistics",
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
          int64_t z_stride, uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
-         uintptr_t centered_squares, uintptr_t row_state) {
-        const cpu::HeadChunk call =
+         uintptr_t centered_squares, uintptr_t row_state, uintptr_t members, uintptr_t starts, int64_t groups,
+         uintptr_t near, uintptr_t near_of, int64_t near_count, uintptr_t merged, uintptr_t near_q) {
+        cpu::HeadChunk call =
             make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center, centered_squares, row_state);
+        call.repeats = {pointer<const int64_t>(members), pointer<const int64_t>(starts),  groups,
+                        pointer<const int64_t>(near),    pointer<const int64_t>(near_of), near_count};
+        call.merged = pointer<void>(merged);
+        call.merged_stride = q_stride;
+        call.near_q = pointer<void>(near_q);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         return bad_row(kernels.head_chunk_statistics(call));
       },
       py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("z"), py::arg("z_stride"),
       py::arg("q"), py::arg("q_stride"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
-      py::arg("row_state"));
+      py::arg("row_state"), py::arg("members"), py::arg("starts"), py::arg("groups"), py::arg("near"),
+      py::arg("near_of"), py::arg("near_count"), py::arg("merged"), py::arg("near_q"));
   module.def(
       "head_chunk_weights",
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,

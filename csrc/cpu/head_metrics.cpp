@@ -155,11 +155,11 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
       store_unaligned(total + v, 0.5 * sum);
     }
   };
-  const auto explicit_row = [&](int i, int64_t about, bool with_bias) {
+  const auto explicit_row = [&](int i, int64_t about, bool with_bias, bool with_spread) {
     double* z = buffers.row;
     for (int64_t j = 0; j < C; ++j) z[j] = buffers.z[j * kTile + i];
-    return explicit_sum(call, with_bias, about, shared.exponent, z, t[i], log1p_tau[i], buffers.row + 2 * C,
-                        buffers.row + C);
+    return explicit_sum(call, with_bias, about, shared.exponent, z, t[i], log1p_tau[i], with_spread,
+                        buffers.row + 2 * C, buffers.row + C);
   };
   const bool gradients = (call.fields & kGradientFields) != 0 && call.target != nullptr;
   if (gradients || !call.include_bias) sums_over(shared.distances, buffers.s, us);
@@ -185,7 +185,7 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     for (int i = 0; i < count; ++i) {
       // Below this the classes that differ from the top one may have underflowed in u.
       if (tile.bad[i] || inner[i] > 1e-250 || log_eps[i] == -math::kInfinity) continue;
-      const ExplicitSum sum = explicit_row(i, static_cast<int64_t>(m[i]), call.include_bias);
+      const ExplicitSum sum = explicit_row(i, static_cast<int64_t>(m[i]), call.include_bias, true);
       out[i] = log_n_head[i] + log_variance(sum, shared.exponent) - two_log_t;
     }
     for (int i = 0; i < count; ++i) {
@@ -235,7 +235,7 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
       const double scale = y[i] == static_cast<int64_t>(m[i]) ? log_eps[i] : 0.0;
       values.put(kLogGradientNorm, n0 + i, out[i] + scale - shared.exponent * kLn2 - 0.5 * two_log_t);
     } else {
-      put_gradient_norms(call, values, n0 + i, explicit_row(i, y[i], false), shared.exponent);
+      put_gradient_norms(call, values, n0 + i, explicit_row(i, y[i], false, false), shared.exponent);
     }
   }
   return;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/head_repeats.h"
 #include "head_problem.h"
 #include "status.h"
 
@@ -52,15 +53,21 @@ struct HeadChunk : HeadProblem {
   int64_t z_stride = 0;
   void* q = nullptr;  // (rows, C): softmax over the classes other than the top one, 0 there; may be z itself; or null
   int64_t q_stride = 0;
+  // where rows of W repeat, what the products take instead of q:
+  Repeats repeats;
+  void* merged = nullptr;  // (rows, C): the shares of a group in its first class, 0 in the others; may be q; or null
+  int64_t merged_stride = 0;
+  void* near_q = nullptr;                    // (rows, near_count): the shares of repeats.near
   const double* summary = nullptr;           // (2,)
   const double* center = nullptr;            // (D + 1,)
   const double* centered_squares = nullptr;  // (C,)
   HeadRow* row_state = nullptr;              // (rows,)
   // for the second kernel: either the mean row of q ...
-  const double* mean = nullptr;  // (rows, D): q (2^e W - center)
+  const double* mean =
+      nullptr;  // (rows, D): merged (2^e W - center) + near_q (2^e (W_near - the rows of their classes))
   int64_t mean_stride = 0;
   // ... or the mean distances
-  const void* distance = nullptr;  // (rows, C): q times the table of squared distances
+  const void* distance = nullptr;  // (rows, C): merged times the table of squared distances
   int64_t distance_stride = 0;
   double* scratch = nullptr;  // threads * head_chunk_scratch doubles
 };

@@ -186,20 +186,27 @@ struct Group {
 };
 
 struct TileUpstream {
-  alignas(64) double c[kTile];
+  alignas(64) double c[kTile];  // 0 where the row adds nothing
+  bool live[kTile];
   bool poisoned[kTile];
+  RowUpstream row[kTile];
+
+  void drop(int i) {
+    c[i] = 0.0;
+    live[i] = false;
+  }
 };
 
-// Copies the tile's rows into the compute type; rows with c = 0 become zeros, whatever stands in them.
+// Copies the tile's rows into the compute type; rows that add nothing become zeros, whatever stands in them.
 template <class C, class T>
-void gather_rows(const HeadProblem& call, int64_t first, int count, const double* c, C* rows, int64_t stride) {
+void gather_rows(const HeadProblem& call, int64_t first, int count, const bool* live, C* rows, int64_t stride) {
   constexpr int lanes = VectorOf<C>::kLanes;
   const T* x = static_cast<const T*>(call.features.data);
   const int64_t step = call.features.column_stride;
   for (int i = 0; i < kTile; ++i) {
     C* to = rows + i * stride;
     int64_t d = 0;
-    if (i < count && c[i] != 0.0) {
+    if (i < count && live[i]) {
       const T* from = x + (first + i) * call.features.row_stride;
       if (step == 1) {
         for (; d + lanes <= call.D; d += lanes) store_unaligned(to + d, Load<C>::from(from + d));
@@ -265,9 +272,9 @@ bool variance_of_row(const HeadProblem& call, const SharedBackward<C>& shared, G
 // The same of a gradient norm, with the dual direction and its factor for each class.
 template <class C>
 bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shared, Group<C>& group, int i, int64_t y,
-                          int64_t top, double t, double confidence, double c, int64_t stride) {
+                          int64_t top, double t, double confidence, const RowUpstream& upstream, int64_t stride) {
   const int64_t classes = call.C;
-  const double inverse_temperature = 1.0 / call.temperature;
+  const double c = upstream.c, inverse_temperature = 1.0 / call.temperature;
   const double scale = std::scalbn(1.0, shared.exponent);
   const double* z = group.tile.z;
   double* u = group.row;
@@ -322,6 +329,15 @@ bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shar
   // exp(rho)/T ||.||: F; the label's group has p_j of its own
   const double log_share = (best - t) * inverse_temperature + std::log(confidence);
   const double share = std::exp(log_share);
+  const auto put_factor = [&](int64_t j, double factor) {
+    const C k = static_cast<C>(factor * scale);
+    const bool overflow = std::fabs(k) == static_cast<C>(math::kInfinity);
+    group.k_compute[j * kTile + i] = overflow ? C{} : k;
+    if (!overflow) return;
+    for (int64_t d = 0; d < call.D; ++d) {  // inf where the direction has a part, not NaN where it has none
+      if (direction[d] != 0.0) group.weight[j * stride + d] += k * static_cast<C>(direction[d]);
+    }
+  };
   double own = 0.0, others = 0.0;
   for (int64_t j = 0; j < classes; ++j) {
     double factor = 0.0;
@@ -333,17 +349,17 @@ bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shar
             (Load<double>::from(wj + d) - Load<double>::from(wy + d)) * scale * load_unaligned<DoubleV>(direction + d);
       }
       group.g[j * kTile + i] = c * inverse_temperature * u[j] * (sum_lanes(dots) - share * norm) / norm;
-      factor = u[j] / norm;
+      factor = c * u[j] / norm;
     } else {
       const double log_p = (z[j * kTile + i] - t) * inverse_temperature + std::log(confidence);
       group.g[j * kTile + i] = -c * inverse_temperature * std::exp(log_p);
-      if (j != y) factor = std::exp(log_p - log_share) / norm;
+      if (j != y) factor = twin_factor(upstream, log_p, log_share, norm);
     }
     if (j != top) others += group.g[j * kTile + i];
     own -= factor;
-    group.k_compute[j * kTile + i] = static_cast<C>(c * factor * scale);
+    put_factor(j, factor);
   }
-  group.k_compute[y * kTile + i] = static_cast<C>(c * own * scale);
+  put_factor(y, own);
   // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
   if (u[top] >= 0.0) group.g[top * kTile + i] = -others;
   return true;
@@ -359,16 +375,15 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
   TileUpstream up{};
   bool any = false;
   for (int i = 0; i < count; ++i) {
-    const double upstream = call.upstream[(first + i) * call.upstream_stride];
-    // by select: 0 times the NaN of a poisoned row's coefficient stays 0
-    up.c[i] = upstream == 0.0 ? 0.0 : call.coefficient != nullptr ? upstream * call.coefficient[first + i] : upstream;
-    if (is_gradient && label_of(call, first + i) == Label::kIgnored) up.c[i] = 0.0;
-    any |= up.c[i] != 0.0;
+    up.row[i] = row_upstream(call, first + i);
+    up.c[i] = up.row[i].c;
+    up.live[i] = up.row[i].live;
+    any |= up.live[i];
   }
   if (any || call.d_features != nullptr) {
     with_element(call.features.dtype, [&](auto* type) {
       using T = ElementOf<decltype(type)>;
-      if constexpr (sizeof(T) <= sizeof(C)) gather_rows<C, T>(call, first, count, up.c, group.rows, stride);
+      if constexpr (sizeof(T) <= sizeof(C)) gather_rows<C, T>(call, first, count, up.live, group.rows, stride);
     });
   }
   for (int64_t j = 0; j < classes * kTile; ++j) group.g[j] = 0.0;
@@ -394,13 +409,13 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
     alignas(64) double log_n[kTile];
     for (int i = 0; i < kTile; ++i) {
       log_n[i] = log_head_norm(tile.log_n[i], call.include_bias);
-      if (up.c[i] == 0.0) continue;
+      if (!up.live[i]) continue;
       up.poisoned[i] = tile.bad[i] || up.c[i] != up.c[i];
       if (is_gradient && label_of(call, first + i) != Label::kValid) up.poisoned[i] = true;
       group.poisoned |= up.poisoned[i];
       const bool zero = !is_gradient && (log_n[i] == -math::kInfinity || softmax.log_eps[i] == -math::kInfinity ||
                                          shared.log_square == -math::kInfinity);
-      if (up.poisoned[i] || zero) up.c[i] = 0.0;
+      if (up.poisoned[i] || zero) up.drop(i);
       if (up.poisoned[i]) {
         for (int64_t d = 0; d < stride; ++d) group.rows[i * stride + d] = C{};
       }
@@ -420,7 +435,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
         store_unaligned(pairs + v, 0.5 * sum);
       }
       for (int i = 0; i < kTile; ++i) {
-        if (up.c[i] == 0.0) continue;
+        if (!up.live[i]) continue;
         const int64_t top = static_cast<int64_t>(softmax.m[i]);
         const double share = softmax.eps[i] / softmax.u1[i];
         const double inner = softmax.confidence[i] * group.s[top * kTile + i] + share * pairs[i];
@@ -430,7 +445,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
         if (!(inner > 1e-250)) {
           if (!variance_of_row(call, shared, group, i, top, softmax.t[i], softmax.confidence[i], up.c[i],
                                layout.classes_stride)) {
-            up.c[i] = 0.0;
+            up.drop(i);
           }
           continue;
         }
@@ -450,10 +465,10 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
                         layout.classes_stride, classes, layout.classes_stride);
     } else if (is_gradient) {
       for (int i = 0; i < kTile; ++i) {
-        if (up.c[i] == 0.0) continue;
+        if (!up.live[i]) continue;
         if (!gradient_norm_of_row(call, shared, group, i, call.target[first + i], static_cast<int64_t>(softmax.m[i]),
-                                  softmax.t[i], softmax.confidence[i], up.c[i], stride)) {
-          up.c[i] = 0.0;
+                                  softmax.t[i], softmax.confidence[i], up.row[i], stride)) {
+          up.drop(i);
         }
       }
     } else {

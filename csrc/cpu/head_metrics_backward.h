@@ -1,18 +1,45 @@
 // Gradients of one per-sample measure of a softmax head: the plain interfaces of the kernels.
 #pragma once
 
+#include <cmath>
+
 #include "cpu/head_metrics.h"
+#include "math/exp_log.h"
 
 namespace flatcore::cpu {
 
-// c_n = upstream_n coefficient_n is the derivative of the result with respect to row n's log value. A row with
-// upstream_n or c_n = 0 adds nothing, whatever stands in it; one that is not finite makes its own gradient NaN, and
-// W's. Of HeadProblem, `fields` holds the one bit of the measure; `values` and `prediction` are not used.
+// c_n = upstream_n exp(log_coefficient_n) is the derivative of the result with respect to row n's log value. A row with
+// upstream_n = 0 or log_coefficient_n = -inf adds nothing, whatever stands in it and in the other of the two, nor does
+// one of value 0 whose upstream is not finite; any other that is not finite makes its own gradient NaN, and W's. Of
+// HeadProblem, `fields` holds the one bit of the measure; `values` and `prediction` are not used.
 struct HeadBackwardProblem : HeadProblem {
-  const double* upstream = nullptr;     // (N,), or one number for all rows
-  int64_t upstream_stride = 1;          // 0: one number
-  const double* coefficient = nullptr;  // (N,) or null: 1
+  const double* upstream = nullptr;         // (N,), or one number for all rows
+  int64_t upstream_stride = 1;              // 0: one number
+  const double* log_coefficient = nullptr;  // (N,) or null: 0
 };
+
+// c of a row. `live` where it adds something: of a gradient norm's e^-760 the row itself adds nothing that float64
+// holds, but a class whose row of W equals the label's gets c p_j over the norm, which it does (see twin_factor).
+struct RowUpstream {
+  double upstream = 0.0, log_coefficient = 0.0, c = 0.0;
+  bool live = false;
+};
+FLATCORE_INLINE RowUpstream row_upstream(const HeadBackwardProblem& call, int64_t n) {
+  const bool gradient = (call.fields & kGradientFields) != 0;
+  RowUpstream row;
+  row.upstream = call.upstream[n * call.upstream_stride];
+  if (call.log_coefficient != nullptr) row.log_coefficient = call.log_coefficient[n];
+  if (counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
+  if (gradient && label_of(call, n) == Label::kIgnored) return row;
+  row.c = row.log_coefficient == 0.0 ? row.upstream : row.upstream * exp(row.log_coefficient);
+  row.live = row.c != 0.0 || gradient;
+  return row;
+}
+// c p_j/(exp(log_share) norm) of a class j whose row of W equals the label's: in one exponent, as p_j over the norm may
+// leave the range where c is as small.
+FLATCORE_INLINE double twin_factor(const RowUpstream& row, double log_p, double log_share, double norm) {
+  return row.upstream * exp(row.log_coefficient + log_p - log_share) / norm;
+}
 
 // Small heads: every gradient from one fused read of the features. Outputs are of the compute type (float64 if
 // double_compute), contiguous, overwritten; null where not wanted.

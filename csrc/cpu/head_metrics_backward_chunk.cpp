@@ -19,25 +19,22 @@
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
 
-double upstream_of(const HeadBackwardChunk& call, int64_t n) {
-  const double upstream = call.upstream[n * call.upstream_stride];
-  if (upstream == 0.0) return 0.0;  // by select: 0 times a poisoned row's coefficient stays 0
-  if ((call.fields & kGradientFields) != 0 && label_of(call, n) == Label::kIgnored) return 0.0;
-  return call.coefficient != nullptr ? upstream * call.coefficient[n] : upstream;
-}
-
 // c of the row with what makes it 0 or poison.
 HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
   const int64_t n = call.first + i;
   const HeadRow& state = call.row_state[i];
   const bool is_gradient = (call.fields & kGradientFields) != 0;
-  HeadBackwardRow row{upstream_of(call, n), 1.0, 0.0, 0.0, 0.0, 0};
-  if (row.c == 0.0) return row;
+  const RowUpstream upstream = row_upstream(call, n);
+  HeadBackwardRow row{upstream.c, 1.0, 0.0, 0.0, 0.0, 0};
+  if (!upstream.live) return row;
   if (state.m < 0 || row.c != row.c || (is_gradient && label_of(call, n) != Label::kValid)) {
     row.special = kPoisoned;
     return row;
   }
-  if (is_gradient) return row;
+  if (is_gradient) {
+    if (row.c == 0.0) row.special = kExplicit;
+    return row;
+  }
   const bool no_weight = (call.fields >> kLogLayerwise & 1U) != 0 && call.summary[0] == -math::kInfinity;
   if (state.log_eps == -math::kInfinity || log_head_norm(state.log_n, call.include_bias) == -math::kInfinity ||
       no_weight) {
@@ -61,7 +58,9 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   };
   if (row.c == 0.0 || row.special != 0) return clear();
   const HeadRow& state = call.row_state[i];
-  const double* x = call.mean + i * D;
+  const double* sums = call.mean + i * D;
+  const double inverse_q_sum = 1.0 / state.q_sum;
+  const auto x = [sums, inverse_q_sum](int64_t d) { return sums[d] * inverse_q_sum; };
   const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
@@ -74,10 +73,10 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     double delta2 = 0.0, mean2 = 0.0, top2 = 0.0, direction2 = 0.0;
     for (int64_t d = 0; d < D; ++d) {
       const double top = centered(w_top, d);
-      const double delta = x[d] - top;
+      const double delta = x(d) - top;
       const double p_mean = top + state.eps * delta;
       delta2 += delta * delta;
-      mean2 += x[d] * x[d];
+      mean2 += x(d) * x(d);
       top2 += top * top;
       direction2 += p_mean * p_mean;
       direction[d] = static_cast<C>(p_mean);
@@ -106,7 +105,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     row.delta2 = delta2;
     row.direction2 = direction2;
     const double factor = -2.0 * row.c * state.confidence / inner * scale;
-    for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x[d] - centered(w_top, d)));
+    for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x(d) - centered(w_top, d)));
     call.top_bias[i] = factor * bias_delta;
     call.top[i] = state.m;
     return;
@@ -120,14 +119,13 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     row.c = 0.0;
     return clear();
   }
-  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0, ties = 0.0;
-  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x[d] - centered(w_label, d); };
+  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0;
+  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x(d) - centered(w_label, d); };
   for (int64_t d = 0; d < D; ++d) {
     const double value = gradient(d), a = std::fabs(value), label = centered(w_label, d);
     norm1 += a;
     norm2 += a * a;
-    from += label * label + x[d] * x[d];
-    ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
+    from += label * label + x(d) * x(d);
     largest = a > largest ? a : largest;
   }
   if (!(norm2 > 0.01 * from) && norm2 == norm2) {
@@ -135,11 +133,57 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     return clear();
   }
   const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
-  row.inner = l2 ? std::sqrt(norm2) : l1 ? norm1 : largest;
+  if (l2) {
+    row.inner = std::sqrt(norm2);
+    for (int64_t d = 0; d < D; ++d) direction[d] = static_cast<C>(gradient(d) / row.inner);
+    return;
+  }
+  // A sign, and which component is the largest, must not come from the rounding of the product: a component that is 0,
+  // where all classes with a share agree in it, or one of two equal ones, is summed again from differences.
+  const C* q = static_cast<const C*>(call.q) + i * call.q_stride;
+  const auto exact = [&](int64_t d) __attribute__((noinline)) {
+    const double own = static_cast<double>(widen(w_label[d * step]));
+    double sum = 0.0;
+    for (int64_t j = 0; j < call.C; ++j) {
+      const double rest = static_cast<double>(q[j]) * inverse_q_sum;
+      const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+      if (share == 0.0) continue;
+      sum += share * (static_cast<double>(widen(w[j * call.weight.row_stride + d * step])) - own);
+    }
+    return sum * scale;
+  };
+  constexpr double noise = sizeof(C) == 4 ? 0x1p-15 : 0x1p-40;  // of the terms: 512 roundings, and as many of float64's
+  const auto unsure = [&](int64_t d, double from_value) {
+    const double terms =
+        std::fabs(alpha * centered(w_top, d)) + std::fabs(beta * x(d)) + std::fabs(centered(w_label, d));
+    return !(from_value > noise * terms);
+  };
+  if (l1) {
+    row.inner = norm1;
+    for (int64_t d = 0; d < D; ++d) {
+      double value = gradient(d);
+      if (unsure(d, std::fabs(value))) value = exact(d);
+      direction[d] = static_cast<C>(value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0);
+    }
+    return;
+  }
+  // Compared within the noise and never for equality: the compiler may contract the same expression in two ways.
+  const auto is_candidate = [&](int64_t d) { return unsure(d, (largest - std::fabs(gradient(d))) * 0.5); };
+  int64_t candidates = 0;
+  for (int64_t d = 0; d < D; ++d) candidates += is_candidate(d) ? 1 : 0;
+  double found = 0.0, ties = 1.0;
+  for (int64_t d = 0; candidates > 1 && d < D; ++d) {
+    if (!is_candidate(d)) continue;
+    const double a = std::fabs(exact(d));
+    ties = a == found ? ties + 1.0 : a > found ? 1.0 : ties;
+    found = a > found ? a : found;
+  }
+  row.inner = candidates > 1 ? found : largest;
   for (int64_t d = 0; d < D; ++d) {
-    const double value = gradient(d);
+    const bool among = is_candidate(d);
+    const double value = !among ? 0.0 : candidates > 1 ? exact(d) : gradient(d);
     const double sign = value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0;
-    direction[d] = static_cast<C>(l2 ? value / row.inner : l1 ? sign : std::fabs(value) == largest ? sign / ties : 0.0);
+    direction[d] = static_cast<C>(candidates > 1 && std::fabs(value) != found ? 0.0 : sign / ties);
   }
 }
 
@@ -242,6 +286,7 @@ template <class C, class W>
 void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
   const int64_t classes = call.C, D = call.D, n = call.first + i;
   const HeadRow& state = call.row_state[i];
+  const RowUpstream upstream = row_upstream(call, n);
   const double c = call.numbers[i].c, inverse_temperature = 1.0 / call.temperature;
   const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
   const bool gradient = (call.fields & kGradientFields) != 0, with_bias = call.include_bias && !gradient;
@@ -259,12 +304,16 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     return (static_cast<double>(widen(wj[d * step])) - static_cast<double>(widen(wa[d * step]))) * scale;
   };
   const auto bias_difference = [&](int64_t j) { return with_bias ? (call.bias[j] - call.bias[anchor]) * scale : 0.0; };
-  double best = -math::kInfinity;
+  const auto probability = [&](int64_t j) {
+    return math::tail_scale(z[j], z[state.m], inverse_temperature) * state.confidence;
+  };
+  double best = -math::kInfinity, group = 0.0;  // group: sum of p_j over the classes whose row equals the anchor's
   for (int64_t j = 0; j < classes; ++j) {
     const W* wj = w + j * call.weight.row_stride;
     bool differs = with_bias && call.bias[j] != call.bias[anchor];
     for (int64_t d = 0; d < D && !differs; ++d) differs = widen(wj[d * step]) != widen(wa[d * step]);
     u[j] = differs ? 1.0 : -1.0;
+    if (!differs) group += probability(j);
     if (differs && z[j] > best) best = z[j];
   }
   for (int64_t j = 0; j < classes; ++j) g[j] = C{};
@@ -276,11 +325,8 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
   if (best == -math::kInfinity) return nothing();
   const double log_share = (best - z[state.m]) * inverse_temperature - state.log1p_tau;
   const double share = std::exp(log_share);
-  const auto probability = [&](int64_t j) {
-    return math::exp_nonpositive((z[j] - z[state.m]) * inverse_temperature) * state.confidence;
-  };
   for (int64_t d = 0; d <= D; ++d) direction[d] = 0.0;
-  double square_mean = 0.0;
+  double square_mean = 0.0, total = 0.0;
   for (int64_t j = 0; j < classes; ++j) {
     if (u[j] < 0.0) continue;
     u[j] = math::tail_scale(z[j], best, inverse_temperature);
@@ -294,6 +340,7 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     const double value = bias_difference(j);
     direction[D] += u[j] * value;
     square_mean += u[j] * (square + value * value);
+    total += u[j];
   }
   C* d_weight = static_cast<C*>(call.d_weight);
   double norm1 = 0.0, norm2 = 0.0, largest = 0.0, ties = 0.0;
@@ -305,7 +352,22 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
     largest = a > largest ? a : largest;
   }
   if (!gradient) {
-    const double inner = square_mean - share * norm2;
+    // as log_variance (cpu/head_rows.h): the spread about the mean of those that differ, and that mean's distance
+    double spread = square_mean - norm2 / total;
+    if (!(group > 0.25)) {
+      spread = 0.0;
+      for (int64_t j = 0; j < classes; ++j) {
+        if (!(u[j] > 0.0)) continue;
+        const double bias_part = bias_difference(j) - direction[D] / total;
+        double square = bias_part * bias_part;
+        for (int64_t d = 0; d < D; ++d) {
+          const double value = difference(j, d) - direction[d] / total;
+          square += value * value;
+        }
+        spread += u[j] * square;
+      }
+    }
+    const double inner = (spread > 0.0 ? spread : 0.0) + group * norm2 / total;
     if (!(inner > 0.0)) return nothing();
     const double inverse = 1.0 / inner;
     for (int64_t j = 0; j < classes; ++j) {
@@ -350,7 +412,10 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
   double own = 0.0, others = 0.0;
   const auto add = [&](int64_t j, double factor) {
     if (d_weight == nullptr || factor == 0.0) return;
-    for (int64_t d = 0; d < D; ++d) d_weight[j * D + d] += static_cast<C>(c * factor * scale * direction[d]);
+    for (int64_t d = 0; d < D; ++d) {
+      // by select: the factor may have left the range where the direction has no part
+      if (direction[d] != 0.0) d_weight[j * D + d] += static_cast<C>(factor * scale * direction[d]);
+    }
   };
   for (int64_t j = 0; j < classes; ++j) {
     double factor = 0.0;
@@ -360,11 +425,11 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
         for (int64_t d = 0; d < D; ++d) dot += difference(j, d) * direction[d];
       }
       g[j] = static_cast<C>(c * inverse_temperature * u[j] * (dot - share * norm) / norm);
-      factor = u[j] / norm;
+      factor = c * u[j] / norm;
     } else {
       const double log_p = (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau;
       g[j] = static_cast<C>(-c * inverse_temperature * std::exp(log_p));
-      if (j != anchor) factor = std::exp(log_p - log_share) / norm;
+      if (j != anchor) factor = twin_factor(upstream, log_p, log_share, norm);
     }
     if (j != state.m) others += static_cast<double>(g[j]);
     own -= factor;

@@ -12,6 +12,8 @@
 // explicit differences, so large heads are as right as small ones.
 //
 // Cost: z is read once for the statistics and once more for q; about 50 operations in float64 per logit.
+#include <cstring>
+
 #include "cpu/head_distances.h"
 #include "cpu/head_metrics.h"
 #include "cpu/head_rows.h"
@@ -95,36 +97,81 @@ math::SoftmaxTail block_tail(const LogitRow<C>& row, int64_t first, int64_t last
   return tail;
 }
 
-// q_j for all classes, and sum_j q_j a_j for two attributes (null: 0).
+// Sums over the shares q_j as they are stored.
+struct QSums {
+  double one = 0.0, square = 0.0, bias = 0.0;  // of q_j, q_j ||2^e w_j - center||^2, q_j (2^e b_j - center_b)
+};
+
+// q_j for all classes. squares and bias: null for none.
 template <class C>
-void write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
-             const double* squares, const double* bias, double bias_scale, double bias_center, C* q, HeadRow& state) {
+QSums write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
+              const double* squares, const double* bias, double bias_scale, double bias_center, C* q) {
   const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
   const double anchor = tail.r == -math::kInfinity ? 0.0 : tail.r;
-  DoubleV square_sum = {}, bias_sum = {};
+  DoubleV sum = {}, square_sum = {}, bias_sum = {};
   int64_t j = 0;
   for (; j + kDoubles <= classes; j += kDoubles) {
     DoubleV value = math::exp_nonpositive((row.vector_at(j) - anchor) * inverse_temperature) * inverse;
     if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;
-    if (squares) square_sum += value * load_unaligned<DoubleV>(squares + j);
-    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) * bias_scale - bias_center);
     if constexpr (sizeof(C) == 8) {
       store_unaligned(q + j, value);
     } else {
-      store_unaligned(q + j, to_float(value));
+      const HalfFloatV stored = to_float(value);
+      store_unaligned(q + j, stored);
+      value = to_double(stored);
     }
+    sum += value;
+    if (squares) square_sum += value * load_unaligned<DoubleV>(squares + j);
+    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) * bias_scale - bias_center);
   }
-  state.square_mean = sum_lanes(square_sum);
-  state.bias_mean = sum_lanes(bias_sum);
+  QSums sums{sum_lanes(sum), sum_lanes(square_sum), sum_lanes(bias_sum)};
   for (; j < classes; ++j) {
     const double z = row.at(j);
-    const double value = j == tail.m || z == -math::kInfinity
-                             ? 0.0
-                             : math::exp_nonpositive((z - anchor) * inverse_temperature) * inverse;
-    if (squares) state.square_mean += value * squares[j];
-    if (bias) state.bias_mean += value * (bias[j] * bias_scale - bias_center);
-    q[j] = static_cast<C>(value);
+    q[j] = static_cast<C>(j == tail.m || z == -math::kInfinity
+                              ? 0.0
+                              : math::exp_nonpositive((z - anchor) * inverse_temperature) * inverse);
+    const double value = static_cast<double>(q[j]);
+    sums.one += value;
+    if (squares) sums.square += value * squares[j];
+    if (bias) sums.bias += value * (bias[j] * bias_scale - bias_center);
   }
+  return sums;
+}
+
+// The shares of each group in its first class, and the sums over them. A group's own sum is compensated: 40,000 equal
+// terms would lose 2e-12 of it.
+template <class C>
+QSums merge_repeats(const Repeats& repeats, int64_t classes, const double* squares, const double* bias,
+                    double bias_scale, double bias_center, const C* q, C* merged, C* near_q) {
+  for (int64_t k = 0; k < repeats.near_count; ++k) near_q[k] = q[repeats.near[k]];
+  if (merged != q) std::memcpy(merged, q, static_cast<size_t>(classes) * sizeof(C));
+  for (int64_t group = 0; group < repeats.groups; ++group) {
+    double total = 0.0, lost = 0.0;
+    for (int64_t k = repeats.starts[group]; k < repeats.starts[group + 1]; ++k) {
+      const double value = static_cast<double>(merged[repeats.members[k]]) - lost;
+      const double sum = total + value;
+      lost = (sum - total) - value;
+      total = sum;
+      merged[repeats.members[k]] = C{};
+    }
+    merged[repeats.members[repeats.starts[group]]] = static_cast<C>(total);
+  }
+  QSums sums;
+  for (int64_t j = 0; j < classes; ++j) {
+    const double value = static_cast<double>(merged[j]);
+    if (value == 0.0) continue;
+    sums.one += value;
+    if (squares) sums.square += value * squares[j];
+    if (bias) sums.bias += value * (bias[j] * bias_scale - bias_center);
+  }
+  for (int64_t k = 0; k < repeats.near_count; ++k) {
+    const double value = static_cast<double>(near_q[k]);
+    if (value == 0.0) continue;
+    const int64_t j = repeats.near[k], first = repeats.near_of[k];
+    if (squares) sums.square += value * (squares[j] - squares[first]);
+    if (bias) sums.bias += value * ((bias[j] - bias[first]) * bias_scale);
+  }
+  return sums;
 }
 
 template <class C>
@@ -192,25 +239,40 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
     if (bad) {
       // its values are NaN already; zeros keep the product's other rows free of it on every library
       for (int64_t j = 0; j < call.C; ++j) q[j] = C{};
+      if (call.merged != nullptr) {
+        merge_repeats(call.repeats, call.C, static_cast<double*>(nullptr), static_cast<double*>(nullptr), 1.0, 0.0, q,
+                      static_cast<C*>(call.merged) + i * call.merged_stride,
+                      static_cast<C*>(call.near_q) + i * call.repeats.near_count);
+      }
       return;
     }
     const double* bias = call.include_bias ? call.bias : nullptr;
-    write_q(row, call.C, tail, inverse_temperature, call.centered_squares, bias,
-            std::scalbn(1.0, static_cast<int>(call.summary[1])),
-            bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0, q, state);
+    const double bias_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+    const double bias_center = bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0;
+    QSums sums =
+        write_q(row, call.C, tail, inverse_temperature, call.centered_squares, bias, bias_scale, bias_center, q);
+    if (call.merged != nullptr) {
+      sums = merge_repeats(call.repeats, call.C, call.centered_squares, bias, bias_scale, bias_center, q,
+                           static_cast<C*>(call.merged) + i * call.merged_stride,
+                           static_cast<C*>(call.near_q) + i * call.repeats.near_count);
+    }
+    if (!(sums.one > 0.0)) sums.one = 1.0;  // one class
+    state.square_mean = sums.square / sums.one;
+    state.bias_mean = sums.bias / sums.one;
+    state.q_sum = sums.one;
   }
 }
 
 // What is needed of q (W - center) and of two rows of W about the same center.
 struct MeanSums {
-  double mean2;                    // ||x||^2, x = q (W - center)
+  double mean2;                    // ||x||^2, x = q (W - center) over the sum of q
   double top2, label2;             // ||w_m - center||^2, ||w_y - center||^2
   double top_mean2;                // ||w_m - center - x||^2
   double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
 };
 template <class W>
-MeanSums mean_sums(const HeadChunk& call, const double* x, double scale, int64_t top, int64_t label, double alpha,
-                   double beta) {
+MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, double scale, int64_t top, int64_t label,
+                   double alpha, double beta) {
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
   const W* w_top = w + top * call.weight.row_stride;
@@ -221,7 +283,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double scale, int64_t
     DoubleV mean2 = {}, top2 = {}, label2 = {}, top_mean2 = {}, norm1 = {}, norm22 = {}, largest = {};
     for (; d + kDoubles <= call.D; d += kDoubles) {
       const DoubleV center = load_unaligned<DoubleV>(call.center + d);
-      const DoubleV mean = load_unaligned<DoubleV>(x + d);
+      const DoubleV mean = load_unaligned<DoubleV>(x + d) * inverse;
       const DoubleV a = Load<double>::from(w_top + d) * scale - center;
       const DoubleV b = Load<double>::from(w_label + d) * scale - center;
       const DoubleV gradient = magnitude(alpha * a + beta * mean - b);
@@ -245,7 +307,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double scale, int64_t
     }
   }
   for (; d < call.D; ++d) {
-    const double mean = x[d];
+    const double mean = x[d] * inverse;
     const double a = static_cast<double>(widen(w_top[d * step])) * scale - call.center[d];
     const double b = static_cast<double>(widen(w_label[d * step])) * scale - call.center[d];
     const double gradient = std::fabs(alpha * a + beta * mean - b);
@@ -276,10 +338,11 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   const double log_n = log_head_norm(state.log_n, call.include_bias);
   double* z = call.scratch + thread * head_chunk_scratch(call.C, call.D);
   bool z_known = false;
-  const auto explicit_row = [&](int64_t about, bool with_bias) {
+  const auto explicit_row = [&](int64_t about, bool with_bias, bool with_spread) {
     if (!z_known) explicit_logits(call, n, z);
     z_known = true;
-    return explicit_sum(call, with_bias, about, exponent, z, z[state.m], state.log1p_tau, z + 2 * call.C, z + call.C);
+    return explicit_sum(call, with_bias, about, exponent, z, z[state.m], state.log1p_tau, with_spread, z + 2 * call.C,
+                        z + call.C);
   };
   const auto put_neuronwise = [&](double log_variance_of_p) {
     const bool zero = log_n == -math::kInfinity;
@@ -303,7 +366,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     } else if (safe) {
       put_neuronwise(state.log_eps + std::log(inner) - 2.0 * exponent * kLn2);
     } else {
-      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias), exponent));
+      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias, true), exponent));
     }
     return;
   }
@@ -320,7 +383,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   MeanSums sums{};
   with_element(call.weight.dtype, [&](auto* type) {
     using W = ElementOf<decltype(type)>;
-    sums = mean_sums<W>(call, x, scale, state.m, y, alpha, beta);
+    sums = mean_sums<W>(call, x, 1.0 / state.q_sum, scale, state.m, y, alpha, beta);
   });
 
   if (values.wants(kLogNeuronwise)) {
@@ -339,7 +402,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     } else if (inner > 0.05 * magnitude || inner != inner) {
       put_neuronwise(state.log_eps + std::log(inner) - 2.0 * log_scale);
     } else {
-      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias), exponent));
+      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias, true), exponent));
     }
   }
   if (!gradients) return;
@@ -355,7 +418,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     values.put(kLogGradientNorm1, n, shift + std::log(sums.norm1));
     values.put(kLogGradientNormInf, n, shift + std::log(sums.norm_inf));
   } else {
-    put_gradient_norms(call, values, n, explicit_row(y, false), exponent);
+    put_gradient_norms(call, values, n, explicit_row(y, false, false), exponent);
   }
 }
 

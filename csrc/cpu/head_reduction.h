@@ -20,8 +20,8 @@ struct HeadReduction {
   bool count_rows = false;  // the mean's divisor is N, not the sum of s_n
   bool double_value = false;
   // outputs
-  void* value = nullptr;          // one number; (N,) for kNone
-  double* coefficient = nullptr;  // (N,): d value/d log_n, 0 where a row's value is 0; or null
+  void* value = nullptr;              // one number; (N,) for kNone
+  double* log_coefficient = nullptr;  // (N,): log of d value/d log_n, -inf where a row's value is 0; or null
 };
 
 #define FLATCORE_DECLARE(target)                  \

@@ -7,6 +7,7 @@
 #include "cpu/head_metrics.h"
 #include "cpu/head_metrics_backward.h"
 #include "cpu/head_reduction.h"
+#include "cpu/head_repeats.h"
 #include "cpu/row_norms.h"
 #include "cpu/unmasked_cross_entropy.h"
 
@@ -17,6 +18,7 @@ struct Target {
   bool (*supported)();
   Outcome (*head_metrics)(const HeadMetrics&);
   void (*head_summary)(const HeadSummary&);
+  RepeatCounts (*head_repeats)(const HeadRepeats&);
   void (*head_distances)(const HeadDistances&);
   Outcome (*head_chunk_statistics)(const HeadChunk&);
   void (*head_chunk_weights)(const HeadChunk&);

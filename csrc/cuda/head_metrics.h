@@ -59,6 +59,16 @@ struct HeadExplicit : HeadCall {
 };
 Launched head_explicit(const HeadExplicit& call);
 
+// Classes that share a row of W: the library sorts the keys into `order`, and makes `runs` of `joins`.
+struct HeadRepeats : HeadCall {
+  const double* summary = nullptr;  // (2,)
+  double* keys = nullptr;           // (C,): equal for equal rows
+  const int64_t* order = nullptr;   // (C,): classes by their keys
+  uint8_t* joins = nullptr;         // (C,): whether row order[k] equals row order[k - 1]
+};
+Launched head_repeat_keys(const HeadRepeats& call);
+Launched head_repeat_joins(const HeadRepeats& call);
+
 // Large heads, between the library's products, for a chunk of rows.
 struct HeadChunk : HeadCall {
   int64_t first = 0;  // row of the problem that is row 0 of the chunk
@@ -73,16 +83,23 @@ struct HeadChunk : HeadCall {
   const double* center = nullptr;
   const double* centered_squares = nullptr;
   HeadRow* row_state = nullptr;  // (rows,)
+  // head_chunk_merge, before the product: the shares of a group in its first class, 0 in the others
+  const int64_t* order = nullptr;     // (C,)
+  const int32_t* runs = nullptr;      // (C,): classes of the group that begins at order[k], or less than 2
+  const uint8_t* repeated = nullptr;  // (1,): whether there is such a group
+  void* merged = nullptr;             // (rows, C): may be q; pieces are merged in place
   // head_chunk_weights: the mean row of q
   const double* mean = nullptr;  // (rows, D): q (2^e W - center), or the pieces' sum times W
   uint8_t* special = nullptr;    // (rows,)
 };
 Launched head_chunk_statistics(const HeadChunk& call);
+Launched head_chunk_merge(const HeadChunk& call);
 Launched head_chunk_weights(const HeadChunk& call);
 
 // Gradients, between the library's products; q and row_state as head_chunk_statistics left them (not in pieces).
 struct HeadBackwardChunk : HeadCall {
-  const double* upstream = nullptr;  // (N,): dL/dlog v_n
+  const double* upstream = nullptr;         // (N,): dL/dlog v_n is upstream exp(log_coefficient)
+  const double* log_coefficient = nullptr;  // (N,), or null: 0
   int64_t first = 0;
   int64_t rows = 0;
   void* q = nullptr;  // (rows, C): in, softmax over the classes other than the top one; out, factors of the directions

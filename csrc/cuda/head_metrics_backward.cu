@@ -30,14 +30,21 @@ __device__ __forceinline__ bool asks_for(const HeadProblem& call, Field field) {
 __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
   const int64_t n = call.first + i;
   const HeadRow& state = call.row_state[i];
-  HeadBackwardRow row{call.upstream[n], 1.0, 0.0, 0.0, 0.0, kOrdinary};
-  if (is_gradient(call) && label_of(call, n) == Label::kIgnored) row.c = 0.0;
-  if (row.c == 0.0) return row;
+  HeadBackwardRow row{0.0, 1.0, 0.0, 0.0, 0.0, kOrdinary};
+  const double upstream = call.upstream[n];
+  const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
+  if (counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
+  if (is_gradient(call) && label_of(call, n) == Label::kIgnored) return row;
+  row.c = log_coefficient == 0.0 ? upstream : upstream * exp(log_coefficient);
+  if (row.c == 0.0 && !is_gradient(call)) return row;
   if (state.m < 0 || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
     row.special = kPoisoned;
     return row;
   }
-  if (is_gradient(call)) return row;
+  if (is_gradient(call)) {  // csrc/cpu/head_metrics_backward.h, RowUpstream
+    if (row.c == 0.0) row.special = kExplicit;
+    return row;
+  }
   const bool no_weight = asks_for(call, kLogLayerwise) && call.summary[0] == -math::kInfinity;
   if (state.log_eps == -math::kInfinity || no_weight ||
       math::log_head_norm(state.log_n, call.include_bias) == -math::kInfinity) {
@@ -65,6 +72,24 @@ struct MergeDirections {
 };
 
 __device__ __forceinline__ double sign_of(double x) { return x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0; }
+
+// Component d of sum_j p_j (w_j - w_y), from differences, in the scale of the row's direction: where a sign, or which
+// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp). One
+// body for all callers, so that equal numbers compare equal.
+template <class V>
+__device__ __noinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
+  const HeadRow& state = call.row_state[i];
+  const V* q = static_cast<const V*>(call.q) + i * call.C;
+  const bool top_label = y == state.m;
+  const double own = element(call.weight, y, d);
+  double sum = 0.0;
+  for (int64_t j = 0; j < call.C; ++j) {
+    const double rest = static_cast<double>(q[j]);
+    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+    if (share != 0.0) sum += share * (element(call.weight, j, d) - own);
+  }
+  return sum * scalbn(1.0, static_cast<int>(call.summary[1]));
+}
 
 template <class V>
 __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk call) {
@@ -95,12 +120,41 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       }
     }
     sums = Block::merged(sums, MergeDirections{});
-    double ties = 0.0;
+    constexpr double noise = sizeof(V) == 4 ? 0x1p-15 : 0x1p-40;  // of a component's terms
+    const auto unsure = [&](int64_t d, double distance) {
+      const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
+      return !(distance > noise * terms);
+    };
+    const double found = sums.largest;
+    const auto is_candidate = [&](int64_t d) { return unsure(d, (found - fabs(value_at(d))) * 0.5); };
+    double ties = 1.0;
+    bool several = false;                                   // components that may be the largest
     if (gradient && asks_for(call, kLogGradientNormInf)) {  // the same for all threads
       Sums<1> count{};
-      for (int64_t d = threadIdx.x; live && d < D; d += kThreads) count.at[0] += fabs(value_at(d)) == sums.largest;
-      ties = Block::merged(count, AddSums{}).at[0];
+      for (int64_t d = threadIdx.x; live && d < D; d += kThreads) count.at[0] += is_candidate(d);
+      several = Block::merged(count, AddSums{}).at[0] > 1.0;
+      if (several) {
+        double most = 0.0;
+        for (int64_t d = threadIdx.x; d < D; d += kThreads) {
+          if (is_candidate(d)) most = LargerOf{}(most, fabs(exact_component<V>(call, i, y, d)));
+        }
+        sums.largest = Block::merged(most, LargerOf{});
+        count.at[0] = 0.0;
+        for (int64_t d = threadIdx.x; d < D; d += kThreads) {
+          count.at[0] += is_candidate(d) && fabs(exact_component<V>(call, i, y, d)) == sums.largest;
+        }
+        ties = Block::merged(count, AddSums{}).at[0];
+      }
     }
+    const auto sign_at = [&](int64_t d) {  // of a component for l1; over the ties for the largest
+      if (asks_for(call, kLogGradientNorm1)) {
+        const double value = value_at(d);
+        return sign_of(unsure(d, fabs(value)) ? exact_component<V>(call, i, y, d) : value);
+      }
+      if (!is_candidate(d)) return 0.0;
+      const double value = several ? exact_component<V>(call, i, y, d) : value_at(d);
+      return several && fabs(value) != sums.largest ? 0.0 : sign_of(value) / ties;
+    };
     double bias_delta = 0.0;
     if (live && !gradient) {
       if (call.include_bias) {
@@ -137,11 +191,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     for (int64_t d = threadIdx.x; d < D; d += kThreads) {
       double along = 0.0, of_top = 0.0;
       if (write && gradient) {
-        const double value = value_at(d);
-        along = asks_for(call, kLogGradientNorm)    ? value / row.inner
-                : asks_for(call, kLogGradientNorm1) ? sign_of(value)
-                : fabs(value) == sums.largest       ? sign_of(value) / ties
-                                                    : 0.0;
+        along = asks_for(call, kLogGradientNorm) ? value_at(d) / row.inner : sign_at(d);
       } else if (write) {
         const double top = centered(m, d), delta = x[d] - top;
         along = top + state.eps * delta;
@@ -290,6 +340,12 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
                  : (call.bias[j] - call.bias[anchor]) * scale;
   };
   const auto log_probability = [&](int64_t j) { return (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau; };
+  // c p_j/(exp(log_share) norm) of a class whose row equals the label's, in one exponent: p_j over the norm may leave
+  // the range where c is as small
+  const auto twin_factor = [&](int64_t j) {
+    const double log_c = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
+    return z[j] == -math::kInfinity ? 0.0 : call.upstream[n] * exp(log_c + log_probability(j) - log_share) / norm;
+  };
   // A warp per class: dL/dz. Masked classes have logit -inf, and no share.
   using Warp = Team<kWarp>;
   Sums<2> totals{};  // of dL/dz apart from the top class; of the factors of the direction
@@ -306,11 +362,11 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
     if (u[j] < 0.0) {
       const double p = z[j] == -math::kInfinity ? 0.0 : exp(log_probability(j));
       value = gradient ? -p : p * (share * sum.norm2_squared / inner - 1.0);
-      if (gradient && j != anchor && p > 0.0) totals.at[1] += exp(log_probability(j) - log_share) / norm;
+      if (gradient && j != anchor) totals.at[1] += twin_factor(j);
     } else if (u[j] > 0.0) {
       if (gradient) {
         value = u[j] * (dots.at[1] - share * norm) / norm;
-        totals.at[1] += u[j] / norm;
+        totals.at[1] += c * u[j] / norm;
       } else {
         const double distance = dots.at[0] - 2.0 * share * dots.at[1] + share * share * sum.norm2_squared;
         value = u[j] * (distance - share * inner) / inner;
@@ -326,10 +382,11 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
     const int64_t j = at / columns, d = at % columns;
     double value = 0.0;
     if (gradient) {
-      double factor = u[j] > 0.0 ? u[j] / norm : 0.0;
-      if (u[j] < 0.0 && j != anchor && z[j] > -math::kInfinity) factor = exp(log_probability(j) - log_share) / norm;
+      double factor = u[j] > 0.0 ? c * u[j] / norm : 0.0;
+      if (u[j] < 0.0) factor = twin_factor(j);
       if (j == anchor) factor = -totals.at[1];
-      value = c * factor * scale * direction[d];
+      // by select: the factor may have left the range where the direction has no part
+      value = direction[d] == 0.0 ? 0.0 : factor * scale * direction[d];
     } else {
       const double p = z[j] == -math::kInfinity ? 0.0 : u[j] < 0.0 ? exp(log_probability(j)) : 0.0;
       const double part = u[j] < 0.0   ? -p * direction[d]

@@ -85,25 +85,6 @@ struct LaneTail {
   }
 };
 
-// What q is multiplied by before it is cut into pieces of 16 bits.
-template <class T>
-constexpr double kPieceScale = 1.0;
-template <>
-constexpr double kPieceScale<Half> = 0x1p15;  // small q would meet float16's least number
-
-// Writes q_j in pieces; returns what they stand for.
-template <class T>
-__device__ __forceinline__ double put_pieces(const HeadChunk& call, int64_t at, double q) {
-  T* pieces = static_cast<T*>(call.q_pieces);
-  double rest = q * kPieceScale<T>;
-  for (int piece = 0; piece < call.pieces; ++piece) {
-    const T part = Narrowed<T>::of(static_cast<float>(rest));
-    pieces[piece * call.rows * call.C + at] = part;
-    rest -= static_cast<double>(widened(part));
-  }
-  return q - rest / kPieceScale<T>;
-}
-
 template <class Z, class V, int width>
 __global__ void __launch_bounds__(kThreads, 2) chunk_statistics(HeadChunk call) {
   using Group = Team<width>;
@@ -138,8 +119,10 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_statistics(HeadChunk call) 
         double value = none ? 0.0 : row.share(z, anchor) * inverse;
         if (q != nullptr) q[j] = static_cast<Z>(value);
         if (call.q_pieces != nullptr) {
-          value = call.weight.dtype == Dtype::kFloat16 ? put_pieces<Half>(call, i * call.C + j, value)
-                                                       : put_pieces<BHalf>(call, i * call.C + j, value);
+          const int64_t at = i * call.C + j, step_between = call.rows * call.C;
+          value = call.weight.dtype == Dtype::kFloat16
+                      ? put_pieces(static_cast<Half*>(call.q_pieces) + at, step_between, call.pieces, value)
+                      : put_pieces(static_cast<BHalf*>(call.q_pieces) + at, step_between, call.pieces, value);
           means.at[2] += value;
         }
         if (none) continue;

@@ -163,11 +163,11 @@ def _power_of_two_scaled(w: Tensor) -> tuple[Tensor, Tensor]:
     return w / scale, scale.log()
 
 
-def _squared_distances(w: Tensor) -> Tensor:
-    """D_jk = ||w_j - w_k||^2 from differences, (C, C)."""
-    if w.device.type == "mps":
-        return ((w.unsqueeze(1) - w.unsqueeze(0)) ** 2).sum(dim=2)
-    return torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """||a_j - b_k||^2 from differences."""
+    if a.device.type == "mps":
+        return ((a.unsqueeze(1) - b.unsqueeze(0)) ** 2).sum(dim=2)
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2
 
 
 def _log_weight_variance(split: _Split, w: Tensor) -> Tensor:
@@ -175,27 +175,55 @@ def _log_weight_variance(split: _Split, w: Tensor) -> Tensor:
 
     With the classes whose row equals w_m taken as one top group of probability P, J all others, p_j = exp(rho) u_j there:
     Var_p(w) = exp(rho) [ P sum_J u_j D_mj + exp(rho) 1/2 sum_JJ u_j u_k D_jk ]. Every term is >= 0: nothing cancels.
-    Above 2048 classes sum_j u_j||d_j||^2 - exp(rho) ||sum_j u_j d_j||^2, with d_j = w_j - w_m taken about the mean row.
+    Above 2048 classes the same about the mean of J (``_About``).
     """
     w, log_scale = _power_of_two_scaled(w)
     if w.shape[0] <= _PAIRWISE_CLASSES:
-        distance = _squared_distances(w)
+        distance = _squared_distances(w, w)
         from_top = distance[split.m]
-    else:
-        w = w - w.mean(dim=0)
-        square = (w * w).sum(dim=1)
-        from_top = (square[split.m].unsqueeze(1) + square - 2 * w[split.m] @ w.T).clamp_min(0)
-        distance = None
-    rho, u = _rest(split, from_top == 0)
-    if distance is not None:
+        rho, u = _rest(split, from_top == 0)
         pairs = 0.5 * ((u @ distance) * u).sum(dim=1)
         top_group = 1 - rho.exp() * u.sum(dim=1)
         # 1 - (...) is at least 1/C: the top class is in the group
         inner = top_group * (u * from_top).sum(dim=1) + rho.exp() * pairs
-    else:
-        mean_difference = u @ w - u.sum(dim=1, keepdim=True) * w[split.m]
-        inner = (u * from_top).sum(dim=1) - rho.exp() * (mean_difference**2).sum(dim=1)
-    return rho + inner.clamp_min(0).log() + 2 * log_scale
+        return rho + inner.log() + 2 * log_scale
+    out = torch.full_like(split.t, -math.inf)
+    for top in split.m.unique().tolist():
+        rows = (split.m == top).nonzero().squeeze(1)
+        about = _About(split, w, top, rows)
+        out[rows] = about.rho + about.variance().log()
+    return out + 2 * log_scale
+
+
+class _About:
+    """Some rows of a split with differences of W's rows to that of an anchor class, where none of them are rounded twice.
+
+    ``d`` (C, D); ``equal`` (C,): where they vanish; of all other classes p_j = exp(rho) u_j with the largest u_j equal to 1;
+    ``delta`` = sum_j u_j d_j, ``total`` = sum_j u_j.
+    """
+
+    def __init__(self, split: _Split, w: Tensor, anchor: int, rows: Tensor):
+        self.d = w - w[anchor]
+        self.equal = (self.d == 0).all(dim=1)
+        self.part = _Rows(split, rows)
+        self.rho, self.u = _rest(self.part, self.equal.expand(rows.shape[0], -1))
+        self.delta, self.total = self.u @ self.d, self.u.sum(dim=1)
+
+    def variance(self) -> Tensor:
+        """Var_p(w)/exp(rho): spread + group ||delta||^2/total, the spread about the mean of the classes that differ.
+
+        sum_j u_j ||d_j||^2 - exp(rho) ||delta||^2 would lose a factor of 1/group, which is C for a flat row: there the
+        spread is taken from differences to the mean.
+        """
+        group = torch.where(self.equal, self.part.p(), 0).sum(dim=1)
+        total = torch.where(self.total > 0, self.total, 1)
+        mean = self.delta / total.unsqueeze(1)
+        mean2 = (mean * mean).sum(dim=1)
+        spread = (self.u @ (self.d * self.d).sum(dim=1) - total * mean2).clamp_min(0)
+        flat = (group < 0.25).nonzero().squeeze(1)
+        if flat.numel():
+            spread[flat] = (self.u[flat] * _squared_distances(mean[flat], self.d)).sum(dim=1)
+        return torch.where(self.total > 0, spread + group * total * mean2, 0)
 
 
 def _rest(split: _Split | _Rows, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,13 +241,9 @@ def _log_gradient_norm(split: _Split, w: Tensor, y: Tensor, ord: float) -> Tenso
     out = torch.full_like(split.t, -math.inf)
     for label in y.unique().tolist():
         rows = (y == label).nonzero().squeeze(1)
-        difference = w - w[label]
-        equal = (difference == 0).all(dim=1)
-        part = _Rows(split, rows)
-        rho, u = _rest(part, equal.expand(rows.shape[0], -1))
-        gradient = u @ difference
-        if gradient.shape[1] > 0:
-            out[rows] = rho + torch.linalg.vector_norm(gradient, ord=ord, dim=1).log()
+        about = _About(split, w, label, rows)
+        if w.shape[1] > 0:
+            out[rows] = about.rho + torch.linalg.vector_norm(about.delta, ord=ord, dim=1).log()
     return out + log_scale
 
 
@@ -229,3 +253,11 @@ class _Rows:
     def __init__(self, split: _Split, rows: Tensor):
         self.z, self.t, self.tau = split.z[rows], split.t[rows], split.tau[rows]
         self.temperature = split.temperature
+
+    def log_p(self) -> Tensor:
+        """The logs of their probabilities."""
+        return (self.z - self.t.unsqueeze(1)) / self.temperature - self.tau.log1p().unsqueeze(1)
+
+    def p(self) -> Tensor:
+        """Their probabilities."""
+        return self.log_p().exp()

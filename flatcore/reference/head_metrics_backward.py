@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .head_metrics import _GRADIENT_ORDS, FIELDS, _log_sum_of_squares, _power_of_two_scaled, _rest, _Rows, _Split
+from .head_metrics import _GRADIENT_ORDS, FIELDS, _About, _log_sum_of_squares, _power_of_two_scaled, _Split
 
 DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *_GRADIENT_ORDS)
 """The fields that have a derivative."""
@@ -30,6 +30,7 @@ DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *_GRAD
 
 def head_metrics_backward(
     upstream: Tensor,
+    log_coefficient: Tensor | None,
     features: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -43,16 +44,21 @@ def head_metrics_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of features, linear_weight, linear_bias and logits (empty where there is no such input).
 
-    ``upstream`` (N,), float64, is the derivative of the result with respect to each row's log. A row of upstream 0, an
-    ignored one and one whose value is 0 add nothing, whatever stands in them.
+    ``upstream`` exp(``log_coefficient``), both (N,) (None: 0), is the derivative of the result with respect to each row's
+    log. A row where either says 0, an ignored one and one whose value is 0 add nothing, whatever stands in them.
     """
     name = FIELDS[field]
     wide = torch.float32 if features.device.type == "mps" else torch.float64
     w = linear_weight.detach().to(wide)
     b = None if linear_bias is None else linear_bias.detach().to(wide)
     D, C = features.shape[1], w.shape[0]
-    c = upstream.detach().to(wide)
-    keep = c != 0
+    upstream = upstream.detach().to(wide)
+    logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient.detach().to(wide)
+    keep = (upstream != 0) & (logs != -math.inf)
+    # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
+    double = any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
+    keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
+    c = upstream * logs.exp()
     if target is not None and name in _GRADIENT_ORDS:
         keep &= target != ignore_index
     phi = torch.where(keep.unsqueeze(1), features.detach().to(wide), 0)
@@ -80,7 +86,7 @@ def head_metrics_backward(
     d_features = torch.zeros_like(phi)
     augmented = torch.cat([w, b.unsqueeze(1)], dim=1) if include_bias and b is not None else w
     if y is not None:
-        cotangent, explicit = _of_gradient_norm(split, w, y, c, _GRADIENT_ORDS[name])
+        cotangent, explicit = _of_gradient_norm(split, w, y, c, keep & ~bad, upstream, logs, _GRADIENT_ORDS[name])
         d_weight += explicit
     else:
         log_n = _log_sum_of_squares(torch.where(bad.unsqueeze(1), 0, phi))
@@ -140,41 +146,44 @@ def _of_variance(split: _Split, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor, T
     cotangent, explicit, c = torch.zeros_like(split.z), torch.zeros_like(w), c.clone()
     for anchor in split.m[c != 0].unique().tolist():
         rows = ((split.m == anchor) & (c != 0)).nonzero().squeeze(1)
-        part, d, equal, rho, u = _about(split, w, anchor, rows)
-        delta, square = u @ d, (d * d).sum(dim=1)
-        share = rho.exp().unsqueeze(1)
+        about = _About(split, w, anchor, rows)
+        d, equal, u, delta = about.d, about.equal, about.u, about.delta
+        square, share = (d * d).sum(dim=1), about.rho.exp().unsqueeze(1)
         delta_square = (delta * delta).sum(dim=1, keepdim=True)
-        inner = (u @ square).unsqueeze(1) - share * delta_square
+        inner = about.variance().unsqueeze(1)
         empty = inner <= 0
         c[rows] = torch.where(empty.squeeze(1), 0, c[rows])
         inner = torch.where(empty, 1, inner)
         cn = c[rows].unsqueeze(1)
         distance = square - 2 * share * (delta @ d.T) + share * share * delta_square
         of_rest = u * (distance - share * inner) / inner
-        of_group = part.p() * (share * delta_square / inner - 1)
+        of_group = about.part.p() * (share * delta_square / inner - 1)
         cotangent[rows] = cn * torch.where(equal, of_group, of_rest) / split.temperature
         k = 2 * cn * u / inner
-        group = torch.where(equal, 2 * cn * part.p() / inner, 0)
+        group = torch.where(equal, 2 * cn * about.part.p() / inner, 0)
         explicit += k.sum(dim=0).unsqueeze(1) * d - k.T @ (share * delta) - group.T @ delta
     return cotangent, explicit / scale, c
 
 
-def _of_gradient_norm(split: _Split, w: Tensor, y: Tensor, c: Tensor, ord: float) -> tuple[Tensor, Tensor]:
+def _of_gradient_norm(
+    split: _Split, w: Tensor, y: Tensor, c: Tensor, live: Tensor, upstream: Tensor, logs: Tensor, ord: float
+) -> tuple[Tensor, Tensor]:
     w, log_scale = _power_of_two_scaled(w)
     scale = log_scale.exp()
     cotangent, explicit = torch.zeros_like(split.z), torch.zeros_like(w)
-    for label in y[c != 0].unique().tolist():
-        rows = ((y == label) & (c != 0)).nonzero().squeeze(1)
-        part, d, equal, rho, u = _about(split, w, label, rows)
-        gradient = u @ d
+    for label in y[live].unique().tolist():
+        rows = ((y == label) & live).nonzero().squeeze(1)
+        about = _About(split, w, label, rows)
+        d, equal, rho, u, gradient = about.d, about.equal, about.rho, about.u, about.delta
         if gradient.shape[1] == 0:
             continue
         nu = torch.linalg.vector_norm(gradient, ord=ord, dim=1, keepdim=True)
-        cn = torch.where(nu == 0, 0, c[rows].unsqueeze(1))
-        nu = torch.where(nu == 0, 1, nu)
-        dual = torch.where(cn == 0, 0, _dual(gradient, nu, ord))
+        zero = nu == 0
+        cn = torch.where(zero, 0, c[rows].unsqueeze(1))
+        nu = torch.where(zero, 1, nu)
+        dual = torch.where(zero, 0, _dual(gradient, nu, ord))
         share = rho.exp().unsqueeze(1)
-        p = part.p()
+        p = about.part.p()
         of_rest = u * (dual @ d.T - share * nu) / nu
         cotangent[rows] = torch.where(cn == 0, 0, cn * torch.where(equal, -p, of_rest) / split.temperature)
         # a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
@@ -183,11 +192,14 @@ def _of_gradient_norm(split: _Split, w: Tensor, y: Tensor, c: Tensor, ord: float
         others = cotangent[wrong].scatter(1, top, 0.0)
         cotangent[wrong] = others.scatter(1, top, -others.sum(dim=1, keepdim=True))
         own = torch.zeros_like(equal).index_fill_(0, torch.tensor([label], device=w.device), True)
-        # p_j/(T F) = p_j exp(-rho)/nu of the classes whose row equals the label's: 0 for the label alone
-        twins = torch.where(equal & ~own & (cn != 0), p * (-rho).exp().unsqueeze(1) / nu, 0)
-        k = torch.where(equal, twins, u / nu)
+        # c p_j/(T F) = c p_j exp(-rho)/nu of the classes whose row equals the label's: 0 for the label alone. In one
+        # exponent, as p_j over F may leave the range where c is as small.
+        log_ratio = about.part.log_p() + (logs[rows] - rho).unsqueeze(1)
+        twins = torch.where(equal & ~own & ~zero, upstream[rows].unsqueeze(1) * log_ratio.exp() / nu, 0)
+        k = torch.where(equal, twins, cn * u / nu)
         k = torch.where(own, -k.sum(dim=1, keepdim=True), k)
-        explicit += (cn * k).T @ dual
+        largest = torch.finfo(k.dtype).max  # not inf: the product with a 0 of the direction is 0
+        explicit += k.clamp(-largest, largest).T @ dual
     return cotangent, explicit / scale
 
 
@@ -199,19 +211,3 @@ def _dual(x: Tensor, norm: Tensor, ord: float) -> Tensor:
         return x.sign()
     largest = x.abs() == norm
     return x.sign() * largest / largest.sum(dim=1, keepdim=True)
-
-
-class _Part(_Rows):
-    """Some rows of a split, with their probabilities."""
-
-    def p(self) -> Tensor:
-        return (((self.z - self.t.unsqueeze(1)) / self.temperature) - self.tau.log1p().unsqueeze(1)).exp()
-
-
-def _about(split: _Split, w: Tensor, anchor: int, rows: Tensor) -> tuple[_Part, Tensor, Tensor, Tensor, Tensor]:
-    """Of some rows: differences to the anchor's row of W, the classes where they vanish, and (rho, u) of all others."""
-    d = w - w[anchor]
-    equal = (d == 0).all(dim=1)
-    part = _Part(split, rows)
-    rho, u = _rest(part, equal.expand(rows.shape[0], -1))
-    return part, d, equal, rho, u
