@@ -6,6 +6,7 @@ import warnings
 from types import ModuleType
 
 import pytest
+import textbook
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,6 +53,23 @@ def test_a_foolbox_model_is_a_callable(foolbox: ModuleType) -> None:
     torch.testing.assert_close(moved, same)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         flatcore.Probe(around)
+
+
+def test_flatness_along_an_attack_on_a_foolbox_model(foolbox: ModuleType) -> None:
+    """A callable ends in a head that has to be named."""
+    model = network()
+    x, y = batch(model)
+    around = wrapped(foolbox, model)
+    options = {"norm": "l2", "eps": 0.3, "step": 0.1, "steps": 3}
+    with pytest.raises(TypeError, match=r"head"):
+        flatcore.robustness.attack_path(around, x, y, **options)
+    path = flatcore.robustness.attack_path(around, x, y, head=model[-1], **options)
+    here = x
+    for step in range(4):
+        if step:
+            here = flatcore.robustness.pgd(model, x, y, **(options | {"steps": step}))
+        want = textbook.rows("layerwise", model[:-1](here).detach(), model[-1].weight.detach(), model[-1].bias.detach())
+        torch.testing.assert_close(path.log_layerwise[step].exp().double(), want, rtol=textbook.FLOAT32, atol=0.0)
 
 
 def network_like(model: nn.Module) -> nn.Sequential:
