@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 import flatcore
@@ -225,6 +226,68 @@ def test_a_head_that_runs_twice_in_a_pass(way: str) -> None:
         model(x)
         with pytest.raises(RuntimeError, match=r"not the output of|not the same samples|more than|twice|times"):
             probe.relative_flatness()
+
+
+@pytest.mark.parametrize("last", ("a teacher", "an auxiliary head"))
+def test_a_layer_that_runs_after_the_head(last: str) -> None:
+    """What is returned is the first one's; named, it is measured, and the last one is never taken for it."""
+
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.teacher, self.auxiliary = network(), network(), nn.Linear(D, C).double()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            if last == "a teacher":
+                with torch.no_grad():
+                    return {"logits": logits, "teacher": self.teacher(x)}
+            return {"logits": logits, "auxiliary": self.auxiliary(self.net[:2](x))}
+
+    model, (x, y) = Distilled(), batch()
+    want = right(model.net, x)
+    with flatcore.Probe(model) as probe:
+        model(x)
+        try:
+            got = probe.relative_flatness()
+        except RuntimeError as error:
+            assert re.search(r"net\.2|no_grad", str(error)), error
+        else:
+            close(got, want)
+    with flatcore.Probe(model, "net.2") as probe:
+        model(x)
+        close(probe.relative_flatness(), want)
+    report = flatcore.evaluate(model, [(x, y)], head="net.2")
+    assert report["layerwise"].mean == pytest.approx(float(want), rel=textbook.FLOAT64)
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "saved_tensors_hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("way", (*BESIDE, "inside a checkpoint", "inside a reentrant checkpoint"))
+def test_what_autograd_keeps_or_computes_again(way: str) -> None:
+    model, (x, _) = network(), batch()
+    parameters = list(model.parameters())
+    value = textbook.mean("layerwise", model[:2](x), model[2].weight, model[2].bias)
+    wants = torch.autograd.grad(value.log(), parameters)
+
+    def measured(x: Tensor) -> Tensor:
+        model(x)
+        return probe.relative_flatness(log=True)
+
+    with flatcore.Probe(model) as probe:
+        if way in BESIDE:
+            with BESIDE[way]():
+                measured(x).backward()
+        else:
+            checkpoint(measured, x.clone().requires_grad_(), use_reentrant="reentrant" in way).backward()
+    for p, want in zip(parameters, wants, strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-9, atol=1e-12)
 
 
 def test_submodules_that_are_called_alone_after_the_pass() -> None:
