@@ -16,6 +16,7 @@ import flatcore
 
 N, D, C = 12, 32, 8
 REFUSED = r"(?=.*weight)(?=.*quanti[sz]ed)(?=.*dequantize\(\))"
+# what torch says of its own quantisation, which torchao replaces
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 

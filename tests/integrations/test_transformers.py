@@ -18,6 +18,7 @@ from torch.nn import functional
 import flatcore
 
 N, L, C = 6, 7, 50
+# about itself: names that will go, options that a tiny configuration leaves out
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
