@@ -48,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
     for name, (_, remedy) in NEEDS.items():
         group.addoption(f"--require-{name}", action="store_true", help=f"fail, instead of skip, without it ({remedy})")
+    group.addoption(
+        "--require-integrations",
+        action="store_true",
+        help="fail, instead of skip, where a library that a test asks for is absent",
+    )
     group.addoption("--emulate-all", action="store_true", help="run every CUDA case over emulated threads, not 1 in 4")
     group.addoption("--require-native", action="store_true", help="refuse to start without the compiled extension")
     group.addoption(
