@@ -85,7 +85,7 @@ def adapters(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module]]:
     return {
         layer._modules["base_layer"]: (name, layer)  # type: ignore[misc]  # a module
         for name, layer in model.named_modules()
-        if isinstance(layer._modules.get("base_layer"), nn.Module)
+        if "base_layer" in layer._modules and isinstance(layer._modules["base_layer"], nn.Module)
     }
 
 

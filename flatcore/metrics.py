@@ -197,6 +197,10 @@ class _HeadMetric(Metric):
         relative = (logs - _centres(logs.device)[index]).exp()
         self.scaled.index_add_(0, index, torch.where(kept, relative, 0))
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or several: ``torchmetrics.Metric.plot``'s figure and axes; without ``val``, of :meth:`compute`."""
+        return self._plot(val, ax)
+
     def compute(self) -> Tensor:
         """Mean over all rows so far (its log with ``log=True``).
 
