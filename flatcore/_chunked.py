@@ -128,7 +128,7 @@ def head_metrics(
                 repeats.add_near(mean[:rows], near_q, linear_weight, 2.0**exponent, tile)
             _core.head_chunk_weights(
                 target_name, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
-                address(mean), D, address(spread), C, scratch.data_ptr(),
+                address(mean), D, address(spread), C, scratch.data_ptr(), repeats.equal_rows,
             )  # fmt: skip
     return first_bad
 
@@ -221,7 +221,7 @@ def head_metrics_backward(
                 _core.head_chunk_directions(
                     target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
                     address(center), state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(),
-                    z.data_ptr(), address(top_row), address(top_bias), address(top),
+                    z.data_ptr(), address(top_row), address(top_bias), address(top), repeats.equal_rows,
                 )  # fmt: skip
                 for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
                     g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
@@ -278,6 +278,7 @@ class _Repeats:
 
     def __init__(self, target_name: str, problem, C: int, D: int, exponent: int, squares: Tensor | None):
         self.groups = self.near_count = self.nbytes = 0
+        self.equal_rows = C == 1
         if squares is None or C < 2:
             return
         keys = torch.empty(C + D + 1, dtype=torch.float64)
@@ -289,6 +290,7 @@ class _Repeats:
         )  # fmt: skip
         if self.groups:
             self.nbytes = 8 * 4 * C
+            self.equal_rows = self.near_count == 0 and int(self.starts[1]) == C
         else:
             del self.members, self.near, self.near_of, self.starts
 

@@ -85,7 +85,7 @@ def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
                 prepared.centered_product_into(mean[:rows], q)  # type: ignore[index, arg-type]
             core.cuda_head_chunk_weights(
                 *where, problem, first, rows, address(parts), prepared.summary.data_ptr(), address(prepared.center),
-                state.data_ptr(), mean.data_ptr(), special.data_ptr(),  # type: ignore[union-attr]
+                state.data_ptr(), mean.data_ptr(), special.data_ptr(), prepared.runs.data_ptr(),  # type: ignore[union-attr]
             )  # fmt: skip
             core.cuda_head_explicit(
                 *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),  # type: ignore[union-attr]
@@ -150,7 +150,7 @@ def head_metrics_backward(
                     *where, problem, first, rows, upstream.data_ptr(), address(log_coefficient),
                     prepared.summary.data_ptr(), address(prepared.center), state.data_ptr(), numbers.data_ptr(),
                     sums.data_ptr(), direction.data_ptr(), z.data_ptr(), address(top_row), address(top_bias),
-                    address(top),
+                    address(top), prepared.runs.data_ptr(),
                 )  # fmt: skip
                 for start, tile in prepared.centered_tiles():
                     torch.mm(direction[:rows], tile.T, out=g[:, start : start + tile.shape[0]])
@@ -248,7 +248,7 @@ class _Weights:
         # where the next group begins: the least beginning behind each place
         following = begins.flip(0).cummin(0).values.flip(0).roll(-1)
         following[-1:].fill_(C)
-        self._runs = torch.where(joins == 0, following - place, 0).to(torch.int32)
+        self.runs = torch.where(joins == 0, following - place, 0).to(torch.int32)
         self._repeated = joins.amax(dim=0, keepdim=True)
 
     def merge(
@@ -258,7 +258,7 @@ class _Weights:
         """Bring the shares of equal rows together: of q in ``merged``, which may be q; of pieces in place."""
         self._core.cuda_head_chunk_merge(
             *self._where, self._problem, first, rows, address(q), address(merged), address(parts), pieces,
-            self._order.data_ptr(), self._runs.data_ptr(), self._repeated.data_ptr(), self.summary.data_ptr(),
+            self._order.data_ptr(), self.runs.data_ptr(), self._repeated.data_ptr(), self.summary.data_ptr(),
             address(self.center), address(self.squares), state.data_ptr(),
         )  # fmt: skip
 

@@ -74,6 +74,7 @@ def cuda_head_chunk_directions(
     top_row: int,
     top_bias: int,
     top: int,
+    runs: int,
 ) -> None: ...
 def cuda_head_chunk_merge(
     device: int,
@@ -121,6 +122,7 @@ def cuda_head_chunk_weights(
     row_state: int,
     mean: int,
     special: int,
+    runs: int,
 ) -> None: ...
 def cuda_head_explicit(
     device: int,
@@ -218,6 +220,7 @@ def head_chunk_directions(
     top_row: int,
     top_bias: int,
     top: int,
+    equal_rows: bool,
 ) -> None: ...
 def head_chunk_scratch(C: int, D: int) -> int: ...
 def head_chunk_statistics(
@@ -257,6 +260,7 @@ def head_chunk_weights(
     distance: int,
     distance_stride: int,
     scratch: int,
+    equal_rows: bool,
 ) -> None: ...
 def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
 def head_measure(

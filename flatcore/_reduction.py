@@ -129,4 +129,5 @@ def derivative(upstream: Tensor, log_coefficient: Tensor | None, double: bool) -
         return upstream
     none = (upstream == 0) | (log_coefficient == -math.inf)
     none |= ~upstream.isfinite() & (log_coefficient < (-745.133 if double else -103.972))
-    return torch.where(none, 0, upstream * log_coefficient.exp())
+    half = (0.5 * log_coefficient).exp()  # in two steps: exp of -740 has few digits left
+    return torch.where(none, 0, upstream * half * half)

@@ -150,7 +150,7 @@ void register_cuda_head(py::module_& module) {
   module.def(
       "cuda_head_chunk_weights",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t q_pieces,
-         uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean, uintptr_t special) {
+         uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean, uintptr_t special, uintptr_t runs) {
         auto call = chunk_call<cuda::HeadChunk>(device, stream, problem, first, rows);
         call.q_pieces = pointer<void>(q_pieces);
         call.summary = pointer<const double>(summary);
@@ -158,15 +158,18 @@ void register_cuda_head(py::module_& module) {
         call.row_state = pointer<HeadRow>(row_state);
         call.mean = pointer<const double>(mean);
         call.special = pointer<uint8_t>(special);
+        call.runs = pointer<const int32_t>(runs);
         run_released([&] { return cuda::head_chunk_weights(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q_pieces"),
-      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("special"));
+      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("special"),
+      py::arg("runs"));
   module.def(
       "cuda_head_chunk_directions",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
          uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
-         uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top) {
+         uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top,
+         uintptr_t runs) {
         auto call = chunk_call<cuda::HeadBackwardChunk>(device, stream, problem, first, rows);
         call.upstream = pointer<const double>(upstream);
         call.log_coefficient = pointer<const double>(log_coefficient);
@@ -180,11 +183,13 @@ void register_cuda_head(py::module_& module) {
         call.top_row = pointer<void>(top_row);
         call.top_bias = pointer<double>(top_bias);
         call.top = pointer<int64_t>(top);
+        call.runs = pointer<const int32_t>(runs);
         run_released([&] { return cuda::head_chunk_directions(call); });
       },
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
       py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
-      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"));
+      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
+      py::arg("runs"));
   module.def(
       "cuda_head_chunk_cotangent",
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,

@@ -194,13 +194,14 @@ void register_head_metrics(py::module_& module) {
       "head_chunk_weights",
       [](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,
          int64_t q_stride, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean,
-         int64_t mean_stride, uintptr_t distance, int64_t distance_stride, uintptr_t scratch) {
+         int64_t mean_stride, uintptr_t distance, int64_t distance_stride, uintptr_t scratch, bool equal_rows) {
         cpu::HeadChunk call = make_chunk(problem, first, rows, 0, 0, q, q_stride, summary, center, 0, row_state);
         call.mean = pointer<const double>(mean);
         call.mean_stride = mean_stride;
         call.distance = pointer<const void>(distance);
         call.distance_stride = distance_stride;
         call.scratch = pointer<double>(scratch);
+        call.equal_rows = equal_rows;
         if (mean == 0 && distance == 0 && problem.D > 0) throw std::invalid_argument("mean or distance is needed");
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
@@ -208,7 +209,7 @@ void register_head_metrics(py::module_& module) {
       },
       py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q"), py::arg("q_stride"),
       py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("mean_stride"),
-      py::arg("distance"), py::arg("distance_stride"), py::arg("scratch"));
+      py::arg("distance"), py::arg("distance_stride"), py::arg("scratch"), py::arg("equal_rows"));
 }
 
 }  // namespace flatcore::bind

@@ -53,20 +53,23 @@ void register_head_metrics_backward(py::module_& module) {
       "head_chunk_directions",
       [chunk](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
               uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
-              uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top) {
+              uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top,
+              bool equal_rows) {
         auto call = chunk(problem, first, rows, upstream, log_coefficient, q, summary, center, 0, row_state, numbers);
         call.mean = pointer<const double>(mean);
         call.direction = pointer<void>(direction);
         call.top_row = pointer<void>(top_row);
         call.top_bias = pointer<double>(top_bias);
         call.top = pointer<int64_t>(top);
+        call.equal_rows = equal_rows;
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         kernels.head_chunk_directions(call);
       },
       py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
       py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
-      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"));
+      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
+      py::arg("equal_rows"));
   module.def(
       "head_chunk_cotangent",
       [chunk](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,

@@ -70,6 +70,7 @@ struct HeadChunk : HeadProblem {
   const void* distance = nullptr;  // (rows, C): merged times the table of squared distances
   int64_t distance_stride = 0;
   double* scratch = nullptr;  // threads * head_chunk_scratch doubles
+  bool equal_rows = false;    // all rows of W are one: every variance is 0, and none has to be summed to see it
 };
 
 // Doubles of scratch a thread needs for rows that are summed explicitly.

@@ -31,7 +31,8 @@ FLATCORE_INLINE RowUpstream row_upstream(const HeadBackwardProblem& call, int64_
   if (call.log_coefficient != nullptr) row.log_coefficient = call.log_coefficient[n];
   if (counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
   if (gradient && label_of(call, n) == Label::kIgnored) return row;
-  row.c = row.log_coefficient == 0.0 ? row.upstream : row.upstream * exp(row.log_coefficient);
+  const double half = row.log_coefficient == 0.0 ? 1.0 : exp(0.5 * row.log_coefficient);
+  row.c = row.upstream * half * half;  // in two steps: exp of -740 has few digits left
   row.live = row.c != 0.0 || gradient;
   return row;
 }
@@ -76,6 +77,7 @@ struct HeadBackwardChunk : HeadBackwardProblem {
   void* d_weight = nullptr;    // (C, D), contiguous: gains the explicit rows' part; or null
   double* d_bias = nullptr;    // (C,)
   double* scratch = nullptr;   // head_chunk_scratch doubles
+  bool equal_rows = false;     // as in HeadChunk
 };
 
 #define FLATCORE_DECLARE(target)                          \

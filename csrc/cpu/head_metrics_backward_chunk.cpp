@@ -93,7 +93,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     }
     const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
     const double inner = state.confidence * delta2 + rest, magnitude = state.square_mean + top2;
-    if (magnitude == 0.0) {
+    if (call.equal_rows) {
       row.c = 0.0;
       return clear();
     }

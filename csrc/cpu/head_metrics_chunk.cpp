@@ -397,7 +397,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
     const double inner = state.confidence * top_mean2 + rest;
     const double magnitude = state.square_mean + top2;
-    if (state.log_eps == -math::kInfinity || magnitude == 0.0) {
+    if (state.log_eps == -math::kInfinity || call.equal_rows) {
       put_neuronwise(-math::kInfinity);
     } else if (inner > 0.05 * magnitude || inner != inner) {
       put_neuronwise(state.log_eps + std::log(inner) - 2.0 * log_scale);

@@ -60,6 +60,7 @@ struct HeadExplicit : HeadCall {
 Launched head_explicit(const HeadExplicit& call);
 
 // Classes that share a row of W: the library sorts the keys into `order`, and makes `runs` of `joins`.
+// All rows are one where the first group is of all C classes: every variance is 0.
 struct HeadRepeats : HeadCall {
   const double* summary = nullptr;  // (2,)
   double* keys = nullptr;           // (C,): equal for equal rows
@@ -88,7 +89,7 @@ struct HeadChunk : HeadCall {
   const int32_t* runs = nullptr;      // (C,): classes of the group that begins at order[k], or less than 2
   const uint8_t* repeated = nullptr;  // (1,): whether there is such a group
   void* merged = nullptr;             // (rows, C): may be q; pieces are merged in place
-  // head_chunk_weights: the mean row of q
+  // head_chunk_weights: runs, to see that all rows of W are one; the mean row of q
   const double* mean = nullptr;  // (rows, D): q (2^e W - center), or the pieces' sum times W
   uint8_t* special = nullptr;    // (rows,)
 };
@@ -109,11 +110,12 @@ struct HeadBackwardChunk : HeadCall {
   const HeadRow* row_state = nullptr;
   HeadBackwardRow* numbers = nullptr;  // (rows,)
   // head_chunk_directions
-  const double* mean = nullptr;  // (rows, D): q (2^e W - center)
-  void* direction = nullptr;     // (rows, D), compute type
-  void* top_row = nullptr;       // (rows, D), compute type: what row `top` of W's gradient gains; neuronwise only
-  double* top_bias = nullptr;    // (rows,)
-  int64_t* top = nullptr;        // (rows,)
+  const int32_t* runs = nullptr;  // (C,), as in HeadChunk
+  const double* mean = nullptr;   // (rows, D): q (2^e W - center)
+  void* direction = nullptr;      // (rows, D), compute type
+  void* top_row = nullptr;        // (rows, D), compute type: what row `top` of W's gradient gains; neuronwise only
+  double* top_bias = nullptr;     // (rows,)
+  int64_t* top = nullptr;         // (rows,)
   // head_chunk_cotangent
   void* g = nullptr;           // (rows, C), contiguous: in, direction (2^e W - center)^T (trace: not read); out, dL/dz
   void* d_features = nullptr;  // (rows, D), contiguous: the part that does not pass through the logits; or null

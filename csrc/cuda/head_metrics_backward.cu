@@ -35,7 +35,8 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
   if (counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
   if (is_gradient(call) && label_of(call, n) == Label::kIgnored) return row;
-  row.c = log_coefficient == 0.0 ? upstream : upstream * exp(log_coefficient);
+  const double half = exp(0.5 * log_coefficient);  // in two steps: exp of -740 has few digits left
+  row.c = log_coefficient == 0.0 ? upstream : upstream * half * half;
   if (row.c == 0.0 && !is_gradient(call)) return row;
   if (state.m < 0 || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
     row.special = kPoisoned;
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       }
       const double rest = state.square_mean > sums.mean2 ? state.square_mean - sums.mean2 : 0.0;
       const double inner = state.confidence * sums.delta2 + rest, magnitude = state.square_mean + sums.top2;
-      if (magnitude == 0.0) {
+      if (call.runs[0] == call.C) {
         row.c = 0.0;
       } else if (!(inner > 0.05 * magnitude) && inner == inner) {
         row.special = kExplicit;

@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
       const double inner = state.confidence * top_mean2 + rest, magnitude = state.square_mean + top2;
       const double log_n = math::log_head_norm(state.log_n, call.include_bias);
       double value = log_n + state.log_eps + math::log_nonnegative(inner) - 2.0 * (log_scale + log_t);
-      if (state.log_eps == -math::kInfinity || magnitude == 0.0 || log_n == -math::kInfinity) {
+      if (state.log_eps == -math::kInfinity || call.runs[0] == call.C || log_n == -math::kInfinity) {
         value = -math::kInfinity;
       } else if (!(inner > 0.05 * magnitude && inner > least) && inner == inner) {
         special |= kSpecialNeuronwise;

@@ -58,7 +58,8 @@ def head_metrics_backward(
     # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
     double = any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
     keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
-    c = upstream * logs.exp()
+    half = (0.5 * logs).exp()  # in two steps: exp of -740 has few digits left
+    c = upstream * half * half
     if target is not None and name in _GRADIENT_ORDS:
         keep &= target != ignore_index
     phi = torch.where(keep.unsqueeze(1), features.detach().to(wide), 0)
