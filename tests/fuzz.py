@@ -108,7 +108,10 @@ class Answers:
         self.features = torch.where(nothing & ~call.features.isfinite(), 0, call.features)
         self.logits = None
         if call.logits is not None:
-            self.logits = torch.where(nothing & (call.logits.isnan() | (call.logits == math.inf)), 0, call.logits)
+            unknown = (
+                call.logits.isnan() | (call.logits == math.inf) | (call.logits == -math.inf).all(dim=1, keepdim=True)
+            )
+            self.logits = torch.where(nothing & unknown, 0, call.logits)
         self.s, self.divisor = self._weights()
         self._truth: Any = None
         self._gradients: dict[bool, Any] = {}
