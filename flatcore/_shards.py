@@ -249,13 +249,16 @@ class Shard:
         all_rows = np.concatenate([one.checksums for one in accounts])
         repeated = total - len(np.unique(all_rows))
         missing = max(whole - total, 0) if whole is not None else 0
-        if repeated and not (_is_sharded(self.loader) and whole == total):
+        # accelerate's shares of a fixed order are known to meet nowhere; of an order that each process draws they may, where
+        # nobody seeded them alike, and then as many rows are in none
+        known = _is_sharded(self.loader) and whole == total and not _is_shuffled(self.loader)
+        if repeated and not known:
             of = "" if whole is None else f" The data set has {whole} rows."
             if self.rank == 0:
                 warnings.warn(
                     f"{repeated} of the {total} rows that the processes read are equal to another one, inputs and label: "
-                    "repeated to even the shares, it may be, or twice in the data; they count as often as they came."
-                    f"{of}",
+                    "repeated to even the shares, it may be, or twice in the data, or the processes shuffled by seeds of "
+                    f"their own (then as many rows are missing); they count as often as they came.{of}",
                     stacklevel=4,
                 )
         else:
@@ -294,6 +297,12 @@ def _rows_of(loader: Any) -> int | None:
 def _is_sharded(loader: Any) -> bool:
     """Whether this is one of accelerate's, each process's share of one batch sampler."""
     return hasattr(getattr(loader, "batch_sampler", None), "even_batches")
+
+
+def _is_shuffled(loader: Any) -> bool:
+    """Whether the order that accelerate's shares are cut from is drawn at random."""
+    inner = getattr(loader.batch_sampler, "batch_sampler", None)
+    return isinstance(getattr(inner, "sampler", None), _RANDOM)
 
 
 @contextmanager
