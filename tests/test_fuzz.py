@@ -190,6 +190,88 @@ def test_a_label_whose_row_has_a_twin(
     _assert_right(call, cpu_paths)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("function", ("neuronwise", *GRADIENT_NORMS))
+@pytest.mark.parametrize("spread", (2.0**-23, 2.0**-20, 2.0**-14, 2.0**-9))
+def test_rows_that_are_nearly_equal(
+    spread: float, function: str, dtype: torch.dtype, cpu_paths: tuple[str, ...]
+) -> None:
+    """600 rows about a common one, closer than their shares' roundings tell apart or a little less."""
+    g = torch.Generator().manual_seed(int(-math.log2(spread)))
+    common = torch.randn(3, generator=g, dtype=torch.float64)
+    w = common * (1 + spread * torch.randint(-2, 3, (600, 3), generator=g))
+    w[:5] = torch.randint(-4, 5, (5, 3), generator=g)
+    x = torch.randint(-4, 5, (12, 3), generator=g)
+    changes = {"log": True, "upstream": torch.ones(12, dtype=dtype)}
+    _assert_right(call_of(function, x.to(dtype), w.to(dtype), torch.arange(12) * 50, **changes), cpu_paths)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("gap", (20.0, 150.0, 400.0))
+def test_the_mean_row_is_the_row_of_nearly_all_classes(
+    gap: float, dtype: torch.dtype, cpu_paths: tuple[str, ...]
+) -> None:
+    """What is left about it has shares that underflow, and is all that there is: 0 about the mean row is not 0."""
+    w = torch.tensor([[3.0, -1.0]], dtype=dtype).expand(241, 2).clone()
+    w[7], w[90] = torch.tensor([4.0, -3.0]), torch.tensor([2.0, 1.0])
+    x = torch.tensor([[gap, gap / 2 - 1.0], [0.5, 0.25]], dtype=dtype)
+    bias = torch.zeros(241, dtype=dtype)
+    bias[7], bias[90] = -gap, -gap
+    changes = {"log": True, "bias": bias, "upstream": torch.ones(2, dtype=dtype)}
+    _assert_right(call_of("neuronwise", x, w, **changes), cpu_paths)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("function", GRADIENT_NORMS)
+def test_a_sign_and_a_tie_do_not_come_from_rounding(
+    function: str, dtype: torch.dtype, cpu_paths: tuple[str, ...]
+) -> None:
+    """A column that is one number, one that is another's negative, two that are one: components 0, tied, and tied."""
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 500, generator=g, dtype=torch.float64)
+    w = torch.stack([torch.full((500,), 0.1), a, -a, a, 0.25 * b], dim=1).to(dtype)
+    x = torch.randn(9, 5, generator=g, dtype=torch.float64).to(dtype)
+    changes = {"log": True, "upstream": torch.ones(9, dtype=dtype)}
+    _assert_right(call_of(function, x, w, torch.arange(9) * 50, **changes), cpu_paths)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("function", GRADIENT_NORMS)
+def test_a_label_among_very_many_twins(function: str, dtype: torch.dtype, cpu_paths: tuple[str, ...]) -> None:
+    w = torch.zeros(40_000, 2, dtype=dtype)
+    w[20_000:] = torch.tensor([1.0, -0.5])
+    x = torch.tensor([[0.5, 0.25], [-2.0, 1.0]], dtype=dtype)
+    paths = tuple(name for name in cpu_paths if name.startswith("chunked"))
+    changes = {"log": True, "upstream": torch.ones(2, dtype=dtype)}
+    _assert_right(call_of(function, x, w, torch.tensor([5, 30_000]), **changes), paths)
+
+
+@pytest.mark.parametrize("function", (*MEASURES, *GRADIENT_NORMS))
+def test_the_log_of_a_value_that_underflowed_and_was_masked(function: str, cpu_paths: tuple[str, ...]) -> None:
+    """e^-200 is 0 in float32, and its log's derivative by the caller's hand inf: that row adds nothing, the others do."""
+    x = torch.tensor([[200.0, 10.0], [2.0, 0.5]])
+    w, target = torch.eye(2), torch.tensor([0, 1])
+    for path in cpu_paths:
+        with fuzz.on_path(path):
+            inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
+            value = fuzz._function(call_of(function, x, w, target))(*inputs)
+            assert value[0] == 0
+            got = torch.autograd.grad(torch.where(value > 0, value.log(), 0).sum(), inputs)
+            alone = x[1:].clone().requires_grad_(), w.clone().requires_grad_()
+            value = fuzz._function(call_of(function, x[1:], w, target[1:]))(*alone)
+            want = torch.autograd.grad(value.log().sum(), alone)
+        torch.testing.assert_close(got[0], torch.cat([torch.zeros(1, 2), want[0]]))
+        torch.testing.assert_close(got[1], want[1])
+
+
+def test_a_derivative_below_the_smallest_normal_number_keeps_its_digits(cpu_paths: tuple[str, ...]) -> None:
+    """e^-740 has two digits in float64; times an upstream of 1e20 it is to have all."""
+    x, w = torch.tensor([[740.0, 0.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    upstream = torch.full((1,), 1e20, dtype=torch.float64)
+    for function in GRADIENT_NORMS:
+        _assert_right(call_of(function, x, w, torch.tensor([0]), upstream=upstream), cpu_paths)
+
+
 # --------------------------------------------------------------------------------------------------- the net can catch
 def test_the_derivatives_agree_with_differences_of_400_digits() -> None:
     w = torch.tensor([[1.0, 0.5, -0.25], [-0.5, 1.0, 0.25], [0.25, -1.0, 1.0], [-0.5, 1.0, 0.25]])
