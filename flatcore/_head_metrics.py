@@ -467,7 +467,8 @@ def feature_gradient_norms(
 
     Gradients: as :func:`flatcore.hessian_trace`; for ``ord=inf`` the mean over entries that tie. Where a confident row's
         label has an exact duplicate among W's rows, or is wrong, terms below 1e-16 of the largest are lost: they are
-        differences of numbers near 1.
+        differences of numbers near 1. The duplicate's own part, its p_j whatever the norm is, is right at every gap; under
+        torch.func and torch.compile only where the norm does not underflow in float64 (gaps to 708).
 
     Numerics: the usual p - e_y vanishes in float32 from a logit gap of 17 on; here the sum runs over differences of rows
     with the largest term's weight split off as a log, so that the norm is right at every confidence.
