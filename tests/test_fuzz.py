@@ -251,6 +251,17 @@ def test_a_label_among_very_many_twins(function: str, dtype: torch.dtype, cpu_pa
     _assert_right(call_of(function, x, w, torch.tensor([5, 30_000]), **changes), paths)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("function", ("neuronwise", *GRADIENT_NORMS))
+def test_a_few_terms_that_cancel(function: str, dtype: torch.dtype, cpu_paths: tuple[str, ...]) -> None:
+    """The label's row is the mean row and nearly every class's: the others' sum to it is 0, and the product's is noise."""
+    others = torch.tensor([[-3.0, 2.0], [4.0, -1.0], [0.75, 3.0], [0.25, -3.0]])
+    w = torch.cat([others, torch.tensor([[0.5, 0.25]]).expand(396, 2)]).to(dtype)
+    x = torch.tensor([[0.0, 0.0], [1e-3, 0.0], [1.0, 1.0]], dtype=dtype)
+    changes = {"log": True, "upstream": torch.ones(3, dtype=dtype)}
+    _assert_right(call_of(function, x, w, torch.tensor([399, 200, 50]), **changes), cpu_paths)
+
+
 @pytest.mark.parametrize("function", (*MEASURES, *GRADIENT_NORMS))
 def test_the_log_of_a_value_that_underflowed_and_was_masked(function: str, cpu_paths: tuple[str, ...]) -> None:
     """e^-200 is 0 in float32, and its log's derivative by the caller's hand inf: that row adds nothing, the others do."""

@@ -14,6 +14,7 @@
 #include "cpu/head_metrics_backward.h"
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
+#include "math/cancellation.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
@@ -97,7 +98,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
       row.c = 0.0;
       return clear();
     }
-    if (!(inner > 0.05 * magnitude) && inner == inner) {
+    if (!math::variance_is_left(inner, magnitude) && inner == inner) {
       row.special = kExplicit;
       return clear();
     }
@@ -128,7 +129,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     from += label * label + x(d) * x(d);
     largest = a > largest ? a : largest;
   }
-  if (!(norm2 > 0.01 * from) && norm2 == norm2) {
+  if (!math::gradient_is_left(norm2, from, state.square_mean) && norm2 == norm2) {
     row.special = kExplicit;
     return clear();
   }

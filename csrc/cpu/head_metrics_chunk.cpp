@@ -18,6 +18,7 @@
 #include "cpu/head_metrics.h"
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
+#include "math/cancellation.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
@@ -399,7 +400,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     const double magnitude = state.square_mean + top2;
     if (state.log_eps == -math::kInfinity || call.equal_rows) {
       put_neuronwise(-math::kInfinity);
-    } else if (inner > 0.05 * magnitude || inner != inner) {
+    } else if (math::variance_is_left(inner, magnitude) || inner != inner) {
       put_neuronwise(state.log_eps + std::log(inner) - 2.0 * log_scale);
     } else {
       put_neuronwise(log_variance(explicit_row(state.m, call.include_bias, true), exponent));
@@ -412,7 +413,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     put_gradient_norms(values, n, kNan);
   } else if (top_label && state.log_eps == -math::kInfinity) {
     put_gradient_norms(values, n, -math::kInfinity);
-  } else if (sums.norm22 > 0.01 * (sums.label2 + sums.mean2)) {
+  } else if (math::gradient_is_left(sums.norm22, sums.label2 + sums.mean2, state.square_mean)) {
     const double shift = (top_label ? state.log_eps : 0.0) - log_t - log_scale;
     values.put(kLogGradientNorm, n, shift + 0.5 * std::log(sums.norm22));
     values.put(kLogGradientNorm1, n, shift + std::log(sums.norm1));

@@ -13,6 +13,7 @@
 #include "cuda/explicit_row.h"
 #include "cuda/head_metrics.h"
 #include "cuda/launch.h"
+#include "math/cancellation.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cuda {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       const double inner = state.confidence * sums.delta2 + rest, magnitude = state.square_mean + sums.top2;
       if (call.runs[0] == call.C) {
         row.c = 0.0;
-      } else if (!(inner > 0.05 * magnitude) && inner == inner) {
+      } else if (!math::variance_is_left(inner, magnitude) && inner == inner) {
         row.special = kExplicit;
       }
       row.inner = inner;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     } else if (live) {
       if (top_label && state.log_eps == -math::kInfinity) {
         row.c = 0.0;
-      } else if (!(sums.norm2 > 0.01 * sums.from) && sums.norm2 == sums.norm2) {
+      } else if (!math::gradient_is_left(sums.norm2, sums.from, state.square_mean) && sums.norm2 == sums.norm2) {
         row.special = kExplicit;
       }
       row.inner = asks_for(call, kLogGradientNorm)    ? sqrt(sums.norm2)

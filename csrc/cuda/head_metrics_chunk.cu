@@ -16,6 +16,7 @@
 #include "cuda/head_metrics.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
+#include "math/cancellation.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
       double value = log_n + state.log_eps + math::log_nonnegative(inner) - 2.0 * (log_scale + log_t);
       if (state.log_eps == -math::kInfinity || call.runs[0] == call.C || log_n == -math::kInfinity) {
         value = -math::kInfinity;
-      } else if (!(inner > 0.05 * magnitude && inner > least) && inner == inner) {
+      } else if (!(math::variance_is_left(inner, magnitude) && inner > least) && inner == inner) {
         special |= kSpecialNeuronwise;
       }
       values.put(kLogNeuronwise, n, value);
@@ -236,7 +237,8 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
         put_gradient_norms(values, n, kNan);
       } else if (top_label && state.log_eps == -math::kInfinity) {
         put_gradient_norms(values, n, -math::kInfinity);
-      } else if (sums.norm22 > 0.01 * (sums.label2 + sums.mean2) && sums.norm22 > least) {
+      } else if (math::gradient_is_left(sums.norm22, sums.label2 + sums.mean2, state.square_mean) &&
+                 sums.norm22 > least) {
         const double shift = (top_label ? state.log_eps : 0.0) - log_t - log_scale;
         values.put(kLogGradientNorm, n, shift + 0.5 * math::log_nonnegative(sums.norm22));
         values.put(kLogGradientNorm1, n, shift + math::log_nonnegative(sums.norm1));
