@@ -435,12 +435,19 @@ def test_opcheck_with_inputs_that_require_gradient(case: str, path: str) -> None
 def test_opcheck_of_the_backward(case: str, wanted: list[bool], path: str) -> None:
     *arguments, fields, _ = (a.detach() if isinstance(a, Tensor) else a for a in _operator_arguments(case))
     upstream = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
-    given = (upstream, *arguments, fields.bit_length() - 1, wanted)
-    torch.library.opcheck(torch.ops.flatcore.head_metrics_backward.default, given)
+    log_coefficient = torch.tensor([0.0, 1.0, -1.5, -INF], dtype=torch.float64)
+    for logs in (None, log_coefficient):
+        given = (upstream, logs, *arguments, fields.bit_length() - 1, wanted)
+        torch.library.opcheck(torch.ops.flatcore.head_metrics_backward.default, given)
 
 
 WRONG_BACKWARDS = {
     "wide-upstream": ({"upstream": torch.ones(5, dtype=torch.float64)}, ValueError, "upstream must have shape"),
+    "wide-logs": (
+        {"log_coefficient": torch.ones(5, dtype=torch.float64)},
+        ValueError,
+        "log_coefficient must have shape",
+    ),
     "half-upstream": ({"upstream": torch.ones(4, dtype=torch.float16)}, TypeError, "upstream must have dtype"),
     "another-field": ({"field": reference.FIELDS.index("loss")}, ValueError, "field must be that of one of"),
     "no-field": ({"field": 99}, ValueError, "field must be that of one of"),
@@ -460,7 +467,7 @@ def test_the_backward_operator_checks_its_arguments(case: str) -> None:
     change, error, words = WRONG_BACKWARDS[case]
     given = problem(dtype=torch.float32)
     arguments = {
-        "upstream": torch.ones(4, dtype=torch.float64), "features": given["features"].detach(),
+        "upstream": torch.ones(4, dtype=torch.float64), "log_coefficient": None, "features": given["features"].detach(),
         "linear_weight": given["linear_weight"].detach(), "linear_bias": None, "logits": None, "target": None,
         "temperature": 1.0, "ignore_index": -100, "include_bias": False, "norm_power": 2,
         "field": reference.FIELDS.index("log_hessian_trace"), "wanted": [True, True, False, False],
