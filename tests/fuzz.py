@@ -252,8 +252,25 @@ class Answers:
                     near = np.finfo(np.float64).tiny * 2.0**20
                     allowed[at] += (size if size < near else near * 2.0**-20 * abs(upstream[n])) * sizes
                 small[at] += (1 + size * part.largest) * self._through(key, int(n))
+                if key != "features":
+                    # a p_j below the arithmetic's smallest normal number beside its best rival's: nothing is left of it,
+                    # whatever it stands beside (distances of scaled rows have any ratio)
+                    gone = self._gone(int(n))
+                    allowed[at] += size * sizes * (gone[:, None] if key == "linear_weight" else gone)
             found[key] = exact, rounded_gradient(exact, allowed, tensor.dtype, self.dtype, small)
         return found
+
+    def _gone(self, n: int) -> Any:
+        """Classes whose probability is below the smallest normal number, relative to the best but the top one."""
+        z = (
+            self.logits[n].double()
+            if self.logits is not None
+            else self.features[n].double() @ self.call.weight.double().T
+        )
+        if self.logits is None and self.call.bias is not None:
+            z = z + self.call.bias.double()
+        rest = z.topk(min(2, self.C)).values[-1]
+        return ((rest - z) / self.call.temperature > -math.log(torch.finfo(torch.float64).tiny) - 1).numpy()
 
     def _through(self, key: str, n: int) -> Any:
         """What one unit of a derivative by a logit adds to an entry, at most."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import leave_process_group
 from tolerance import assert_within, tolerance
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -265,7 +266,7 @@ def mesh() -> Iterator[Any]:
         try:
             yield init_device_mesh("cpu", (1,))
         finally:
-            distributed.destroy_process_group()
+            leave_process_group()
 
 
 @CHECKED_FIRST

@@ -688,6 +688,7 @@ WORKER = """
             raise AssertionError("not refused")
     torch.save(found, f"{out}/{rank}.pt")
     distributed.barrier()
+    distributed.barrier()  # as tests/processes.py
     distributed.destroy_process_group()
 """
 
@@ -831,6 +832,7 @@ SHARES = """
     assert even.batch_sampler.even_batches is True
     torch.save(found, f"{out}/{rank}.pt")
     distributed.barrier()
+    distributed.barrier()  # as tests/processes.py
     distributed.destroy_process_group()
 """
 

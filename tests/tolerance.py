@@ -166,12 +166,11 @@ def rounded_gradient(truth: Any, allowed: Any, dtype: torch.dtype, computed: tor
     """``allowed`` of a gradient that is given back in ``dtype``: one rounding more, and what the format cannot hold.
 
     ``computed``: the dtype of the arithmetic. ``small``: the sizes that the entry's terms have beside the row's largest
-    derivative by a logit. A p_j below the smallest normal number of ``computed`` may be 0; beside it stands a ratio of
-    distances, ||w_j - w_q||^2 over Var_p(w), to which six digits are left.
+    derivative by a logit, for a term that is below the smallest normal number of ``computed`` times that may be 0.
     """
     rounding = _UNIT[dtype] if dtype == torch.float32 and computed == torch.float64 else _NARROW[dtype]
     tiny = 2.0**-25 if dtype == torch.float16 else torch.finfo(dtype).tiny
-    return allowed + rounding * np.abs(truth) + tiny + torch.finfo(computed).tiny * 2.0**20 * np.asarray(small)
+    return allowed + rounding * np.abs(truth) + tiny + torch.finfo(computed).tiny * np.asarray(small)
 
 
 def product_tolerance(magnitude: Any, terms: int, dtype: torch.dtype) -> Bound:
