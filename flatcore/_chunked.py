@@ -289,7 +289,7 @@ class _Repeats:
             self.starts.data_ptr(), self.near.data_ptr(), self.near_of.data_ptr(),
         )  # fmt: skip
         if self.groups:
-            self.nbytes = 8 * 4 * C
+            self.nbytes = 8 * (4 * C + 1) + (2 * _TILE_BYTES if self.near_count else 0)
             self.equal_rows = self.near_count == 0 and int(self.starts[1]) == C
         else:
             del self.members, self.near, self.near_of, self.starts
@@ -310,11 +310,13 @@ class _Repeats:
         """Add to the mean rows what their groups' first rows leave out, from differences of rows."""
         if near_q is None:
             return
-        length = TILE_CLASSES if tile is None else tile.shape[0]
+        # an eighth of a tile's rows: what is taken out of W twice, in float64, once more and in the compute type fits a tile
+        length = max(1, (TILE_CLASSES if tile is None else tile.shape[0]) // 8)
         for start in range(0, self.near_count, length):
             here = slice(start, min(start + length, self.near_count))
-            rows, firsts = weight[self.near[here]], weight[self.near_of[here]]
-            difference = (rows.double() - firsts.double()) * scale
+            difference = weight[self.near[here]].to(torch.float64)
+            difference -= weight[self.near_of[here]]
+            difference *= scale
             mean += near_q[: mean.shape[0], here] @ difference.to(near_q.dtype)
 
 

@@ -262,6 +262,8 @@ def head_metrics_backward(
     double = is_double(features, linear_weight, logits)
     dtype = torch.float64 if double else torch.float32
     upstream = as_dtype(readable(upstream), torch.float64).contiguous()
+    if log_coefficient is not None:
+        log_coefficient = readable(log_coefficient).contiguous()
     call = _Call(
         features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
         1 << field, double,

@@ -132,6 +132,8 @@ def head_metrics_backward(
     )  # fmt: skip
     N, D, C = head.N, head.D, head.C
     upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
+    if log_coefficient is not None:
+        log_coefficient = readable(log_coefficient).contiguous()
     d_features = head.empty(N, D, dtype=head.dtype) if wanted[0] else None
     d_weight = head.empty(C, D, dtype=head.dtype).zero_() if wanted[1] else None
     d_bias = head.empty(C).zero_() if wanted[2] else None

@@ -5,6 +5,7 @@ Letters: N rows, D features, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import emulation
 import mpmath
 import numpy as np
 import pytest
@@ -439,6 +441,41 @@ def test_opcheck_of_the_backward(case: str, wanted: list[bool], path: str) -> No
     for logs in (None, log_coefficient):
         given = (upstream, logs, *arguments, fields.bit_length() - 1, wanted)
         torch.library.opcheck(torch.ops.flatcore.head_metrics_backward.default, given)
+
+
+@pytest.mark.parametrize("kind", ("fused", "chunked", "cuda-chunked"))
+def test_the_backward_operator_reads_any_layout(kind: str, one_thread: None) -> None:
+    """Every second number, one number for all rows, the negative view of a conjugate: by their values."""
+    given = problem(dtype=torch.float32)
+    inputs = [given[name].detach() for name in ("features", "linear_weight")]
+    logs = torch.tensor([0.0, -0.5, -3.0, 1.0], dtype=torch.float64)
+    layouts = (
+        torch.stack([logs, logs + 9], dim=1)[:, 0],
+        torch.tensor([0.5], dtype=torch.float64).expand(4),
+        torch._neg_view(-logs),
+    )
+    options = (
+        None,
+        None,
+        None,
+        1.0,
+        -100,
+        False,
+        2,
+        reference.FIELDS.index("log_neuronwise"),
+        [True, True, False, False],
+    )
+    cuda = kind.startswith("cuda")
+    kernels = emulation.cuda_kernels() if cuda else contextlib.nullcontext()
+    with flatcore.backend("native"), _native.forced(path=kind.removeprefix("cuda-")), kernels:
+        for layout in layouts:
+            upstream = torch.ones(4, dtype=torch.float64)
+            got, want = (
+                torch.ops.flatcore.head_metrics_backward(upstream, x, *inputs, *options)
+                for x in (layout, layout.resolve_neg().contiguous())
+            )
+            for a, b in zip(got[:2], want[:2], strict=True):
+                assert_same(kind, a, b)
 
 
 WRONG_BACKWARDS = {

@@ -157,7 +157,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   const auto unsure = [&](int64_t d, double from_value) {
     const double terms =
         std::fabs(alpha * centered(w_top, d)) + std::fabs(beta * x(d)) + std::fabs(centered(w_label, d));
-    return !(from_value > noise * terms);
+    return terms != 0.0 && !(from_value > noise * terms);  // a column that is one number has terms of 0, and is 0
   };
   if (l1) {
     row.inner = norm1;

@@ -57,14 +57,29 @@ __device__ __forceinline__ double explicit_shares(const HeadProblem& call, bool 
   return top;
 }
 
-// Sums over the classes that differ: sum_j u_j (w_j - w_a) by its norms, and sum_j u_j ||w_j - w_a||^2, times 2^e each
-// (squares 2^(2e)). `direction` (D doubles, the bias's entry behind) keeps the sum itself, unless null.
+// Sum of p_j over the classes whose row equals the anchor's.
+__device__ __forceinline__ double explicit_group(const HeadProblem& call, const double* z, const double* u, double t,
+                                                 double log1p_tau) {
+  Sums<1> group{};
+  for (int64_t j = threadIdx.x; j < call.C; j += kExplicitThreads) {
+    if (u[j] < 0.0 && z[j] > -math::kInfinity) group.at[0] += exp((z[j] - t) / call.temperature - log1p_tau);
+  }
+  return ExplicitBlock::merged(group, AddSums{}).at[0];
+}
+
+// Sums over the classes that differ: sum_j u_j (w_j - w_a) by its norms, and the spread of the w_j about their mean,
+// times 2^e each (squares 2^(2e)). `direction` (D doubles, the bias's entry behind) keeps the sum itself, unless null.
 struct ExplicitSum {
-  double square_mean, norm1, norm2_squared, norm_inf;
+  double spread, total, norm1, norm2_squared, norm_inf;
+
+  // Var_p(w) over the largest p_j that differs; as log_variance, csrc/cpu/head_rows.h
+  __device__ __forceinline__ double variance(double group) const {
+    return total > 0.0 ? spread + group * norm2_squared / total : 0.0;
+  }
 };
 struct MergeExplicit {
   __device__ __forceinline__ ExplicitSum operator()(const ExplicitSum& a, const ExplicitSum& b) const {
-    return {a.square_mean + b.square_mean, a.norm1 + b.norm1, a.norm2_squared + b.norm2_squared,
+    return {a.spread + b.spread, LargerOf{}(a.total, b.total), a.norm1 + b.norm1, a.norm2_squared + b.norm2_squared,
             LargerOf{}(a.norm_inf, b.norm_inf)};
   }
 };
@@ -74,13 +89,22 @@ __device__ __forceinline__ ExplicitSum explicit_sum(const HeadProblem& call, boo
   for (int64_t d = threadIdx.x; d < call.D + (with_bias ? 1 : 0); d += kExplicitThreads) {
     const bool is_bias = d == call.D;
     const double own = is_bias ? call.bias[about] : element(call.weight, about, d);
-    double value = 0.0;
+    const auto difference = [&](int64_t j) {
+      return ((is_bias ? call.bias[j] : element(call.weight, j, d)) - own) * scale;
+    };
+    double value = 0.0, total = 0.0;  // the total is the same for every d
     for (int64_t j = 0; j < call.C; ++j) {
       if (!(u[j] >= 0x1p-140)) continue;  // equal to `about`, or below any digit of the sums
-      const double difference = ((is_bias ? call.bias[j] : element(call.weight, j, d)) - own) * scale;
-      value += u[j] * difference;
-      sum.square_mean += u[j] * difference * difference;
+      value += u[j] * difference(j);
+      total += u[j];
     }
+    const double mean = total > 0.0 ? value / total : 0.0;
+    for (int64_t j = 0; j < call.C; ++j) {
+      if (!(u[j] >= 0x1p-140)) continue;
+      const double apart = difference(j) - mean;
+      sum.spread += u[j] * apart * apart;
+    }
+    sum.total = total;
     if (direction != nullptr) direction[d] = value;
     const double a = fabs(value);
     sum.norm1 += a;

@@ -22,11 +22,11 @@ __device__ __forceinline__ void explicit_row(const HeadExplicit& call, int64_t n
   if ((special & kSpecialNeuronwise) != 0) {
     const double top = explicit_shares(call, call.include_bias, tail.m, z, u);
     const ExplicitSum sum = explicit_sum(call, call.include_bias, tail.m, scale, u, nullptr);
+    const double group = explicit_group(call, z, u, tail.t, split.log1p_tau);
     const double log_n = math::log_head_norm(log_feature_squares<kExplicitThreads>(call, n), call.include_bias);
     if (threadIdx.x == 0) {
       const double log_share = (top - tail.t) * inverse_temperature - split.log1p_tau;
-      // at most a factor of 1/p_m is lost to the difference
-      const double inner = sum.square_mean - math::exp_nonpositive(log_share) * sum.norm2_squared;
+      const double inner = sum.variance(group);
       const bool zero = top == -math::kInfinity || log_n == -math::kInfinity;
       values.put(
           kLogNeuronwise, n,

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     constexpr double noise = sizeof(V) == 4 ? 0x1p-15 : 0x1p-40;  // of a component's terms
     const auto unsure = [&](int64_t d, double distance) {
       const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
-      return !(distance > noise * terms);
+      return terms != 0.0 && !(distance > noise * terms);  // a column that is one number has terms of 0, and is 0
     };
     const double found = sums.largest;
     const auto is_candidate = [&](int64_t d) { return unsure(d, (found - fabs(value_at(d))) * 0.5); };
@@ -313,7 +313,7 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
   const ExplicitSum sum = explicit_sum(call, with_bias, anchor, scale, u, direction);
   const double log_share = (top - z[state.m]) * inverse_temperature - state.log1p_tau;
   const double share = top == -math::kInfinity ? 0.0 : math::exp_nonpositive(log_share < 0.0 ? log_share : 0.0);
-  const double inner = sum.square_mean - share * sum.norm2_squared;
+  const double inner = sum.variance(gradient ? 0.0 : explicit_group(call, z, u, z[state.m], state.log1p_tau));
   const double norm = asks_for(call, kLogGradientNorm)    ? sqrt(sum.norm2_squared)
                       : asks_for(call, kLogGradientNorm1) ? sum.norm1
                                                           : sum.norm_inf;
