@@ -139,8 +139,10 @@ def test_radius_edges() -> None:
     assert loss_change_radius(features, torch.eye(2), target, math.inf, lipschitz=1.0).tolist() == [math.inf] * 3
     assert loss_change_bound(features, torch.eye(2), target, 0, lipschitz=1.0).tolist() == [0.0] * 3
     one = torch.ones(1, 2)
-    assert loss_change_radius(features, one, target * 0, 0.5, lipschitz=1.0).tolist() == [math.inf] * 3
-    assert margin_radius(features, one, target * 0, lipschitz=1.0).tolist() == [math.inf] * 3
+    with pytest.warns(UserWarning, match="one output"):
+        assert loss_change_radius(features, one, target * 0, 0.5, lipschitz=1.0).tolist() == [math.inf] * 3
+    with pytest.warns(UserWarning, match="one output"):
+        assert margin_radius(features, one, target * 0, lipschitz=1.0).tolist() == [math.inf] * 3
     bad = features.clone()
     bad[1] = math.nan
     for found in (
