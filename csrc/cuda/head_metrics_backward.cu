@@ -76,10 +76,10 @@ struct MergeDirections {
 __device__ __forceinline__ double sign_of(double x) { return x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0; }
 
 // Component d of sum_j p_j (w_j - w_y), from differences, in the scale of the row's direction: where a sign, or which
-// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp). One
-// body for all callers, so that equal numbers compare equal.
+// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp). Two
+// are equal within 2^-40: inlined twice, the same sum may be contracted in two ways.
 template <class V>
-__device__ __noinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
+__device__ __forceinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
   const HeadRow& state = call.row_state[i];
   const V* q = static_cast<const V*>(call.q) + i * call.C;
   const bool top_label = y == state.m;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
         sums.largest = Block::merged(most, LargerOf{});
         count.at[0] = 0.0;
         for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-          count.at[0] += is_candidate(d) && fabs(exact_component<V>(call, i, y, d)) == sums.largest;
+          count.at[0] += is_candidate(d) && !(fabs(exact_component<V>(call, i, y, d)) < sums.largest * (1.0 - 0x1p-40));
         }
         ties = Block::merged(count, AddSums{}).at[0];
       }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       }
       if (!is_candidate(d)) return 0.0;
       const double value = several ? exact_component<V>(call, i, y, d) : value_at(d);
-      return several && fabs(value) != sums.largest ? 0.0 : sign_of(value) / ties;
+      return several && fabs(value) < sums.largest * (1.0 - 0x1p-40) ? 0.0 : sign_of(value) / ties;
     };
     double bias_delta = 0.0;
     if (live && !gradient) {

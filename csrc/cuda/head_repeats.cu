@@ -29,16 +29,17 @@ __device__ __forceinline__ double projection(int64_t d) {
 }
 
 __global__ void __launch_bounds__(kThreads) repeat_keys(HeadRepeats call) {
-  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t j = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; j < call.C; j += step) {
     Sums<1> key{};
+    FLATCORE_ROLLED
     for (int64_t d = Warp::lane(); d < call.D; d += kWarp) {
-      key.at[0] += element(call.weight, j, d) * scale * projection(d);
+      key.at[0] += element(call.weight, j, d) * projection(d);
     }
     key = Warp::merged(key, AddSums{});
     if (Warp::lane() != 0) continue;
-    call.keys[j] = key.at[0] + (call.include_bias ? call.bias[j] * scale * projection(call.D) : 0.0);
+    if (call.include_bias) key.at[0] += call.bias[j] * projection(call.D);
+    call.keys[j] = key.at[0];
   }
 }
 
@@ -100,8 +101,10 @@ __device__ __forceinline__ void merge_row(const HeadChunk& call, int64_t i, cons
     const int32_t length = call.runs[k];
     if (length < 2) continue;
     Sums<1> total{};
+    FLATCORE_ROLLED
     for (int32_t e = Warp::lane(); e < length; e += kWarp) total.at[0] += shares.at(call.order[k + e]);
     total = Warp::merged(total, AddSums{});
+    FLATCORE_ROLLED
     for (int32_t e = Warp::lane(); e < length; e += kWarp) shares.clear(call.order[k + e]);
     __syncwarp();
     if (Warp::lane() != 0) continue;
@@ -128,6 +131,7 @@ __global__ void __launch_bounds__(kThreads) merge_shares(HeadChunk call) {
   for (int64_t i = blockIdx.x; i < call.rows; i += gridDim.x) {
     const Shares<V> shares{merged + i * call.C};
     if (q != merged) {
+      FLATCORE_ROLLED
       for (int64_t j = threadIdx.x; j < call.C; j += kThreads) shares.q[j] = q[i * call.C + j];
       __syncthreads();
     }

@@ -14,8 +14,10 @@ namespace flatcore::cuda {
 
 #if defined(__CUDA_ARCH__)
 #define FLATCORE_UNROLL _Pragma("unroll")
+#define FLATCORE_ROLLED _Pragma("unroll 1")  // where the registers would not do for several steps at once
 #else
 #define FLATCORE_UNROLL
+#define FLATCORE_ROLLED
 #endif
 
 constexpr int kWarp = 32;
