@@ -375,12 +375,21 @@ def test_failures_are_sentences(argv: list[str], words: str, factory: Path, caps
     ("command", "files"),
     [
         (["evaluate", "factories:named", "--out", "sortie-é"], ("report.html", "report.json", "rows.csv")),
-        (["attack-path", "factories:named", *ATTACK, "--out", "sortie-é"], ("attack_path.csv", "attack_path.png")),
-        (
+        pytest.param(
+            ["attack-path", "factories:named", *ATTACK, "--out", "sortie-é"],
+            ("attack_path.csv", "attack_path.png"),
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
             ["sweep", "factories:named", *ATTACK, "--scales", "1", "--out", "sortie-é"],
             ("scaling_sweep.json", "scaling_sweep.png"),
+            marks=pytest.mark.exhaustive,
         ),
-        (["demo", "--epochs-max", "1", "--out", "sortie-é"], ("digits.csv", "digits.html", "digits.png")),
+        pytest.param(
+            ["demo", "--epochs-max", "1", "--out", "sortie-é"],
+            ("digits.csv", "digits.html", "digits.png"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda value: value[0],
 )  # fmt: skip
@@ -470,6 +479,7 @@ def test_a_file_that_cannot_be_written_goes_elsewhere(
     assert f"Written: {spare / 'rows.csv'}\n" in captured.out
 
 
+@pytest.mark.exhaustive
 def test_evaluate_under_torchrun(factory: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flatcore",

@@ -213,6 +213,7 @@ def test_training_leaves_the_process_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.exhaustive
 def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
     """Standard error on a pseudo-terminal has the bar; standard output into a pipe has no control codes."""
     ours, theirs = pty.openpty()

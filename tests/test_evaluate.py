@@ -693,6 +693,7 @@ WORKER = """
 """
 
 
+@pytest.mark.exhaustive
 def test_processes_under_torchrun_agree_with_one(tmp_path: Path) -> None:
     model, (x, y) = network(20.0).eval(), data(101)  # 101 rows on 3 processes: a sampler repeats one
     torch.save((model, x, y), tmp_path / "in.pt")

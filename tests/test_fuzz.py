@@ -58,7 +58,7 @@ def cpu_paths(one_thread: None) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------- drawn calls
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_drawn_calls_are_right_on_every_path(function: str, cpu_paths: tuple[str, ...]) -> None:
-    @_examples(30)
+    @_examples(15)
     @given(call=calls((function,), classes=3000))
     def check(call: Call) -> None:
         _assert_right(call, cpu_paths)

@@ -618,7 +618,7 @@ WORKER = """
 """
 
 
-@pytest.mark.parametrize("world", (pytest.param(2, marks=pytest.mark.exhaustive), 3))
+@pytest.mark.parametrize("world", (2, pytest.param(3, marks=pytest.mark.exhaustive)))
 def test_several_processes_with_uneven_shards(world: int, tmp_path: Path) -> None:
     x, w, _, y = data(scale=10.0)
     out, store = str(tmp_path / "result"), str(tmp_path / "store")
