@@ -85,6 +85,7 @@ __device__ __forceinline__ double exact_component(const HeadBackwardChunk& call,
   const bool top_label = y == state.m;
   const double own = element(call.weight, y, d);
   double sum = 0.0;
+  FLATCORE_ROLLED
   for (int64_t j = 0; j < call.C; ++j) {
     const double rest = static_cast<double>(q[j]);
     const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
