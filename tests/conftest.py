@@ -146,7 +146,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which kernels this run can reach, and how long a run of everything takes."""
     found = flatcore.show_config()
-    takes = "everything: about 10 minutes"
+    takes = "everything: about 15 minutes"
     if not _wants_exhaustive(config):
         takes = (
             "about 6 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (15 minutes)"
