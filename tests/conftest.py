@@ -149,7 +149,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     takes = "everything: about 15 minutes"
     if not _wants_exhaustive(config):
         takes = (
-            "about 6 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (15 minutes)"
+            "about 5 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (15 minutes)"
         )
     return [
         f"flatcore: extension {found['extension']}, CPU targets {', '.join(found['cpu_targets']) or 'none'}",

@@ -615,6 +615,7 @@ def test_freed_storage_between_forward_and_backward_does_not_crash() -> None:
         value.backward()
 
 
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_over_200_steps() -> None:
     torch.manual_seed(0)
     body, head = torch.nn.Linear(16, 32), torch.nn.Linear(32, 10)

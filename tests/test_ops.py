@@ -254,6 +254,7 @@ def test_compile_gives_equal_numbers_at_every_size(name: str, backend: str) -> N
         assert_all_same(compiled(*given), function(*given))
 
 
+@pytest.mark.exhaustive
 @SCRIPTED
 def test_compile_with_inductor() -> None:
     def both(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
