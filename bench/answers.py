@@ -18,6 +18,7 @@ from torch import Tensor
 from works import Candidate, Inputs, Work
 
 from flatcore import HeadMetrics, reference
+from flatcore._engine.head import Head
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from tolerance import cotangent_tolerance, tolerance
@@ -51,9 +52,8 @@ class Truth:
             return
         names = [name for name in reference.FIELDS if name in _NEEDED[work.question]]
         bits = sum(1 << reference.FIELDS.index(name) for name in names)
-        values, self.prediction = reference.head_metrics(
-            *(v.double() for v in self.x[:3]), None, self.x.target, 1.0, -100, False, 2, bits, True
-        )
+        head = Head(*(v.double() for v in self.x[:3]), target=self.x.target)
+        values, self.prediction = reference.head_metrics(head, bits, True)
         self.fields = dict(zip(names, values.unbind(0), strict=True))
         phi, w, b = (v.double().abs() for v in self.x[:3])
         terms = (torch.addmm(b, phi, w.T)).amax(1)  # max_j(sum_d |phi_d w_jd| + |b_j|)

@@ -16,7 +16,7 @@ import mpmath
 import torch
 
 import flatcore
-from flatcore import _native
+from flatcore._engine import paths
 
 GAPS = (0, 0.3, 1, 5, 10, 15, 16.9, 17.3, 20, 40, 88, 103.9, 105, 250, 700, 1000, 10000)
 D = 16
@@ -102,7 +102,7 @@ def table(C: int) -> list[str]:
 def page() -> str:
     """The whole page."""
     mpmath.mp.dps = 60
-    with _native.forced("fused" if flatcore.show_config()["cpu_targets"] else None):
+    with paths.forced("fused" if flatcore.show_config()["cpu_targets"] else None):
         config = flatcore.show_config()
         parts = []
         for C in (2, 10, 1000):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import flatcore
-from flatcore import _ops
+from flatcore._engine import ops
 
 SEED = 20240607
 HIGHEST_GAP = 60.0
@@ -150,7 +150,7 @@ def _flatcore(question: str, backend: str, x: Inputs) -> Any:
         if question == "row norms":
             return flatcore.row_norms(x.features)
         if question == "cotangent":  # what input_gradients calls: the public loss without autograd's own cost
-            return _ops.unmasked_cross_entropy(x.features, x.target, -100, with_cotangent=True)
+            return ops.unmasked_cross_entropy(x.features, x.target, -100, with_cotangent=True)
         if question == "all fields":
             return flatcore.head_metrics(x.features, x.linear_weight, x.target, linear_bias=x.linear_bias)
         if question.startswith("trace"):

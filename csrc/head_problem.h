@@ -46,7 +46,6 @@ struct HeadProblem {
   // outputs
   void* values = nullptr;  // (K, N), one row per bit of fields, in the order of the bits
   bool double_values = false;
-  int64_t values_stride = 0;      // elements between rows of values
   int64_t* prediction = nullptr;  // (N,) or null
 };
 

@@ -15,8 +15,8 @@ except ImportError as error:
         raise
     _core = None  # type: ignore[assignment]
 
-ABI = 5
-"""Counts the changes of the extension's call signatures; the sources and the binary must agree."""
+ABI = 6
+"""Counts the changes of the extension's call signatures; the build reads it here, for the binary must agree."""
 if _core is not None and _core.ABI != ABI:
     raise ImportError(
         f"flatcore: the compiled extension {_core.__file__} speaks ABI {_core.ABI}, these sources ABI {ABI}: "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._backend import _core
+from ._engine.memory import HeadCall, address
 from ._precision import full_precision
 from ._reduction import derivative
 from .reference import FIELDS
@@ -32,23 +33,12 @@ NEURONWISE = 1 << FIELDS.index("log_neuronwise")
 LAYERWISE = 1 << FIELDS.index("log_layerwise")
 GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
 
-POISONED = 1  # HeadBackwardRow.special of a row whose gradient is NaN
 
-
-def head_metrics(
-    target_name: str,
-    problem,
-    features: Tensor,
-    linear_weight: Tensor,
-    logits: Tensor | None,
-    fields: int,
-    double: bool,
-    threads: int,
-) -> int:
+def head_metrics(target_name: str, call: HeadCall) -> int:
     """Fill the problem's outputs; return the first row with a label that is no class, or -1."""
-    dtype = torch.float64 if double else torch.float32
-    itemsize = 8 if double else 4
-    (N, D), C = features.shape, linear_weight.shape[0]
+    N, D, C, dtype, problem, fields = call.N, call.D, call.C, call.dtype, call.problem, call.fields
+    features, linear_weight, logits, double = call.head.features, call.head.linear_weight, call.head.logits, call.double
+    itemsize = dtype.itemsize
     weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
     center = torch.empty(D + 1, dtype=torch.float64) if weights else None
@@ -76,7 +66,7 @@ def head_metrics(
         fixed += C * C * itemsize
         del rows
 
-    scratch = torch.empty(threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
+    scratch = torch.empty(call.threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
     fixed += 0 if scratch is None else 8 * scratch.numel()
     tile = None
     if (logits is None and not direct) or center is not None:
@@ -135,34 +125,25 @@ def head_metrics(
 
 def head_metrics_backward(
     target_name: str,
-    problem,
+    call: HeadCall,
     upstream: Tensor,
     log_coefficient: Tensor | None,
-    features: Tensor,
-    linear_weight: Tensor,
-    column: Tensor | None,
-    logits: Tensor | None,
-    norm_power: int,
-    field: int,
-    double: bool,
-    threads: int,
     d_features: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     d_logits: Tensor | None,
 ) -> None:
-    """Fill the wanted gradients; ``column`` is the bias where it counts as a column of W.
+    """Fill the wanted gradients.
 
     A row's derivative with respect to its log is c = ``upstream`` exp(``log_coefficient``), both (N,), float64.
 
     Three products for the trace and layerwise, six for neuronwise and the gradient norms: z, q (W - center), directions
     (W - center)^T, and the gradients of features and weight, the latter in two parts.
     """
-    dtype = torch.float64 if double else torch.float32
-    itemsize = 8 if double else 4
-    (N, D), C = features.shape, linear_weight.shape[0]
-    c = derivative(upstream, log_coefficient, double)
-    bit = 1 << field
+    N, D, C, dtype, problem, bit = call.N, call.D, call.C, call.dtype, call.problem, call.fields
+    features, linear_weight, logits, column = call.head.features, call.head.linear_weight, call.head.logits, call.column
+    itemsize = dtype.itemsize
+    c = derivative(upstream, log_coefficient, call.double)
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
     center = torch.empty(D + 1, dtype=torch.float64) if weights else None
@@ -232,8 +213,9 @@ def head_metrics_backward(
                 numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
             numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
-            poisoned |= bool((numbers_here[:, 5].view(torch.int64) == POISONED).any())
-            share += numbers_here[:, 0].sum()
+            kinds = numbers_here[:, _core.HEAD_BACKWARD_ROW_KIND].view(torch.int64)
+            poisoned |= bool((kinds == _core.POISONED_ROW).any())
+            share += numbers_here[:, _core.HEAD_BACKWARD_ROW_C].sum()
             if logits is None:
                 if mine is not None:
                     _product_into(sums[:rows], part[:rows], g, linear_weight, None, 1.0, tile)
@@ -252,7 +234,7 @@ def head_metrics_backward(
                     d_weight.index_add_(0, top[:rows], top_row[:rows])
                 if column is not None and d_bias is not None:
                     d_bias.index_add_(0, top[:rows], top_bias[:rows])
-                    d_bias -= numbers_here[:, 3] @ z.to(torch.float64)
+                    d_bias -= numbers_here[:, _core.HEAD_BACKWARD_ROW_BIAS] @ z.to(torch.float64)
     if neuronwise and d_weight is not None:
         for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
             factor = rows_of_weight[start : start + centered.shape[0]].to(dtype).unsqueeze(1)
@@ -261,7 +243,7 @@ def head_metrics_backward(
         d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * (column * scale - center[D]))
     if layerwise and float(summary[0]) > -math.inf:
         half = (-0.5 * summary[0]).exp()  # in two steps: ||W||_F^-2 alone may leave the range
-        factor = norm_power * share * half
+        factor = call.head.norm_power * share * half
         if d_weight is not None:
             for start, block in _tiles(linear_weight, None, 1.0, tile, dtype):
                 d_weight[start : start + block.shape[0]] += block * float(half) * float(factor)
@@ -329,11 +311,6 @@ def _summary(target_name: str, problem, C: int, wanted: bool, center: Tensor | N
             target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), address(center), address(squares)
         )
     return summary
-
-
-def address(x: Tensor | None) -> int:
-    """Address of the first element, 0 for None."""
-    return 0 if x is None else x.data_ptr()
 
 
 def _logits_into(out: Tensor, features: Tensor, weight: Tensor, tile: Tensor | None, dtype: torch.dtype) -> None:

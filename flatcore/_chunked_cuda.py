@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, POISONED, TILE_CLASSES, address
-from ._head_cuda import Head
+from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, TILE_CLASSES
+from ._engine.memory import HeadCall, address
 from ._precision import full_precision
 from ._reduction import derivative
 
@@ -22,6 +22,8 @@ WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
 has some 200 rows, so that its product takes longer than reading W for it."""
 _TILE_BYTES = 16 << 20  # rows of W converted or centred at a time
+_SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
+_MOST_SLOTS = 1024  # such blocks
 
 _PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of q that keep 22 and 24 bits of it
 
@@ -36,24 +38,24 @@ def half_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
+def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     """Fill the outputs of the head's problem."""
-    N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
+    N, D, C, dtype, problem, head = call.N, call.D, call.C, call.dtype, call.problem, call.head
     itemsize = dtype.itemsize
-    weights = bool(head.fields & (NEURONWISE | GRADIENT))
-    half = head.weight.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
-    pieces = _PIECES[head.weight.dtype] if half and weights else 0
-    prepared = _Weights(core, where, head, weights)
+    weights = bool(call.fields & (NEURONWISE | GRADIENT))
+    half = head.linear_weight.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
+    pieces = _PIECES[head.linear_weight.dtype] if half and weights else 0
+    prepared = _Weights(core, where, call, weights)
     borrowed = head.logits is not None and head.logits.dtype == dtype and head.logits.stride(1) == 1
     per_row = core.HEAD_ROW_BYTES + C * (itemsize + 2 * pieces) + 2 * D * (8 + itemsize)
     length = _chunk_length(N, per_row, prepared.nbytes)
-    state = head.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    z = None if borrowed and not weights else head.empty(length, C, dtype=dtype)
-    mean = head.empty(length, D) if weights else None
-    special = head.empty(length, dtype=torch.uint8) if weights else None
-    slots = head.explicit_slots()
-    scratch = head.empty(slots, 2 * C) if weights else None
-    parts = head.empty(pieces * length * C, dtype=head.weight.dtype) if pieces else None
+    state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
+    z = None if borrowed and not weights else call.empty(length, C, dtype=dtype)
+    mean = call.empty(length, D) if weights else None
+    special = call.empty(length, dtype=torch.uint8) if weights else None
+    slots = explicit_slots(call)
+    scratch = call.empty(slots, 2 * C) if weights else None
+    parts = call.empty(pieces * length * C, dtype=head.linear_weight.dtype) if pieces else None
     with full_precision(head.features.device.type):
         for first in range(0, N, length):
             rows = min(length, N - first)
@@ -80,7 +82,7 @@ def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
                 for start in range(0, C, TILE_CLASSES):
                     stop = min(C, start + TILE_CLASSES)
                     for part in q_parts:
-                        mean[:rows] += half_product(part[:, start:stop], head.weight[start:stop])  # type: ignore[index]
+                        mean[:rows] += half_product(part[:, start:stop], head.linear_weight[start:stop])  # type: ignore[index]
             else:
                 prepared.centered_product_into(mean[:rows], q)  # type: ignore[index, arg-type]
             core.cuda_head_chunk_weights(
@@ -96,38 +98,36 @@ def head_metrics(core: Any, where: tuple[int, int], head: Head) -> None:
 def head_metrics_backward(
     core: Any,
     where: tuple[int, int],
-    head: Head,
+    call: HeadCall,
     upstream: Tensor,
     log_coefficient: Tensor | None,
-    norm_power: int,
-    field: int,
     d_features: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     d_logits: Tensor | None,
 ) -> None:
     """Fill the wanted gradients, d_weight and d_bias from zeros; upstream exp(log_coefficient) is dL/dlog v_n."""
-    c = derivative(upstream, log_coefficient, head.dtype is torch.float64)
-    N, D, C, dtype, problem = head.N, head.D, head.C, head.dtype, head.problem
+    c = derivative(upstream, log_coefficient, call.double)
+    N, D, C, dtype, problem, head = call.N, call.D, call.C, call.dtype, call.problem, call.head
     itemsize = dtype.itemsize
-    bit = 1 << field
+    bit = call.fields
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
-    prepared = _Weights(core, where, head, weights)
-    column = head.bias if head.include_bias else None
+    prepared = _Weights(core, where, call, weights)
+    column = call.column
     per_row = core.HEAD_ROW_BYTES + core.HEAD_BACKWARD_ROW_BYTES + 2 * C * itemsize + D * (16 + 5 * itemsize)
     length = _chunk_length(N, per_row, prepared.nbytes)
-    state = head.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    numbers = head.empty(length, core.HEAD_BACKWARD_ROW_BYTES // 8)
-    q = head.empty(length, C, dtype=dtype)
-    cotangent = head.empty(length, C, dtype=dtype) if weights else None
-    sums = head.empty(length, D)
-    direction = head.empty(length, D, dtype=dtype) if weights else None
-    top_row = head.empty(length, D, dtype=dtype) if neuronwise else None
-    top_bias = head.empty(length) if neuronwise else None
-    top = head.empty(length, dtype=torch.int64) if neuronwise else None
-    scratch = head.empty(2 * C + D + 1)
-    rows_of_weight = head.empty(C).zero_() if neuronwise else None
-    poison, share = head.empty(1).zero_(), head.empty(1).zero_()  # NaN if a row is poisoned; sum of c
+    state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
+    numbers = call.empty(length, core.HEAD_BACKWARD_ROW_BYTES // 8)
+    q = call.empty(length, C, dtype=dtype)
+    cotangent = call.empty(length, C, dtype=dtype) if weights else None
+    sums = call.empty(length, D)
+    direction = call.empty(length, D, dtype=dtype) if weights else None
+    top_row = call.empty(length, D, dtype=dtype) if neuronwise else None
+    top_bias = call.empty(length) if neuronwise else None
+    top = call.empty(length, dtype=torch.int64) if neuronwise else None
+    scratch = call.empty(2 * C + D + 1)
+    rows_of_weight = call.empty(C).zero_() if neuronwise else None
+    poison, share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
     with full_precision(head.features.device.type):
         for first in range(0, N, length):
             rows = min(length, N - first)
@@ -160,9 +160,9 @@ def head_metrics_backward(
                 prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
                 numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
-            poisoned = (numbers[:rows, 5].view(torch.int64) == POISONED).any()
+            poisoned = (numbers[:rows, core.HEAD_BACKWARD_ROW_KIND].view(torch.int64) == core.POISONED_ROW).any()
             poison += torch.where(poisoned, math.nan, 0.0)
-            share += numbers[:rows, 0].sum()
+            share += numbers[:rows, core.HEAD_BACKWARD_ROW_C].sum()
             if head.logits is None:
                 if mine is not None:
                     prepared.product_into(sums[:rows], g)
@@ -180,7 +180,7 @@ def head_metrics_backward(
             if top is not None:
                 rows_of_weight += z.sum(dim=0, dtype=torch.float64)
                 if column is not None and d_bias is not None:
-                    d_bias -= numbers[:rows, 3] @ z.to(torch.float64)
+                    d_bias -= numbers[:rows, core.HEAD_BACKWARD_ROW_BIAS] @ z.to(torch.float64)
                 # by products with the one-hot matrix, for sums that come in a fixed order
                 one_hot = z.zero_().scatter_(1, top[:rows].unsqueeze(1), 1)
                 if d_weight is not None:
@@ -198,7 +198,7 @@ def head_metrics_backward(
     if bit & LAYERWISE:
         # in two steps: ||W||_F^-2 alone may leave the range; W = 0 has no gradient
         half = torch.where(prepared.summary[0] == -math.inf, 0, (-0.5 * prepared.summary[0]).exp())
-        factor = norm_power * share * half
+        factor = head.norm_power * share * half
         if d_weight is not None:
             for start, block in prepared.tiles():
                 d_weight[start : start + block.shape[0]] += block * half.to(dtype) * factor.to(dtype)
@@ -210,38 +210,43 @@ def head_metrics_backward(
         d_bias += poison
 
 
+def explicit_slots(call: HeadCall) -> int:
+    """How many rows are done from explicit differences at a time."""
+    return max(1, min(-(-call.N // 128), _MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
+
+
 class _Weights:
     """What the kernels need of W alone, and W by tiles of rows in the compute type."""
 
-    def __init__(self, core: Any, where: tuple[int, int], head: Head, centered: bool):
-        C, D = head.C, head.D
-        self.weight, self.dtype = head.weight, head.dtype
-        self.summary = head.empty(2)
-        self.center = head.empty(D + 1) if centered else None
-        self.squares = head.empty(C) if centered else None
-        workspace = head.empty(core.cuda_head_weights_workspace(D, C))
+    def __init__(self, core: Any, where: tuple[int, int], call: HeadCall, centered: bool):
+        C, D = call.C, call.D
+        self.weight, self.dtype = call.head.linear_weight, call.dtype
+        self.summary = call.empty(2)
+        self.center = call.empty(D + 1) if centered else None
+        self.squares = call.empty(C) if centered else None
+        workspace = call.empty(core.cuda_head_weights_workspace(D, C))
         core.cuda_head_weights(
-            *where, head.problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
+            *where, call.problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
             address(self.squares), 0, 0, 0, 0, 0,
         )  # fmt: skip
         self.scale = torch.exp2(self.summary[1])  # a whole power: exact
-        self._scale = self.scale.to(head.dtype)
-        self._minus_center = None if self.center is None else -self.center[:D].to(head.dtype)
-        self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * head.dtype.itemsize)))
-        self._tile = head.empty(self.length, D, dtype=head.dtype)
+        self._scale = self.scale.to(call.dtype)
+        self._minus_center = None if self.center is None else -self.center[:D].to(call.dtype)
+        self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * call.dtype.itemsize)))
+        self._tile = call.empty(self.length, D, dtype=call.dtype)
         self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self._tile.nbytes
-        self._core, self._where, self._problem = core, where, head.problem
+        self._core, self._where, self._problem = core, where, call.problem
         if centered:
-            self._find_repeats(head)
+            self._find_repeats(call)
 
-    def _find_repeats(self, head: Head) -> None:
+    def _find_repeats(self, call: HeadCall) -> None:
         """Groups of classes with one row of W, in the order of their keys: all on the device, whatever it finds."""
-        C = head.C
-        keys, joins = head.empty(C), head.empty(C, dtype=torch.uint8)
-        self._core.cuda_head_repeat_keys(*self._where, head.problem, self.summary.data_ptr(), keys.data_ptr())
+        C = self.weight.shape[0]
+        keys, joins = call.empty(C), call.empty(C, dtype=torch.uint8)
+        self._core.cuda_head_repeat_keys(*self._where, call.problem, self.summary.data_ptr(), keys.data_ptr())
         self._order = keys.argsort(stable=True)
         self._core.cuda_head_repeat_joins(
-            *self._where, head.problem, keys.data_ptr(), self._order.data_ptr(), joins.data_ptr()
+            *self._where, call.problem, keys.data_ptr(), self._order.data_ptr(), joins.data_ptr()
         )
         place = torch.arange(C, device=keys.device)
         begins = torch.where(joins == 0, place, C)

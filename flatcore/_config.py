@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _backend, _native, cuda
+from . import _backend, _chunked, cuda
+from ._engine import paths
 
 __version__ = metadata.version("flatcore")
 
@@ -36,10 +37,10 @@ def show_config() -> dict[str, Any]:
         "cpu_target": _backend.describe_cpu_target(),
         "cuda_built": cuda.is_built(),
         "cuda_available": cuda.is_available(),
-        "path": _native.forced_path or "auto",
-        "last_path": _native.last_path,
-        "fused_limits": {"classes": _native.FUSED_CLASSES, "weight_bytes": _native.FUSED_WEIGHT_BYTES},
-        "workspace_bytes": _native.WORKSPACE_BYTES,
+        "path": paths.forced_path or "auto",
+        "last_path": paths.last_path,
+        "fused_limits": {"classes": paths.FUSED_CLASSES, "weight_bytes": paths.FUSED_WEIGHT_BYTES},
+        "workspace_bytes": _chunked.WORKSPACE_BYTES,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compiler": None if core is None else core.COMPILER,

@@ -5,33 +5,32 @@ VERSION: Final[str]
 COMPILER: Final[str]
 CUDA: Final[bool]
 CUDA_FUSED_CLASSES: Final[int]
+HEAD_BACKWARD_ROW_BIAS: Final[int]
 HEAD_BACKWARD_ROW_BYTES: Final[int]
+HEAD_BACKWARD_ROW_C: Final[int]
+HEAD_BACKWARD_ROW_KIND: Final[int]
 HEAD_ROW_BYTES: Final[int]
+POISONED_ROW: Final[int]
 
 _Matrix = tuple[int, int, int, int]
 
 class HeadProblem:
     def __init__(
         self,
+        head: object,
         features: _Matrix,
         weight: _Matrix,
         logits: _Matrix | None,
         bias: int,
-        target: int,
+        labels: int,
         N: int,
         D: int,
         C: int,
-        temperature: float,
-        ignore_index: int,
-        include_bias: bool,
-        norm_power: int,
         fields: int,
         double_compute: bool,
         threads: int,
-        values: int,
-        double_values: bool,
-        prediction: int,
     ) -> None: ...
+    def write_to(self, values: int, double_values: bool, prediction: int) -> None: ...
 
 def cpu_target(name: str) -> str: ...
 def cpu_targets() -> tuple[str, ...]: ...

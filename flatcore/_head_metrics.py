@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backend, _ops
+from . import _backend
 from ._arrays import as_tensor, on_the_arrays_stream, returner
-from ._reduction import Measure
+from ._engine import ops
+from ._engine.head import INPUTS, Head, is_double
+from ._engine.threads import alone_after_fork
+from ._reduction import Reduction, sample_weights
 from ._validate import (
     INTEGERS,
     as_labels,
@@ -101,45 +104,32 @@ def _exp(log: Any) -> Any:
     return returner(log)(as_tensor(log, "log").exp())
 
 
-class _Inputs(NamedTuple):
-    """Validated 2-D inputs, and what is needed to give results back in the caller's form."""
+class Inputs(NamedTuple):
+    """A checked head, and what is needed to weigh its rows and to give results back in the caller's form."""
 
-    features: Tensor  # (N, D)
-    linear_weight: Tensor  # (C, D)
-    linear_bias: Tensor | None  # (C,)
-    logits: Tensor | None  # (N, C)
-    target: Tensor | None  # (N,) int64, or (N, C) soft
-    temperature: float
-    ignore_index: int
+    head: Head
+    soft_target: Tensor | None  # (N, C); the head has no labels then
     leading: torch.Size
     dtype: torch.dtype
 
-    def measure(
-        self,
-        name: str,
-        like: Any,
-        *,
-        reduction: str,
-        log: bool,
-        weight: Tensor | None = None,
-        include_bias: bool = False,
-        norm_power: int = 2,
-    ) -> Any:
+    def sample_weights(self, weight: Tensor | None) -> Tensor | None:
+        """s_n where it is more than whether a label is ignored."""
+        if self.soft_target is None and weight is None:
+            return None
+        target = self.head.target if self.soft_target is None else self.soft_target
+        return None if target is None else _sample_weights(target, weight, self.head.ignore_index)
+
+    def measure(self, name: str, like: Any, *, reduction: str, log: bool, weight: Tensor | None = None) -> Any:
         """Compute the named log, reduce it, and give it back in the caller's form."""
-        measure = Measure(
-            self.temperature,
-            self.ignore_index,
-            include_bias,
-            norm_power,
-            FIELDS.index(name),
-            reduction,
-            log,
-            self.dtype,
+        head, soft = self.head, self.soft_target is not None
+        how = Reduction(
+            reduction, log, self.dtype, head.target, head.ignore_index, self.sample_weights(weight), count_rows=soft
         )
-        value = _ops.head_measure(
-            self.features, self.linear_weight, self.linear_bias, self.logits, self.target, weight, measure
-        )
+        value = ops.head_measure(head, FIELDS.index(name), how)
         return returner(like)(value.reshape(self.leading) if reduction == "none" else value)
+
+
+_sample_weights = alone_after_fork(sample_weights)
 
 
 def _floating(value: Any, name: str) -> Tensor:
@@ -159,7 +149,9 @@ def checked_inputs(
     ignore_index: Any,
     *,
     soft: bool,
-) -> _Inputs:
+    include_bias: Any = False,
+    norm_power: Any = 2,
+) -> Inputs:
     phi, w = _floating(features, "features"), _floating(linear_weight, "linear_weight")
     if w.dim() != 2:
         raise ValueError(f"linear_weight must be 2-dimensional (C, D), got shape {tuple(w.shape)}")
@@ -201,11 +193,12 @@ def checked_inputs(
         check_device(y, "target", phi, "features")
         y = _target(y, leading, n, classes, soft, ignore_index)
 
-    double = any(x is not None and x.dtype is torch.float64 for x in (phi, w, z))
-    return _Inputs(
-        _rows(phi), w, b, z, y, check_temperature(temperature), ignore_index, leading,
-        torch.float64 if double else torch.float32,
+    hard = y is None or not y.is_floating_point()
+    head = Head(
+        _rows(phi), w, b, z, y if hard else None, check_temperature(temperature), ignore_index,
+        _check_include_bias(include_bias, b), int(norm_power),
     )  # fmt: skip
+    return Inputs(head, None if hard else y, leading, torch.float64 if is_double(head) else torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -243,15 +236,15 @@ def _may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.device.type != "meta" and _backend.validate_on_device)
 
 
-def checked_class_weight(weight: Any, inputs: _Inputs, target: Any) -> Tensor | None:
+def checked_class_weight(weight: Any, head: Head, target: Any) -> Tensor | None:
     if weight is None:
         return None
     if target is None:
         raise ValueError("weight (class weights) needs a target, got target=None")
     tensor = _floating(weight, "weight")
     check_no_grad(tensor, "weight")
-    check_device(tensor, "weight", inputs.features, "features")
-    classes = inputs.linear_weight.shape[0]
+    check_device(tensor, "weight", head.features, "features")
+    classes = head.C
     if tensor.shape != (classes,):
         raise ValueError(f"weight must have shape (C,) = ({classes},), got {tuple(tensor.shape)}")
     if _may_read(tensor) and bool((tensor < 0).any()):
@@ -267,12 +260,12 @@ def check_measure(measure: Any, norm_power: Any) -> None:
         raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
 
 
-def check_include_bias(include_bias: Any, inputs: _Inputs) -> bool:
+def _check_include_bias(include_bias: Any, bias: Tensor | None) -> bool:
     if not check_flag(include_bias, "include_bias"):
         return False
-    if inputs.linear_bias is None:
+    if bias is None:
         raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
-    if _may_read(inputs.linear_bias) and bool((inputs.linear_bias == -math.inf).any()):
+    if _may_read(bias) and bool((bias == -math.inf).any()):
         raise ValueError(
             "include_bias=True needs a finite linear_bias, got an entry of -inf: the norms would be infinite"
         )
@@ -354,14 +347,14 @@ def hessian_trace(
         >>> f"{flatcore.hessian_trace(10 * features, head, log=True).item():.4f}"
         '-187.7939'
     """
-    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
-    weight = checked_class_weight(weight, inputs, target)
-    include_bias = check_include_bias(include_bias, inputs)
+    inputs = checked_inputs(
+        features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True,
+        include_bias=include_bias,
+    )  # fmt: skip
+    weight = checked_class_weight(weight, inputs.head, target)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
-    return inputs.measure(
-        "log_hessian_trace", features, reduction=reduction, log=log, weight=weight, include_bias=include_bias
-    )
+    return inputs.measure("log_hessian_trace", features, reduction=reduction, log=log, weight=weight)
 
 
 @on_the_arrays_stream
@@ -420,16 +413,15 @@ def relative_flatness(
         >>> " ".join(f"{v:.5e}" for v in values)
         '8.24461e-06 4.12231e-06'
     """
-    inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True)
-    weight = checked_class_weight(weight, inputs, target)
-    include_bias = check_include_bias(include_bias, inputs)
     check_measure(measure, norm_power)
+    inputs = checked_inputs(
+        features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=True,
+        include_bias=include_bias, norm_power=norm_power,
+    )  # fmt: skip
+    weight = checked_class_weight(weight, inputs.head, target)
     check_option(reduction, "reduction", _REDUCTIONS)
     check_flag(log, "log")
-    return inputs.measure(
-        f"log_{measure}", features, reduction=reduction, log=log, weight=weight, include_bias=include_bias,
-        norm_power=int(norm_power),
-    )  # fmt: skip
+    return inputs.measure(f"log_{measure}", features, reduction=reduction, log=log, weight=weight)
 
 
 @on_the_arrays_stream
@@ -526,14 +518,12 @@ def head_metrics(
         '190 -178.708 1.4142'
     """
     inputs = checked_inputs(features, linear_weight, target, linear_bias, logits, temperature, ignore_index, soft=False)
-    names = _LABEL_FREE if inputs.target is None else _LABEL_FREE + _LABELLED
-    for name in ("features", "linear_weight", "linear_bias", "logits"):
-        if (tensor := getattr(inputs, name)) is not None:
+    head = inputs.head
+    names = _LABEL_FREE if head.target is None else _LABEL_FREE + _LABELLED
+    for name, tensor in zip(INPUTS, head.inputs, strict=True):
+        if tensor is not None:
             check_no_grad(tensor, name)
-    values, prediction = _ops.head_metrics(
-        inputs.features, inputs.linear_weight, inputs.linear_bias, inputs.logits, inputs.target, inputs.temperature,
-        inputs.ignore_index, False, 2, sum(1 << FIELDS.index(field) for field in names), False,
-    )  # fmt: skip
+    values, prediction = ops.head_metrics(head, sum(1 << FIELDS.index(field) for field in names), False)
     give = returner(features)
     columns = dict(zip(names, (give(row.reshape(inputs.leading)) for row in values.unbind(0)), strict=True))
     return HeadMetrics(

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _ops, reference
+from . import reference
+from ._engine import ops
 from ._row_norms import check_orders
 from ._unmasked_cross_entropy import check_labels_of
 from ._validate import (
@@ -191,7 +192,7 @@ def _norms(found: InputGradients, orders: tuple[float, ...], log: bool) -> Tenso
     # no norm asks for the order of the entries: dimensions by stride, so that channels-last gradients are not copied
     order = sorted(range(1, direction.dim()), key=direction.stride, reverse=True)
     rows = direction.permute(0, *order).reshape(direction.shape[0], -1) if direction.numel() else direction.flatten(1)
-    norms = _ops.row_norms(rows, orders)
+    norms = ops.row_norms(rows, orders)
     wide = torch.float32 if norms.device.type == "mps" else torch.float64
     logs = norms.to(wide).log() + found.log_scale.to(wide)
     return (logs if log else logs.exp()).to(torch.promote_types(norms.dtype, found.log_scale.dtype))
@@ -270,7 +271,7 @@ class _Call:
             scale = torch.zeros(logits.shape[0], dtype=wide, device=logits.device)
             return reference.soft_cross_entropy_cotangent(logits, target), scale
         labels = check_labels_of(target, logits, self.ignore_index)
-        _, log_scale, cotangent = _ops.unmasked_cross_entropy(logits, labels, self.ignore_index, with_cotangent=True)
+        _, log_scale, cotangent = ops.unmasked_cross_entropy(logits, labels, self.ignore_index, with_cotangent=True)
         return cotangent, log_scale
 
 

@@ -1,25 +1,23 @@
-"""The compiled kernels on a CUDA device, on the caller's current stream: nothing here waits for the device.
+"""The compiled kernels of a CUDA device, on the caller's current stream: nothing here waits for the device.
 
 The functions are those of ``_native``, with the same arguments and results. A row whose label is no class is NaN.
 """
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _chunked_cuda, _native
+from . import _chunked_cuda
 from ._backend import _core
-from ._chunked import GRADIENT, NEURONWISE, address
-from ._head_cuda import Head
-from ._native import as_dtype, in_dtypes_of, is_double, matrix, readable
-from ._reduction import Measure, reduce, reduce_with_log_coefficient
-from .reference import FIELDS
-
-_log = logging.getLogger("flatcore")
+from ._chunked import GRADIENT, NEURONWISE
+from ._engine import paths
+from ._engine.head import Head
+from ._engine.memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
+from ._reduction import Reduction, reduce, reduce_with_log_coefficient
 
 
 def stream(x: Tensor) -> tuple[int, int]:
@@ -27,56 +25,28 @@ def stream(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def choose_path(C: int) -> str:
-    """Choose "fused" or "chunked": the one place that decides."""
-    limit: int = _core.CUDA_FUSED_CLASSES
-    if _native.forced_path == "fused" and limit < C:
-        raise ValueError(f"the fused path takes at most {limit} classes on a CUDA device, got {C}")
-    return _native.forced_path or ("fused" if limit >= C else "chunked")
-
-
-def head_metrics(
-    features: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logits: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    include_bias: bool,
-    norm_power: int,
-    fields: int,
-    wide_result: bool,
-) -> tuple[Tensor, Tensor]:
+def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem."""
-    N = features.shape[0]
-    wide = wide_result or is_double(features, linear_weight, logits)
-    values = features.new_empty((fields.bit_count(), N), dtype=torch.float64 if wide else torch.float32)
-    prediction = features.new_empty((N,), dtype=torch.int64)
-    head = Head(
-        _core, features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
-        fields, values, prediction,
-    )  # fmt: skip
-    _native.last_path = path = choose_path(head.C)
-    if _log.isEnabledFor(logging.DEBUG):
-        names = ", ".join(name for bit, name in enumerate(FIELDS) if fields >> bit & 1)
-        _log.debug("head of N=%d D=%d C=%d (%s): %s, %s", N, head.D, head.C, names, path, features.device)
-    if N and path == "fused":
-        _fused(head)
-    elif N:
-        _chunked_cuda.head_metrics(_core, stream(head.features), head)
+    call = HeadCall(_core, head, fields, 1)
+    values, prediction = call.outputs(wide_result)
+    path = paths.on_cuda(call.C, _core.CUDA_FUSED_CLASSES)
+    paths.took(path, call, head.features.device)
+    if call.N and path == "fused":
+        _fused(call)
+    elif call.N:
+        _chunked_cuda.head_metrics(_core, stream(call.head.features), call)
     return values, prediction
 
 
-def _fused(head: Head) -> None:
-    where, problem, C = stream(head.features), head.problem, head.C
+def _fused(call: HeadCall) -> None:
+    where, problem, C = stream(call.head.features), call.problem, call.C
     packed_rows, stride = _core.cuda_head_packing(problem)
-    packed = head.empty(packed_rows, stride, dtype=head.dtype)
-    summary, workspace = head.empty(2), head.empty(_core.cuda_head_weights_workspace(head.D, C))
-    weights = bool(head.fields & (NEURONWISE | GRADIENT))
-    distances = head.empty(C, C) if weights else None
-    bias_distances = head.empty(C, C) if weights and head.include_bias else None
-    special = head.empty(head.N, dtype=torch.uint8) if weights else None
+    packed = call.empty(packed_rows, stride, dtype=call.dtype)
+    summary, workspace = call.empty(2), call.empty(_core.cuda_head_weights_workspace(call.D, C))
+    weights = bool(call.fields & (NEURONWISE | GRADIENT))
+    distances = call.empty(C, C) if weights else None
+    bias_distances = call.empty(C, C) if weights and call.head.include_bias else None
+    special = call.empty(call.N, dtype=torch.uint8) if weights else None
     _core.cuda_head_weights(
         *where, problem, workspace.data_ptr(), summary.data_ptr(), 0, 0, packed.data_ptr(), packed_rows, stride,
         address(distances), address(bias_distances),
@@ -86,64 +56,38 @@ def _fused(head: Head) -> None:
         address(special),
     )  # fmt: skip
     if special is not None:
-        slots = head.explicit_slots()
-        scratch = head.empty(slots, 2 * C)
+        slots = _chunked_cuda.explicit_slots(call)
+        scratch = call.empty(slots, 2 * C)
         _core.cuda_head_explicit(
-            *where, problem, 0, head.N, special.data_ptr(), summary.data_ptr(), scratch.data_ptr(), slots
+            *where, problem, 0, call.N, special.data_ptr(), summary.data_ptr(), scratch.data_ptr(), slots
         )
 
 
-def head_measure(
-    features: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logits: Tensor | None,
-    target: Tensor | None,
-    s: Tensor | None,
-    count_rows: bool,
-    measure: Measure,
-    with_coefficient: bool,
-) -> tuple[Tensor, Tensor | None]:
+def head_measure(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
     """One field, reduced: the value and, if wanted, the log of its derivative by each row's log."""
-    values, _ = head_metrics(*measure.logs(features, linear_weight, linear_bias, logits, target))
-    options = (values[0], s, target, count_rows, *measure.reduced)
-    return reduce_with_log_coefficient(*options) if with_coefficient else (reduce(*options), None)
+    values, _ = head_metrics(head, 1 << field, True)
+    return reduce_with_log_coefficient(values[0], how) if with_coefficient else (reduce(values[0], how), None)
 
 
 def head_metrics_backward(
-    upstream: Tensor,
-    log_coefficient: Tensor | None,
-    features: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logits: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    include_bias: bool,
-    norm_power: int,
-    field: int,
-    wanted: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Run the kernels of this stem: the wanted gradients of features, weight, bias and logits, None for the others."""
-    head = Head(
-        _core, features, linear_weight, linear_bias, logits, target, temperature, ignore_index, include_bias, norm_power,
-        1 << field,
-    )  # fmt: skip
-    N, D, C = head.N, head.D, head.C
+    upstream: Tensor, log_coefficient: Tensor | None, head: Head, field: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Run the kernels of this stem: a gradient of any head goes by chunks."""
+    call = HeadCall(_core, head, 1 << field, 1)
+    N, D, C = call.N, call.D, call.C
     upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
     if log_coefficient is not None:
         log_coefficient = readable(log_coefficient).contiguous()
-    d_features = head.empty(N, D, dtype=head.dtype) if wanted[0] else None
-    d_weight = head.empty(C, D, dtype=head.dtype).zero_() if wanted[1] else None
-    d_bias = head.empty(C).zero_() if wanted[2] else None
-    d_logits = head.empty(N, C, dtype=head.dtype) if wanted[3] else None
-    _native.last_path = "chunked"
+    of_features, of_weight, of_bias, of_logits = wanted
+    d_features = call.empty(N, D, dtype=call.dtype) if of_features else None
+    d_weight = call.empty(C, D, dtype=call.dtype).zero_() if of_weight else None
+    d_bias = call.empty(C).zero_() if of_bias else None
+    d_logits = call.empty(N, C, dtype=call.dtype) if of_logits else None
+    paths.took("chunked", call, head.features.device)
     _chunked_cuda.head_metrics_backward(
-        _core, stream(head.features), head, upstream, log_coefficient, norm_power, field, d_features, d_weight, d_bias,
-        d_logits,
-    )  # fmt: skip
-    return in_dtypes_of((features, linear_weight, linear_bias, logits), (d_features, d_weight, d_bias, d_logits))
+        _core, stream(call.head.features), call, upstream, log_coefficient, d_features, d_weight, d_bias, d_logits
+    )
+    return in_dtypes_of(head, (d_features, d_weight, d_bias, d_logits))
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

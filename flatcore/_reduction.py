@@ -8,33 +8,22 @@ targets or none. Everything is summed in float64; the log of a mean is a log-sum
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Measure(NamedTuple):
-    """What is asked for: one field of the head's statistics, reduced over the rows."""
+class Reduction(NamedTuple):
+    """What becomes of the rows' logs: how rows are weighed, what they are divided by, and the form of the value."""
 
-    temperature: float
-    ignore_index: int
-    include_bias: bool
-    norm_power: int
-    field: int
-    reduction: str
+    reduction: str  # "mean", "sum" or "none"
     log: bool
     dtype: torch.dtype
-
-    def logs(self, features, linear_weight, linear_bias, logits, target) -> tuple[Any, ...]:
-        """Arguments of head_metrics that give the rows' logs."""
-        return (features, linear_weight, linear_bias, logits, target, self.temperature, self.ignore_index,
-                self.include_bias, self.norm_power, 1 << self.field, True)  # fmt: skip
-
-    @property
-    def reduced(self) -> tuple[Any, ...]:
-        """What the reduction needs."""
-        return self.ignore_index, self.reduction, self.log, self.dtype
+    target: Tensor | None  # labels (N,), or None
+    ignore_index: int
+    s: Tensor | None = None  # (N,) float64; None: 1, or 0 where the label is ignored
+    count_rows: bool = False  # the mean's divisor is N, not the sum of s
 
 
 def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -51,10 +40,11 @@ def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> 
     return torch.where(s < 0, math.nan, s)
 
 
-def _weighed(logs: Tensor, s: Tensor | None, target: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def _weighed(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor | None]:
     """log(s_n t_n), and s."""
-    if s is None and target is not None:
-        s = sample_weights(target, None, ignore_index)
+    s = how.s
+    if s is None and how.target is not None:
+        s = sample_weights(how.target, None, how.ignore_index)
     if s is not None:
         # by select, so that a NaN in a row of weight 0 stays out
         logs = torch.where(s == 0, -math.inf, logs + s.log())
@@ -62,58 +52,37 @@ def _weighed(logs: Tensor, s: Tensor | None, target: Tensor | None, ignore_index
     return torch.where(logs == -math.inf, -math.inf, logs), s
 
 
-def reduce(
-    logs: Tensor,
-    s: Tensor | None,
-    target: Tensor | None,
-    count_rows: bool,
-    ignore_index: int,
-    reduction: str,
-    log: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Reduce per-sample logs (N,), float64, to the value asked for; autograd follows.
-
-    ``s`` None: 1, or 0 where ``target`` is ignored. ``count_rows``: the mean's divisor is N, not the sum of s.
-    """
-    logs, s = _weighed(logs, s, target, ignore_index)
-    if reduction == "none":
-        return (logs if log else logs.exp()).to(dtype)
-    if log:
+def reduce(logs: Tensor, how: Reduction) -> Tensor:
+    """Reduce per-sample logs (N,), float64, to the value asked for; autograd follows."""
+    logs, s = _weighed(logs, how)
+    if how.reduction == "none":
+        return (logs if how.log else logs.exp()).to(how.dtype)
+    if how.log:
         value = logs.logsumexp(dim=0) if logs.shape[0] else logs.new_full((), -math.inf) + logs.sum()
     else:
         value = logs.exp().sum()
-    if reduction == "mean":
-        count = _count(logs, s, count_rows)
-        value = torch.where(count == 0, math.nan, value - count.log() if log else value / count)
-    return value.to(dtype)
+    if how.reduction == "mean":
+        count = _count(logs, s, how.count_rows)
+        value = torch.where(count == 0, math.nan, value - count.log() if how.log else value / count)
+    return value.to(how.dtype)
 
 
 def _count(logs: Tensor, s: Tensor | None, count_rows: bool) -> Tensor:
     return logs.new_full((), float(logs.shape[0])) if s is None or count_rows else s.sum()
 
 
-def reduce_with_log_coefficient(
-    logs: Tensor,
-    s: Tensor | None,
-    target: Tensor | None,
-    count_rows: bool,
-    ignore_index: int,
-    reduction: str,
-    log: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def reduce_with_log_coefficient(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor]:
     """Reduce as :func:`reduce`, and the log of the value's derivative by each row's log (N,), float64.
 
     -inf where a row's value is 0. A log, for e^-760 is 0 in float64, and its quotient by as small a value is not.
     """
     logs = logs.detach()
-    value = reduce(logs, s, target, count_rows, ignore_index, reduction, log, dtype)
-    weighed, s = _weighed(logs, s, target, ignore_index)
-    if not log:
-        mean = reduction == "mean"
-        slope = weighed - _count(logs, s, count_rows).log() if mean else weighed
-    elif reduction == "none":
+    value = reduce(logs, how)
+    weighed, s = _weighed(logs, how)
+    if not how.log:
+        mean = how.reduction == "mean"
+        slope = weighed - _count(logs, s, how.count_rows).log() if mean else weighed
+    elif how.reduction == "none":
         slope = weighed * 0
     else:
         slope = weighed - (weighed.logsumexp(dim=0) if logs.shape[0] else 0)

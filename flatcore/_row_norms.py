@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import _ops
 from ._arrays import as_tensor, on_the_arrays_stream, returner
+from ._engine import ops
 from ._validate import check_floating, check_no_grad, check_norm, check_tensor
 
 
@@ -47,7 +47,7 @@ def row_norms(x: Any, ord: float | str | tuple[float | str, ...] = (1, 2, math.i
     check_no_grad(tensor, "x")
     if tensor.dim() != 2:
         raise ValueError(f"x must be 2-dimensional (N, K), got shape {tuple(tensor.shape)}")
-    norms = _ops.row_norms(tensor, orders)
+    norms = ops.row_norms(tensor, orders)
     return returner(x)(norms if isinstance(ord, tuple) else norms[0])
 
 

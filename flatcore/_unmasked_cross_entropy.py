@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
 from ._arrays import as_tensor, on_the_arrays_stream, returner
+from ._engine import ops
 from ._validate import (
     INTEGERS,
     as_labels,
@@ -93,7 +93,7 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
         warn(one_output("logits", "logits=torch.cat([torch.zeros_like(z), z], dim=-1)"))
     ignore_index = check_integer(ignore_index, "ignore_index")
     y = check_labels_of(as_tensor(target, "target"), z, ignore_index)
-    loss, _, _ = _ops.unmasked_cross_entropy(
+    loss, _, _ = ops.unmasked_cross_entropy(
         z.reshape(-1, z.shape[-1]), y.reshape(-1), ignore_index, with_cotangent=False
     )
     # by selection in backward too: an upstream of NaN or inf stays out of ignored rows

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head_metrics import GRADIENT_NORMS, check_include_bias, check_measure, checked_class_weight, checked_inputs
+from ._head_metrics import GRADIENT_NORMS, check_measure, checked_class_weight, checked_inputs
 from ._reduction import sample_weights
 from ._validate import check_flag, check_integer, check_norm, check_number, check_temperature, one_output
 
@@ -162,27 +162,33 @@ class _HeadMetric(Metric):
         weight: Any = None,
         *,
         soft: bool = True,
-        include_bias: bool = False,
-        norm_power: int = 2,
+        **options: Any,
     ) -> None:
-        """Take in the rows' logs of s_n v_n, of the named field, in float64."""
+        """Take in the rows' logs of s_n v_n, of the named field, in float64; ``options`` of the head."""
         shape = getattr(linear_weight, "shape", ())
         if len(shape) == 2 and shape[0] == 1:
             remedy = "linear_weight = torch.cat([torch.zeros_like(w), w]), and the same of linear_bias"
             raise ValueError(one_output(f"{type(self).__name__}: linear_weight", remedy))
         inputs = checked_inputs(
-            features, linear_weight, target, linear_bias, logits, self.temperature, self.ignore_index, soft=soft
+            features,
+            linear_weight,
+            target,
+            linear_bias,
+            logits,
+            self.temperature,
+            self.ignore_index,
+            soft=soft,
+            **options,
         )._replace(dtype=torch.float64)
-        weight = checked_class_weight(weight, inputs, target)
-        logs = inputs.measure(
-            name, inputs.features, reduction="none", log=True, weight=weight,
-            include_bias=check_include_bias(include_bias, inputs), norm_power=norm_power,
-        ).reshape(-1).to(self.mass.device)  # fmt: skip
+        weight = checked_class_weight(weight, inputs.head, target)
+        logs = inputs.measure(name, inputs.head.features, reduction="none", log=True, weight=weight)
+        logs = logs.reshape(-1).to(self.mass.device)
         counted = torch.ones_like(logs)
         s = counted
-        if inputs.target is not None:
-            s = sample_weights(inputs.target, weight, self.ignore_index).to(logs.device)
-            counted = counted if inputs.target.is_floating_point() else s
+        if inputs.soft_target is not None:
+            s = sample_weights(inputs.soft_target, weight, self.ignore_index).to(logs.device)
+        elif inputs.head.target is not None:
+            s = counted = sample_weights(inputs.head.target, weight, self.ignore_index).to(logs.device)
         here = s != 0  # a row of weight 0 stays out, whatever it holds
         nan = here & logs.isnan()
         kept = here & ~nan

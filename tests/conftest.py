@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import flatcore
-from flatcore import _backend, _native
+from flatcore import _backend
+from flatcore._engine import paths
 
 TARGETS = ("baseline", "avx2", "avx512")
 CUDA = ("cuda-fused", "cuda-chunked")
@@ -195,21 +196,21 @@ def path(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
     name: str = request.param
     if name == "reference":
         with flatcore.backend("reference"):
-            _native.last_path = None
+            paths.last_path = None
             yield name
             assert flatcore.show_config()["last_path"] is None, "a native kernel ran under backend('reference')"
         return
     if name in CUDA:
         # small heads as they come; the others have no fused kernel
         forced = "chunked" if name == "cuda-chunked" else None
-        with flatcore.backend("native"), _native.forced(path=forced), emulation.cuda_kernels():
-            _native.last_path = None
+        with flatcore.backend("native"), paths.forced(path=forced), emulation.cuda_kernels():
+            paths.last_path = None
             yield name
             assert flatcore.show_config()["last_path"] in (forced or "fused", "chunked"), "another path ran"
         return
     kind, target = name.split("-")
-    with flatcore.backend("native"), _native.forced(path=kind, cpu=target):
-        _native.last_path = None
+    with flatcore.backend("native"), paths.forced(path=kind, cpu=target):
+        paths.last_path = None
         yield name
         config = flatcore.show_config()
         assert (config["last_path"], config["cpu_target"]) == (kind, target), "another path ran than the forced one"
@@ -227,7 +228,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
         with flatcore.backend("native"), emulation.cuda_kernels():
             yield name
         return
-    with flatcore.backend("native"), _native.forced(cpu=name):
+    with flatcore.backend("native"), paths.forced(cpu=name):
         yield name
         config = flatcore.show_config()
         assert (config["cpu_backend"], config["cpu_target"]) == ("native", name), (

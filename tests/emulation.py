@@ -19,7 +19,10 @@ import pybind11
 import torch
 from torch import Tensor
 
-from flatcore import _chunked_cuda, _native_cuda, _ops
+from flatcore import _chunked_cuda, _native_cuda
+from flatcore._engine.head import Head
+from flatcore._engine.ops import kernels
+from flatcore._reduction import Reduction
 
 ROOT = Path(__file__).parents[1]
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
@@ -75,8 +78,14 @@ def emulated(order: str = "forwards") -> Iterator[None]:
             (_chunked_cuda, "half_product", _half_product),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(mock.patch.dict(_ops.KERNELS, cpu=_native_cuda))
+        stack.enter_context(mock.patch.dict(kernels.KERNELS, cpu=_native_cuda))
         yield
+
+
+def _moved(x: object) -> object:
+    if isinstance(x, (Head, Reduction)):
+        return x._make(map(_moved, x))
+    return x.cuda() if isinstance(x, Tensor) else x
 
 
 class Moved:
@@ -86,7 +95,7 @@ class Moved:
         function = getattr(_native_cuda, name)
 
         def call(*arguments):
-            results = function(*(x.cuda() if isinstance(x, Tensor) else x for x in arguments))
+            results = function(*map(_moved, arguments))
             if isinstance(results, Tensor):
                 return results.cpu()
             return tuple(x.cpu() if isinstance(x, Tensor) else x for x in results)
@@ -97,7 +106,7 @@ class Moved:
 @contextmanager
 def on_device() -> Iterator[None]:
     """Run every call on the first CUDA device, whatever the tensors' device."""
-    with mock.patch.dict(_ops.KERNELS, cpu=Moved()):
+    with mock.patch.dict(kernels.KERNELS, cpu=Moved()):
         yield
 
 

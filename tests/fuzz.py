@@ -44,7 +44,7 @@ from tolerance import (
 from torch import Tensor
 
 import flatcore
-from flatcore import _native
+from flatcore._engine import paths as engine_paths
 
 CUDA = ("cuda-fused", "cuda-chunked")
 LONGEST_FUSED = 4096
@@ -65,7 +65,7 @@ def paths() -> tuple[str, ...]:
 def on_path(name: str) -> Iterator[None]:
     """Force the path, and require that nothing else ran."""
     with ExitStack() as stack:
-        _native.last_path = None
+        engine_paths.last_path = None
         kind, _, target = name.partition("-")
         if name == "reference":
             stack.enter_context(flatcore.backend("reference"))
@@ -73,11 +73,11 @@ def on_path(name: str) -> Iterator[None]:
             import emulation
 
             stack.enter_context(flatcore.backend("native"))
-            stack.enter_context(_native.forced(path="chunked" if target == "chunked" else None))
+            stack.enter_context(engine_paths.forced(path="chunked" if target == "chunked" else None))
             stack.enter_context(emulation.cuda_kernels())
         else:
             stack.enter_context(flatcore.backend("native"))
-            stack.enter_context(_native.forced(path=kind, cpu=target))
+            stack.enter_context(engine_paths.forced(path=kind, cpu=target))
         yield
 
 
@@ -509,7 +509,7 @@ def reproduction(call: Call, path: str) -> str:
     """A program that makes the call again, without this file."""
     lines = [
         "import base64, zlib, torch, flatcore",
-        "from flatcore import _native",
+        "from flatcore._engine import paths",
         "nan, inf = float('nan'), float('inf')",
     ]
     names = {"features": call.features, "weight": call.weight, "bias": call.bias, "logits": call.logits,
@@ -517,7 +517,7 @@ def reproduction(call: Call, path: str) -> str:
     for name, tensor in names.items():
         lines.append(f"{name} = {_literal(tensor)}")
     kind, _, target = path.partition("-")
-    force = "flatcore.backend('reference')" if path == "reference" else f"_native.forced(path={kind!r}, cpu={target!r})"
+    force = "flatcore.backend('reference')" if path == "reference" else f"paths.forced(path={kind!r}, cpu={target!r})"
     arguments = f"linear_bias=bias, logits=logits, temperature={call.temperature}, ignore_index={call.ignore_index}"
     reduced = f"reduction={call.reduction!r}, log={call.log}"
     if call.function == "head_metrics":

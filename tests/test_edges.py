@@ -359,7 +359,7 @@ def test_a_label_that_is_no_class_is_refused(path_free_head: tuple[Tensor, Tenso
     message = rf"target must hold labels in 0\.\.4 or ignore_index \(-100\), got {label} in row 2"
     with (
         flatcore.backend(backend),
-        flatcore._native.forced(path=None if kind == "reference" else kind),
+        flatcore._engine.paths.forced(path=None if kind == "reference" else kind),
         pytest.raises(ValueError, match=message),
     ):
         flatcore.head_metrics(*path_free_head, target)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import flatcore
-from flatcore import _native
+from flatcore._engine import paths
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -45,7 +45,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         with flatcore.backend("reference"):
             yield request.param
         return
-    with flatcore.backend("native"), _native.forced(path=request.param):
+    with flatcore.backend("native"), paths.forced(path=request.param):
         yield request.param
 
 
@@ -570,7 +570,7 @@ def test_a_subnormal_temperature_is_refused_or_right() -> None:
     answers = []
     for engine in ENGINES:
         path = None if engine == "reference" else engine
-        with flatcore.backend("reference" if path is None else "native"), _native.forced(path=path):
+        with flatcore.backend("reference" if path is None else "native"), paths.forced(path=path):
             try:
                 answers.append(flatcore.hessian_trace(**right))
             except ValueError as error:
@@ -590,7 +590,7 @@ def test_an_unknown_backend() -> None:
 
 def test_an_unknown_path_or_target() -> None:
     def enter(**given: str) -> None:
-        with _native.forced(**given):
+        with paths.forced(**given):
             pass
 
     refuses(ValueError, ("path", "'fused', 'chunked'", "'quick'"), lambda: enter(path="quick"))

@@ -23,7 +23,8 @@ from tolerance import Bound, assert_same, assert_within, product_tolerance
 from torch import Tensor
 
 import flatcore
-from flatcore import _native, _ops, _reduction, reference
+from flatcore import _native, _reduction, reference
+from flatcore._engine import direct, paths
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -155,7 +156,7 @@ def test_many_rows_agree_with_the_reference(name: str, dtype: torch.dtype, threa
     try:
         torch.set_num_threads(threads)
         for kind in ("fused", "chunked"):
-            with flatcore.backend("native"), _native.forced(path=kind):
+            with flatcore.backend("native"), paths.forced(path=kind):
                 got, again = gradients(), gradients()
             for a, b, c in zip(got, want, again, strict=True):
                 assert a.dtype == dtype
@@ -467,7 +468,7 @@ def test_the_backward_operator_reads_any_layout(kind: str, one_thread: None) -> 
     )
     cuda = kind.startswith("cuda")
     kernels = emulation.cuda_kernels() if cuda else contextlib.nullcontext()
-    with flatcore.backend("native"), _native.forced(path=kind.removeprefix("cuda-")), kernels:
+    with flatcore.backend("native"), paths.forced(path=kind.removeprefix("cuda-")), kernels:
         for layout in layouts:
             upstream = torch.ones(4, dtype=torch.float64)
             got, want = (
@@ -661,15 +662,15 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
     target, weight = given["target"], given["weight"]
     soft = kind == "soft"
     s = _reduction.sample_weights(target, weight, -100) if soft or weight is not None else None
-    arguments = (logs, s, None if soft else target, soft, -100, reduction, log, dtype)
-    want, slope = _reduction.reduce_with_log_coefficient(*arguments)
-    got, log_coefficient = _native.head_reduction(*arguments, True)
+    how = _reduction.Reduction(reduction, log, dtype, None if soft else target, -100, s, count_rows=soft)
+    want, slope = _reduction.reduce_with_log_coefficient(logs, how)
+    got, log_coefficient = _native.head_reduction(logs, how, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=2 * unit + N * 2.0**-53, atol=0.0)
     assert log_coefficient.dtype == torch.float64 and log_coefficient[7] == -INF
     torch.testing.assert_close(log_coefficient, slope, rtol=1e-13, atol=1e-13, equal_nan=True)
     leaf = logs.clone().requires_grad_()
-    (by_autograd,) = torch.autograd.grad(_reduction.reduce(leaf, *arguments[1:]).sum(), leaf)
+    (by_autograd,) = torch.autograd.grad(_reduction.reduce(leaf, how).sum(), leaf)
     torch.testing.assert_close(
         log_coefficient.exp(), by_autograd, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0
     )
@@ -677,7 +678,7 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
 
 def test_is_direct_only_where_no_gradient_is_needed() -> None:
     x = torch.zeros(2, 3, requires_grad=True)
-    assert _ops.is_plain(x) and _ops.needs_gradient(x) and not _ops.is_direct(x)
+    assert direct.is_plain(x) and direct.needs_gradient(x) and not direct.is_direct(x)
     with torch.no_grad():
-        assert not _ops.needs_gradient(x) and _ops.is_direct(x)
-    assert not _ops.needs_gradient(None, x.detach())
+        assert not direct.needs_gradient(x) and direct.is_direct(x)
+    assert not direct.needs_gradient(None, x.detach())

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatcore
-from flatcore import _native, _ops
+from flatcore._engine import direct, paths
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -46,7 +46,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         with flatcore.backend("reference"):
             yield request.param
         return
-    with flatcore.backend("native"), _native.forced(path=request.param):
+    with flatcore.backend("native"), paths.forced(path=request.param):
         yield request.param
 
 
@@ -270,11 +270,11 @@ def test_a_compiled_call_follows_the_backend() -> None:
     compiled = torch.compile(lambda x, w, y: flatcore.head_metrics(x, w, y).loss, fullgraph=True, backend="eager")
     for name in ("native", "reference", "native"):
         with flatcore.backend(name):
-            _native.last_path = None
+            paths.last_path = None
             assert_same(name, compiled(x, w, y), flatcore.head_metrics(x, w, y).loss)
-            _native.last_path = None
+            paths.last_path = None
             compiled(x, w, y)
-            assert (_native.last_path is None) == (name == "reference")
+            assert (paths.last_path is None) == (name == "reference")
 
 
 def test_a_compiled_call_refuses_a_wrong_label_and_a_wrong_shape() -> None:
@@ -387,26 +387,26 @@ class Watcher(TorchFunctionMode):
 
 def _inside_vmap(x: Tensor) -> bool:
     seen = []
-    torch.vmap(lambda row: (seen.append(_ops.is_direct(row, x)), row)[1])(x)
+    torch.vmap(lambda row: (seen.append(direct.is_direct(row, x)), row)[1])(x)
     return seen[0]
 
 
 def _functorch_level_but_plain(x: Tensor) -> bool:
     seen = []
-    torch.vmap(lambda row: (seen.append(_ops.is_direct(x)), row)[1])(x)
+    torch.vmap(lambda row: (seen.append(direct.is_direct(x)), row)[1])(x)
     return seen[0]
 
 
 def _freed(x: Tensor) -> bool:
     y = x.clone()
     y.untyped_storage().resize_(0)
-    return _ops.is_direct(y)
+    return direct.is_direct(y)
 
 
 def _inside_older_vmap(x: Tensor) -> bool:
     seen: list[bool] = []
     y = x.clone().requires_grad_()
-    y.register_hook(lambda upstream: seen.append(_ops.is_direct(upstream)))
+    y.register_hook(lambda upstream: seen.append(direct.is_direct(upstream)))
     torch.autograd.grad(y * 1, y, torch.ones(2, *y.shape), is_grads_batched=True)
     return seen[0]
 
@@ -414,57 +414,60 @@ def _inside_older_vmap(x: Tensor) -> bool:
 def _within(mode: Callable[[], Any]) -> Callable[[Tensor], bool]:
     def ask(x: Tensor) -> bool:
         with mode():
-            return _ops.is_direct(x)
+            return direct.is_direct(x)
 
     return ask
 
 
 def _traced(x: Tensor) -> bool:
     seen = []
-    make_fx(lambda x: (seen.append(_ops.is_direct(x)), x + 1)[1])(x)
+    make_fx(lambda x: (seen.append(direct.is_direct(x)), x + 1)[1])(x)
     return seen[0]
 
 
 def _jit_traced(x: Tensor) -> bool:
     seen = []
-    torch.jit.trace(lambda x: (seen.append(_ops.is_direct(x)), x + 1)[1], (x,), check_trace=False)
+    torch.jit.trace(lambda x: (seen.append(direct.is_direct(x)), x + 1)[1], (x,), check_trace=False)
     return seen[0]
 
 
 def _compiled(x: Tensor) -> bool:
-    return torch.compile(lambda x: (x + 1, _ops.is_direct(x)), backend="eager", fullgraph=True)(x)[1]
+    return torch.compile(lambda x: (x + 1, direct.is_direct(x)), backend="eager", fullgraph=True)(x)[1]
 
 
 def _dual(x: Tensor) -> bool:
     with forward_ad.dual_level():
-        return _ops.is_direct(forward_ad.make_dual(x, torch.ones_like(x)))
+        return direct.is_direct(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def _learning_without_grad(x: Tensor) -> bool:
     with torch.no_grad():
-        return _ops.is_direct(x.clone().requires_grad_())
+        return direct.is_direct(x.clone().requires_grad_())
 
 
 DIRECT: dict[str, tuple[bool, Callable[[Tensor], bool]]] = {
-    "a tensor": (True, _ops.is_direct),
-    "several, and none": (True, lambda x: _ops.is_direct(x, None, x.double(), x.long())),
-    "a strided view": (True, lambda x: _ops.is_direct(x.T[::2])),
-    "an expanded view": (True, lambda x: _ops.is_direct(x[:1].expand(5, -1))),
-    "a frozen parameter": (True, lambda x: _ops.is_direct(torch.nn.Parameter(x, requires_grad=False))),
+    "a tensor": (True, direct.is_direct),
+    "several, and none": (True, lambda x: direct.is_direct(x, None, x.double(), x.long())),
+    "a strided view": (True, lambda x: direct.is_direct(x.T[::2])),
+    "an expanded view": (True, lambda x: direct.is_direct(x[:1].expand(5, -1))),
+    "a frozen parameter": (True, lambda x: direct.is_direct(torch.nn.Parameter(x, requires_grad=False))),
     "gradient while grad mode is off": (True, _learning_without_grad),
     "inference mode": (True, _within(torch.inference_mode)),
     "autocast": (True, _within(lambda: torch.autocast("cpu", torch.bfloat16))),
-    "a parameter": (False, lambda x: _ops.is_direct(torch.nn.Parameter(x))),
-    "requires gradient": (False, lambda x: _ops.is_direct(x, x.clone().requires_grad_())),
-    "a subclass": (False, lambda x: _ops.is_direct(x.as_subclass(Plain))),
-    "a fake tensor": (False, lambda x: _ops.is_direct(FakeTensorMode().from_tensor(x))),
-    "sparse": (False, lambda x: _ops.is_direct(x.to_sparse())),
-    "mkldnn": (False, lambda x: _ops.is_direct(x.to_mkldnn())),
-    "meta": (False, lambda x: _ops.is_direct(x.to("meta"))),
+    "a parameter": (False, lambda x: direct.is_direct(torch.nn.Parameter(x))),
+    "requires gradient": (False, lambda x: direct.is_direct(x, x.clone().requires_grad_())),
+    "a subclass": (False, lambda x: direct.is_direct(x.as_subclass(Plain))),
+    "a fake tensor": (False, lambda x: direct.is_direct(FakeTensorMode().from_tensor(x))),
+    "sparse": (False, lambda x: direct.is_direct(x.to_sparse())),
+    "mkldnn": (False, lambda x: direct.is_direct(x.to_mkldnn())),
+    "meta": (False, lambda x: direct.is_direct(x.to("meta"))),
     "freed storage": (False, _freed),
-    "negative bit": (False, lambda x: _ops.is_direct(torch._neg_view(x))),
-    "negative bit of a conjugate's imaginary part": (False, lambda x: _ops.is_direct(torch.complex(x, x).conj().imag)),
-    "conjugate bit": (False, lambda x: _ops.is_direct(torch.complex(x, x).conj())),
+    "negative bit": (False, lambda x: direct.is_direct(torch._neg_view(x))),
+    "negative bit of a conjugate's imaginary part": (
+        False,
+        lambda x: direct.is_direct(torch.complex(x, x).conj().imag),
+    ),
+    "conjugate bit": (False, lambda x: direct.is_direct(torch.complex(x, x).conj())),
     "forward-AD dual": (False, _dual),
     "forward-AD level": (False, _within(forward_ad.dual_level)),
     "vmap": (False, _inside_vmap),
@@ -485,12 +488,12 @@ DIRECT: dict[str, tuple[bool, Callable[[Tensor], bool]]] = {
 def test_the_direct_path(clause: str) -> None:
     expected, ask = DIRECT[clause]
     assert ask(problem()[0]) is expected
-    assert _ops.is_direct(problem()[0]), "a mode was left on"
+    assert direct.is_direct(problem()[0]), "a mode was left on"
 
 
 def test_the_direct_path_is_not_taken_on_hip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert not _ops.is_direct(problem()[0])
+    assert not direct.is_direct(problem()[0])
 
 
 def test_modes_see_the_operator() -> None:

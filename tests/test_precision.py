@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import flatcore
-from flatcore import _chunked, _native
+from flatcore import _chunked
+from flatcore._engine import paths
 from flatcore._precision import full_precision, products_are_exact
 
 backends = torch.backends
@@ -143,7 +144,7 @@ def _head(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def _measures(features: Tensor, weight: Tensor, target: Tensor, between: Callable[[], None]) -> list[Tensor]:
     """Every kind of product: values and gradients, with ``between`` called between forward and backward."""
     results: list[Tensor] = []
-    with flatcore.backend("native"), _native.forced(path="chunked"):
+    with flatcore.backend("native"), paths.forced(path="chunked"):
         results += flatcore.head_metrics(features, weight, target)
         for function in (
             flatcore.hessian_trace,

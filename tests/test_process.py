@@ -20,7 +20,7 @@ import torch
 from tolerance import assert_same, assert_within, tolerance
 
 import flatcore
-from flatcore import _native
+from flatcore._engine import paths
 
 
 def run(script: str, *options: str, **variables: str) -> str:
@@ -65,12 +65,12 @@ def test_one_openmp_runtime() -> None:
 
 FORK = """
     import os, sys, torch, flatcore
-    from flatcore import _native
+    from flatcore._engine import paths
     torch.set_num_threads(2)
     g = torch.Generator().manual_seed(0)
     x, w, y = torch.randn(5000, 64, generator=g), torch.randn(30, 64, generator=g), torch.randint(30, (5000,), generator=g)
     def work():
-        with flatcore.backend({engine!r}), _native.forced(path={path!r}):
+        with flatcore.backend({engine!r}), paths.forced(path={path!r}):
             a, b = x.detach().requires_grad_(), w.detach().requires_grad_()  # a clone is torch's own parallel region
             gradients = torch.autograd.grad(flatcore.relative_flatness(a, b, measure="neuronwise"), (a, b))
             return [*flatcore.head_metrics(x, w, y), flatcore.row_norms(x), *gradients]
@@ -128,7 +128,7 @@ def test_a_forked_loader_may_call_flatcore() -> None:
 @pytest.fixture(params=("fused", "chunked"))
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Native kernels on the path that is forced; the setting is the process's, so every thread has it."""
-    with flatcore.backend("native"), _native.forced(path=request.param):
+    with flatcore.backend("native"), paths.forced(path=request.param):
         yield request.param
 
 
@@ -205,7 +205,7 @@ def test_memory_does_not_grow() -> None:
     """300 calls of each path; a call's workspace is some 100 KB, so that a leak of one in ten would be seen."""
     script = """
         import torch, flatcore
-        from flatcore import _native
+        from flatcore._engine import paths
         torch.set_num_threads(1)
         x, w, y = torch.randn(256, 64), torch.randn(32, 64), torch.randint(32, (256,))
         def rss():
@@ -213,7 +213,7 @@ def test_memory_does_not_grow() -> None:
         def work(calls):
             for _ in range(calls):
                 for path in ("fused", "chunked"):
-                    with flatcore.backend("native"), _native.forced(path=path):
+                    with flatcore.backend("native"), paths.forced(path=path):
                         flatcore.head_metrics(x, w, y)
                         flatcore.relative_flatness(x, w, y, measure="neuronwise")
                 flatcore.row_norms(x)

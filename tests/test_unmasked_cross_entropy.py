@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import flatcore
-from flatcore import _ops
+from flatcore._engine import ops
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -45,7 +45,7 @@ def _logits(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple
 
 def _compute(z: Tensor, y: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log(1 - p_y) and cotangent; the public function must give the same loss and gradient."""
-    loss, log_scale, cotangent = _ops.unmasked_cross_entropy(z, y, ignore_index, True)
+    loss, log_scale, cotangent = ops.unmasked_cross_entropy(z, y, ignore_index, True)
     leaf = z.detach().clone().requires_grad_()
     public = flatcore.unmasked_cross_entropy(leaf, y, reduction="none", ignore_index=ignore_index)
     assert_same("public loss", public.detach(), loss)
@@ -263,8 +263,8 @@ def test_strides_and_misaligned_rows(target: str, dtype: torch.dtype) -> None:
     }  # fmt: skip
     for name, z in views.items():
         labels = y[: z.shape[0]]
-        want = _ops.unmasked_cross_entropy(z.contiguous(), labels, -100, True)
-        for got, expected in zip(_ops.unmasked_cross_entropy(z, labels, -100, True), want, strict=True):
+        want = ops.unmasked_cross_entropy(z.contiguous(), labels, -100, True)
+        for got, expected in zip(ops.unmasked_cross_entropy(z, labels, -100, True), want, strict=True):
             if target == "cuda":
                 # a row's 16-byte boundaries decide which lane takes what: within the contract of tolerance.py
                 rtol = 1e-12 if got.dtype == torch.float64 else max(4e-6, torch.finfo(got.dtype).eps)
@@ -276,16 +276,16 @@ def test_strides_and_misaligned_rows(target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
 def test_rows_do_not_depend_on_neighbours_or_threads(target: str, dtype: torch.dtype) -> None:
     z, y = _logits(300, 130, dtype)
-    together = _ops.unmasked_cross_entropy(z, y, -100, True)
+    together = ops.unmasked_cross_entropy(z, y, -100, True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        single = _ops.unmasked_cross_entropy(z, y, -100, True)
+        single = ops.unmasked_cross_entropy(z, y, -100, True)
     finally:
         torch.set_num_threads(threads)
     for n in (0, 7, 299):
         for whole, one in zip(
-            together, _ops.unmasked_cross_entropy(z[n : n + 1], y[n : n + 1], -100, True), strict=True
+            together, ops.unmasked_cross_entropy(z[n : n + 1], y[n : n + 1], -100, True), strict=True
         ):
             if target != "reference":  # PyTorch's sums promise nothing of the kind
                 assert_same("alone", one, whole[n : n + 1])
@@ -328,7 +328,7 @@ def test_opcheck(learns: bool, dtype: torch.dtype, engine: str) -> None:
     z, y = _logits(4, 6, dtype)
     y[1] = -100
     torch.library.opcheck(torch.ops.flatcore.unmasked_cross_entropy.default, (z.requires_grad_(learns), y, -100))
-    _, _, cotangent = _ops.unmasked_cross_entropy(z.detach(), y, -100, True)
+    _, _, cotangent = ops.unmasked_cross_entropy(z.detach(), y, -100, True)
     torch.library.opcheck(
         torch.ops.flatcore.unmasked_cross_entropy_backward.default, (torch.ones(4), cotangent, z.detach())
     )
@@ -354,7 +354,7 @@ def test_compile(reduction: str, backend: str, engine: str) -> None:
 
 def test_function_transforms(engine: str) -> None:
     z, y = _logits(5, 4, torch.float32)
-    cotangent = _ops.unmasked_cross_entropy(z, y, -100, True)[2]
+    cotangent = ops.unmasked_cross_entropy(z, y, -100, True)[2]
     gradient = torch.func.grad(flatcore.unmasked_cross_entropy)
     assert_same("grad", gradient(z, y), cotangent)
     assert_same("vmap of grad", torch.vmap(gradient)(z, y), cotangent)

@@ -5,7 +5,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled kernels of flatcore; private.";
-  module.attr("ABI") = 5;
+  module.attr("ABI") = FLATCORE_ABI;
   module.attr("VERSION") = FLATCORE_VERSION;
   module.attr("COMPILER") = FLATCORE_COMPILER;
   module.attr("CUDA") = static_cast<bool>(FLATCORE_WITH_CUDA);

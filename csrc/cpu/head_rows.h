@@ -58,9 +58,9 @@ class Values {
     for (int field = 0; field < kFieldCount; ++field) {
       const bool wanted = problem.fields >> field & 1U;
       float_at_[field] =
-          wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.values_stride : nullptr;
+          wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.N : nullptr;
       double_at_[field] =
-          wanted && double_ ? static_cast<double*>(problem.values) + row * problem.values_stride : nullptr;
+          wanted && double_ ? static_cast<double*>(problem.values) + row * problem.N : nullptr;
       row += wanted;
     }
   }

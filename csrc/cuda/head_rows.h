@@ -60,7 +60,7 @@ struct Values {
   bool is_double;
 
   __device__ __forceinline__ explicit Values(const HeadProblem& call)
-      : values(call.values), stride(call.values_stride), fields(call.fields), is_double(call.double_values) {}
+      : values(call.values), stride(call.N), fields(call.fields), is_double(call.double_values) {}
   __device__ __forceinline__ bool wants(Field field) const { return (fields >> field & 1U) != 0; }
   __device__ __forceinline__ void put(Field field, int64_t n, double value) const {
     if (!wants(field)) return;

@@ -13,6 +13,7 @@ u_j = exp(z_j - r) for j != m, U1 = sum u_j, U2 = sum u_j^2, q_j = u_j/U1,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,23 +41,15 @@ _GRADIENT_ORDS = {
 _PAIRWISE_CLASSES = 2048  # up to here the (C, C) table of squared distances is formed, from differences
 
 
-def head_metrics(
-    features: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logits: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    include_bias: bool,
-    norm_power: int,
-    fields: int,
-    wide_result: bool,
-) -> tuple[Tensor, Tensor]:
+def head_metrics(head: Any, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Return the chosen ``FIELDS`` as (K, N) and the prediction (N,), int64.
 
-    The block is float64 if ``wide_result`` or any of features, weight and logits is, otherwise float32.
+    ``head`` is a record with features (N, D), linear_weight (C, D), linear_bias (C,), logits (N, C), target (N,), the last
+    three or None, temperature, ignore_index, include_bias and norm_power. The block is float64 if ``wide_result`` or any
+    of features, weight and logits is, otherwise float32.
     """
+    features, linear_weight, linear_bias, logits = head.features, head.linear_weight, head.linear_bias, head.logits
+    target, temperature, include_bias = head.target, head.temperature, head.include_bias
     inputs = [x for x in (features, linear_weight, logits) if x is not None]
     result = torch.float64 if wide_result or any(x.dtype == torch.float64 for x in inputs) else torch.float32
     wide = torch.float32 if features.device.type == "mps" else torch.float64
@@ -84,7 +77,7 @@ def head_metrics(
     if target is None:
         valid, known, y = torch.ones_like(bad), torch.zeros_like(bad), torch.zeros_like(split.m)
     else:
-        valid, known = target != ignore_index, (target >= 0) & (target < w.shape[0])
+        valid, known = target != head.ignore_index, (target >= 0) & (target < w.shape[0])
         y = torch.where(valid & known, target, 0)
     values = []
     for name in names:
@@ -99,7 +92,7 @@ def head_metrics(
         elif name == "log_hessian_trace":
             value = log_trace
         elif name == "log_layerwise":
-            value = log_trace + 0.5 * norm_power * _log_sum_of_squares(w_head.reshape(1, -1))
+            value = log_trace + 0.5 * head.norm_power * _log_sum_of_squares(w_head.reshape(1, -1))
         elif name == "log_neuronwise":
             value = log_n_head + _log_weight_variance(split, w_head) - 2 * math.log(temperature)
         elif name == "loss":

@@ -18,6 +18,8 @@ and ||phi||^2 in the first three adds 2 phi/||phi||^2; ||W||_F^p adds p w_j/||W|
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,30 +31,22 @@ DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *_GRAD
 
 
 def head_metrics_backward(
-    upstream: Tensor,
-    log_coefficient: Tensor | None,
-    features: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logits: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    include_bias: bool,
-    norm_power: int,
-    field: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of features, linear_weight, linear_bias and logits (empty where there is no such input).
+    upstream: Tensor, log_coefficient: Tensor | None, head: Any, field: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the head's features, linear_weight, linear_bias and logits, None where not wanted.
 
-    ``upstream`` exp(``log_coefficient``), both (N,) (None: 0), is the derivative of the result with respect to each row's
-    log. A row where either says 0, an ignored one and one whose value is 0 add nothing, whatever stands in them.
+    ``head`` as in :func:`head_metrics`. ``upstream`` (N,) or one number, times exp(``log_coefficient``) (N,) (None: 0), is
+    the derivative of the result with respect to each row's log. A row where either says 0, an ignored one and one whose
+    value is 0 add nothing, whatever stands in them.
     """
+    features, linear_weight, linear_bias, logits = head.features, head.linear_weight, head.linear_bias, head.logits
+    target, temperature, include_bias, norm_power = head.target, head.temperature, head.include_bias, head.norm_power
     name = FIELDS[field]
     wide = torch.float32 if features.device.type == "mps" else torch.float64
     w = linear_weight.detach().to(wide)
     b = None if linear_bias is None else linear_bias.detach().to(wide)
     D, C = features.shape[1], w.shape[0]
-    upstream = upstream.detach().to(wide)
+    upstream = upstream.detach().to(wide).expand(features.shape[0])
     logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient.detach().to(wide)
     keep = (upstream != 0) & (logs != -math.inf)
     # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
@@ -61,7 +55,7 @@ def head_metrics_backward(
     half = (0.5 * logs).exp()  # in two steps: exp of -740 has few digits left
     c = upstream * half * half
     if target is not None and name in _GRADIENT_ORDS:
-        keep &= target != ignore_index
+        keep &= target != head.ignore_index
     phi = torch.where(keep.unsqueeze(1), features.detach().to(wide), 0)
     bad = ~phi.isfinite().all(dim=1)
     if logits is None:
@@ -122,12 +116,12 @@ def head_metrics_backward(
     if linear_weight.device.type != "meta":
         poison = torch.where(poisoned.any(), math.nan, 0.0)
         d_weight, d_bias = d_weight + poison, d_bias + poison
-    return (
-        d_features.to(features.dtype),
-        d_weight.to(linear_weight.dtype),
-        d_bias.to(linear_bias.dtype) if linear_bias is not None else w.new_empty(0),
-        cotangent.to(logits.dtype) if logits is not None else w.new_empty(0),
+    gradients = ((d_features, features), (d_weight, linear_weight), (d_bias, linear_bias), (cotangent, logits))
+    of_features, of_weight, of_bias, of_logits = (
+        gradient.to(x.dtype) if want and x is not None else None
+        for (gradient, x), want in zip(gradients, wanted, strict=True)
     )
+    return of_features, of_weight, of_bias, of_logits
 
 
 def _of_trace(split: _Split, c: Tensor) -> Tensor:

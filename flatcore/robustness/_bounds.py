@@ -38,19 +38,20 @@ def _head(features: Any, linear_weight: Any, target: Any, linear_bias: Any, temp
     if target is None:
         raise ValueError("target must hold integer class labels, got None")
     inputs = checked_inputs(features, linear_weight, target, linear_bias, None, temperature, -100, soft=False)
-    assert inputs.target is not None
-    if bool((inputs.target == -100).any()):
+    head = inputs.head
+    assert head.target is not None
+    if bool((head.target == -100).any()):
         raise ValueError("target must give every row a class, got the ignored label -100")
-    phi = inputs.features.detach().double()
-    w = inputs.linear_weight.detach().double() / inputs.temperature
-    bias = None if inputs.linear_bias is None else inputs.linear_bias.detach().double() / inputs.temperature
+    phi = head.features.detach().double()
+    w = head.linear_weight.detach().double() / head.temperature
+    bias = None if head.linear_bias is None else head.linear_bias.detach().double() / head.temperature
     logits = nn.functional.linear(phi, w, bias)
     size = phi.abs() @ w.abs().T
     if bias is not None:
         size = size + torch.where(bias == -math.inf, 0, bias).abs()
     error = (phi.shape[1] + 3) * 2.0**-53 * (size.amax(dim=1) if size.numel() else size.sum(dim=1))
     give = returner(features)
-    return _Head(phi, w, inputs.target, logits, error, lambda values: give(values.reshape(inputs.leading)))
+    return _Head(phi, w, head.target, logits, error, lambda values: give(values.reshape(inputs.leading)))
 
 
 def _distances(weight: Tensor, rows: Tensor) -> Tensor:

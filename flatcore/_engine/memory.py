@@ -1,0 +1,92 @@
+"""Tensors become addresses: what the kernels read and write, and the tensors whose memory it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import Head, is_double
+
+_DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def address(x: Tensor | None) -> int:
+    """Address of the first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
+    """Address, strides in elements and dtype code of a 2-D tensor."""
+    if x is None:
+        return None
+    row, column = x.stride()
+    return x.data_ptr(), row, column, _DTYPE_CODE[x.dtype]
+
+
+def readable(x: Tensor) -> Tensor:
+    """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
+    return x if type(x) is Tensor and not (x.requires_grad or x.is_neg()) else x.detach().resolve_neg()
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in another type; a conversion that has nothing to do takes 1 us nevertheless."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def in_dtypes_of(head: Head, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of ``Head.inputs`` in their dtypes; one is wanted only of an input that is there."""
+    return tuple(
+        None if x is None or gradient is None else as_dtype(gradient, x.dtype)
+        for x, gradient in zip(head.inputs, gradients, strict=True)
+    )
+
+
+class HeadCall:
+    """A call for a head, as the kernels take it; holds the tensors whose addresses ``problem`` has.
+
+    ``head`` has readable tensors, bias and labels contiguous, the bias in float64.
+    """
+
+    def __init__(self, core: Any, head: Head, fields: int, threads: int):
+        features, weight, logits = head.features, head.linear_weight, head.logits
+        bias, target = head.linear_bias, head.target
+        self.fields, self.threads, self.double = fields, threads, is_double(head)
+        self.head = head = Head.of(
+            (
+                readable(features),
+                readable(weight),
+                None if bias is None else as_dtype(readable(bias), torch.float64).contiguous(),
+                None if logits is None else readable(logits),
+                None if target is None else readable(target).contiguous(),
+            ),
+            head.options,
+        )
+        (self.N, self.D), self.C = features.shape, weight.shape[0]
+        self.problem = core.HeadProblem(
+            head, matrix(head.features), matrix(head.linear_weight), matrix(head.logits), address(head.linear_bias),
+            address(head.target), self.N, self.D, self.C, fields, self.double, threads,
+        )  # fmt: skip
+
+    def outputs(self, wide_result: bool) -> tuple[Tensor, Tensor]:
+        """The memory that the kernels write: the chosen fields (K, N), and the prediction (N,)."""
+        wide = wide_result or self.double
+        values = self.empty(self.fields.bit_count(), self.N, dtype=torch.float64 if wide else torch.float32)
+        prediction = self.empty(self.N, dtype=torch.int64)
+        self.problem.write_to(values.data_ptr(), wide, prediction.data_ptr())
+        return values, prediction
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return torch.float64 if self.double else torch.float32
+
+    @property
+    def column(self) -> Tensor | None:
+        """The bias where it counts as a column of W."""
+        return self.head.linear_bias if self.head.include_bias else None
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Uninitialised memory on the head's device, from its framework's allocator."""
+        return self.head.features.new_empty(shape, dtype=dtype)

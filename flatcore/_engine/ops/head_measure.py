@@ -1,0 +1,63 @@
+"""A measure: one field of head_metrics, reduced, and its derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._reduction import Reduction, reduce, reduce_with_log_coefficient
+from ..direct import is_direct, is_plain, needs_gradient
+from ..head import Head
+from ..threads import alone_after_fork
+from .head_metrics import head_metrics
+from .head_metrics_backward import head_metrics_backward, run_backward
+from .kernels import kernels_of, reference, refuse_bad_labels
+
+
+class _Measure(torch.autograd.Function):
+    """A measure of plain tensors: one native call forward and one backward, nothing between them but N numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, field: int, how: Reduction, *arguments: Any) -> Tensor:
+        head, _ = Head.split(arguments)
+        value, log_coefficient = _run(head, field, how, with_coefficient=True)
+        ctx.save_for_backward(log_coefficient, *head.tensors)
+        ctx.options, ctx.field = head.options, field
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        log_coefficient, *tensors = ctx.saved_tensors
+        head = Head.of(tensors, ctx.options)
+        _, _, *needed = ctx.needs_input_grad
+        wanted = Head.split(needed)[0].inputs
+        if is_direct(upstream, *head.inputs):
+            gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted)
+        else:  # a graph is asked for, a vmap over upstreams, a trace
+            rows = upstream.to(torch.float64).expand(log_coefficient.shape)
+            gradients = head_metrics_backward(rows, log_coefficient, head, ctx.field, wanted)
+        return (None, None, *gradients, *(None,) * (len(head) - len(gradients)))
+
+
+@alone_after_fork
+def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
+    """The value and, if wanted, the log of its derivative by each row's log."""
+    kernels = kernels_of(head.features, "head_metrics")
+    refuse_bad_labels(head.target, head.C, head.ignore_index, kernels)
+    if kernels is not reference:
+        return kernels.head_measure(head, field, how, with_coefficient)
+    values, _ = reference.head_metrics(head, 1 << field, True)
+    return reduce_with_log_coefficient(values[0], how) if with_coefficient else (reduce(values[0], how), None)
+
+
+def head_measure(head: Head, field: int, how: Reduction) -> Tensor:
+    """One field of a head, reduced. Differentiable."""
+    tensors = head.tensors
+    if not is_plain(*tensors, how.s):
+        values, _ = head_metrics(head, 1 << field, True)
+        return reduce(values[0], how)
+    if needs_gradient(*tensors):
+        return _Measure.apply(field, how, *head)
+    return _run(head, field, how, False)[0]

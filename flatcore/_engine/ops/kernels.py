@@ -1,0 +1,33 @@
+"""What computes a stem for tensors on a device, and who looks at the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import _backend, _native, _native_cuda, reference
+
+KERNELS: dict[str, Any] = {"cpu": _native, "cuda": _native_cuda}
+"""The compiled kernels, by type of device."""
+
+
+def kernels_of(x: Tensor, stem: str) -> Any:
+    """The compiled kernels that have this stem for this device, or the reference."""
+    device = x.device.type
+    return KERNELS[device] if _backend.uses_native(device, stem) else reference
+
+
+def refuse_bad_labels(target: Tensor | None, C: int, ignore_index: int, kernels: Any) -> None:
+    """Refuse a label that is no class.
+
+    The CPU's kernels find one on their way; the reference and other devices' make its row NaN, and there a check waits for
+    the device, so that it is made only where it was asked for.
+    """
+    if target is None:
+        return
+    if kernels is not _native if target.device.type == "cpu" else _backend.validate_on_device:
+        bad = ((target < 0) | (target >= C)) & (target != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise _native.bad_label(int(target[row]), row, C, ignore_index)

@@ -1,0 +1,61 @@
+"""Fused or chunked: decided here, from shapes, for every device; forced here, and remembered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .. import _backend
+from ..reference import FIELDS
+from .memory import HeadCall
+
+FUSED_CLASSES = 256
+FUSED_WEIGHT_BYTES = 1 << 20
+"""On the CPU a head of at most this many classes whose weight (in the compute type) fits this many bytes, one core's
+second-level cache, takes the fused kernel; any other is chunked around the library's products."""
+_FUSED_CLASSES_AT_MOST = 4096  # forced: the table of distances takes 8 C^2 bytes
+
+forced_path: str | None = None
+last_path: str | None = None
+_log = logging.getLogger("flatcore")
+
+
+@contextmanager
+def forced(path: str | None = None, cpu: str | None = None) -> Iterator[None]:
+    """Force the path ("fused" or "chunked") and the CPU target, for tests and measurements."""
+    global forced_path
+    if path not in (None, "fused", "chunked"):
+        raise ValueError(f"path must be 'fused', 'chunked' or None, got {path!r}")
+    previous = forced_path, _backend.cpu_target
+    forced_path, _backend.cpu_target = path, _backend._check_cpu(cpu) or _backend.cpu_target
+    try:
+        yield
+    finally:
+        forced_path, _backend.cpu_target = previous
+
+
+def on_cpu(C: int, D: int, double: bool) -> str:
+    """Choose "fused" or "chunked" for the CPU's kernels."""
+    if forced_path == "fused" and C > _FUSED_CLASSES_AT_MOST:
+        raise ValueError(f"the fused path takes at most {_FUSED_CLASSES_AT_MOST} classes, got {C}")
+    if forced_path is not None:
+        return forced_path
+    fits = C <= FUSED_CLASSES and C * D * (8 if double else 4) <= FUSED_WEIGHT_BYTES
+    return "fused" if fits else "chunked"
+
+
+def on_cuda(C: int, limit: int) -> str:
+    """Choose "fused" or "chunked" for a CUDA device's kernels, whose fused one takes ``limit`` classes."""
+    if forced_path == "fused" and limit < C:
+        raise ValueError(f"the fused path takes at most {limit} classes on a CUDA device, got {C}")
+    return forced_path or ("fused" if limit >= C else "chunked")
+
+
+def took(path: str, call: HeadCall, where: object) -> None:
+    """Remember the path of a call, and log it."""
+    global last_path
+    last_path = path
+    if _log.isEnabledFor(logging.DEBUG):
+        names = ", ".join(name for bit, name in enumerate(FIELDS) if call.fields >> bit & 1)
+        _log.debug("head of N=%d D=%d C=%d (%s): %s, %s", call.N, call.D, call.C, names, path, where or "cpu")
