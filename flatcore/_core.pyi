@@ -265,7 +265,6 @@ def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent:
 def head_measure(
     target: str,
     problem: HeadProblem,
-    workspace: int,
     weight: int,
     reduction: int,
     log: bool,
@@ -274,8 +273,7 @@ def head_measure(
     double_value: bool,
     log_coefficient: int,
 ) -> int: ...
-def head_measure_workspace(problem: HeadProblem) -> int: ...
-def head_metrics(target: str, problem: HeadProblem, workspace: int) -> int: ...
+def head_metrics(target: str, problem: HeadProblem) -> int: ...
 def head_metrics_backward(
     target: str,
     problem: HeadProblem,
@@ -286,10 +284,7 @@ def head_metrics_backward(
     d_weight: int,
     d_bias: int,
     d_logits: int,
-    workspace: int,
 ) -> None: ...
-def head_metrics_backward_workspace(problem: HeadProblem) -> int: ...
-def head_metrics_workspace(problem: HeadProblem) -> int: ...
 def head_reduction(
     target: str,
     logs: int,

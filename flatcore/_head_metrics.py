@@ -210,7 +210,7 @@ def _target(y: Tensor, leading: torch.Size, n: int, classes: int, soft: bool, ig
     if y.dtype in INTEGERS:
         if y.shape != leading:
             raise ValueError(f"target must have the features' leading shape {tuple(leading)}, got {tuple(y.shape)}")
-        return as_labels(y.reshape(n), ignore_index)
+        return as_labels(y if y.dim() == 1 else y.reshape(n), ignore_index)
     if not y.is_floating_point():
         raise TypeError(f"target must hold integer class labels, got {y.dtype}")
     if not soft:

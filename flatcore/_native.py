@@ -17,6 +17,9 @@ from ._engine.threads import threads
 from ._reduction import Reduction
 
 
+_CPU = torch.device("cpu")
+
+
 class _Call(HeadCall):
     """A head as the CPU's kernels take it, for the target and on the path that are chosen here, once."""
 
@@ -32,8 +35,7 @@ class _Call(HeadCall):
         if self.N == 0:
             return values, prediction
         if self.path == "fused":
-            workspace = torch.empty(_core.head_metrics_workspace(self.problem), dtype=torch.uint8, device="cpu")
-            self.check_label(_core.head_metrics(self.cpu_target, self.problem, workspace.data_ptr()))
+            self.check_label(_core.head_metrics(self.cpu_target, self.problem))
         else:
             self.check_label(_chunked.head_metrics(self.cpu_target, self))
         return values, prediction
@@ -59,13 +61,12 @@ def head_measure(head: Head, field: int, how: Reduction, with_coefficient: bool)
     if call.path != "fused":
         values, _ = call.run(True)
         return head_reduction(values[0], how, with_coefficient)
-    value = torch.empty(() if how.reduction != "none" else (call.N,), dtype=how.dtype, device="cpu")
-    coefficient = torch.empty(call.N, dtype=torch.float64, device="cpu") if with_coefficient else None
-    workspace = torch.empty(_core.head_measure_workspace(call.problem), dtype=torch.uint8, device="cpu")
+    value = torch.empty((call.N,) if how.reduction == "none" else (), dtype=how.dtype, device=_CPU)
+    coefficient = torch.empty(call.N, dtype=torch.float64, device=_CPU) if with_coefficient else None
     s = None if how.s is None else readable(how.s).contiguous()
     call.check_label(
         _core.head_measure(
-            call.cpu_target, call.problem, workspace.data_ptr(), address(s), _REDUCTIONS[how.reduction], how.log,
+            call.cpu_target, call.problem, address(s), _REDUCTIONS[how.reduction], how.log,
             how.count_rows, value.data_ptr(), how.dtype is torch.float64, address(coefficient),
         )
     )  # fmt: skip
@@ -82,16 +83,15 @@ def head_metrics_backward(
     call = _Call(head, 1 << field)
     N, D, C, dtype = call.N, call.D, call.C, call.dtype
     of_features, of_weight, of_bias, of_logits = wanted
-    d_features = torch.empty(N, D, dtype=dtype, device="cpu") if of_features else None
-    d_weight = torch.empty(C, D, dtype=dtype, device="cpu") if of_weight else None
-    d_bias = torch.empty(C, dtype=torch.float64, device="cpu") if of_bias else None
-    d_logits = torch.empty(N, C, dtype=dtype, device="cpu") if of_logits else None
+    d_features = torch.empty(N, D, dtype=dtype, device=_CPU) if of_features else None
+    d_weight = torch.empty(C, D, dtype=dtype, device=_CPU) if of_weight else None
+    d_bias = torch.empty(C, dtype=torch.float64, device=_CPU) if of_bias else None
+    d_logits = torch.empty(N, C, dtype=dtype, device=_CPU) if of_logits else None
     gradients = (d_features, d_weight, d_bias, d_logits)
     if call.path == "fused":
-        workspace = torch.empty(_core.head_metrics_backward_workspace(call.problem), dtype=torch.uint8, device="cpu")
         _core.head_metrics_backward(
             call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), address(log_coefficient),
-            address(d_features), address(d_weight), address(d_bias), address(d_logits), workspace.data_ptr(),
+            address(d_features), address(d_weight), address(d_bias), address(d_logits),
         )  # fmt: skip
     else:
         _chunked.head_metrics_backward(

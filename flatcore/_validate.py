@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+_is_of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
+_has_storage = torch._C._has_storage
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PACKAGE = str(Path(__file__).parent / "_")[:-1]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -43,7 +46,7 @@ def check_tensor(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must not be quantized, got {tensor.dtype}; pass {name}.dequantize()")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must have a strided layout, got {tensor.layout}; pass {name}.to_dense()")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
@@ -81,17 +84,18 @@ def is_wrapped(tensor: Tensor) -> bool:
 
     Of torch.func, or of the older vmap that ``torch.autograd.grad(is_grads_batched=True)`` runs.
     """
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
+    return _is_of_a_transform(tensor) or not _has_storage(tensor)
 
 
 def storage_covers(tensor: Tensor) -> bool:
     """Whether the storage holds every element of the view (FSDP frees a storage and keeps its views)."""
-    count = tensor.numel()
-    if count == 0 or tensor.is_meta or is_wrapped(tensor):
+    nbytes = tensor.nbytes
+    if nbytes == 0 or tensor.is_meta or is_wrapped(tensor):
         return True
     if not tensor.is_contiguous():
         count = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + count) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+        nbytes = count * tensor.itemsize
+    return tensor.storage_offset() * tensor.itemsize + nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check_matrix(
@@ -213,7 +217,7 @@ def as_labels(target: Tensor, ignore_index: int) -> Tensor:
 
 def warn(message: str) -> None:
     """Warn at the caller's line, the first one outside this package; not while tracing."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):

@@ -51,23 +51,19 @@ cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, u
 }  // namespace
 
 void register_head_metrics(py::module_& module) {
-  module.def("head_metrics_workspace", &cpu::head_metrics_workspace, py::arg("problem"));
-  module.def(  // rows' logs behind it
-      "head_measure_workspace",
-      [](const Problem& problem) { return cpu::head_metrics_workspace(problem) + 8 * problem.N + 64; },
-      py::arg("problem"));
   module.def("head_chunk_scratch", &cpu::head_chunk_scratch, py::arg("C"), py::arg("D"));
   module.def(
       "head_metrics",
-      [](const std::string& target_name, const Problem& problem, uintptr_t workspace) {
+      [](const std::string& target_name, const Problem& problem) {
         cpu::HeadMetrics call;
         static_cast<HeadProblem&>(call) = problem;
-        call.workspace = pointer<void>((workspace + 63) & ~uintptr_t{63});
+        const Workspace workspace(cpu::head_metrics_workspace(problem));
+        call.workspace = workspace.data();
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         return bad_row(kernels.head_metrics(call));
       },
-      py::arg("target"), py::arg("problem"), py::arg("workspace"));
+      py::arg("target"), py::arg("problem"));
   module.def(
       "head_reduction",
       [](const std::string& target_name, uintptr_t logs, uintptr_t weight, uintptr_t labels, int64_t N,
@@ -85,26 +81,25 @@ void register_head_metrics(py::module_& module) {
       py::arg("log_coefficient"));
   module.def(
       "head_measure",
-      [](const std::string& target_name, const Problem& problem, uintptr_t workspace, uintptr_t weight, int reduction,
-         bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t log_coefficient) {
-        if (!problem.double_values) throw std::invalid_argument("a measure is reduced from float64 logs");
+      [](const std::string& target_name, const Problem& problem, uintptr_t weight, int reduction, bool log,
+         bool count_rows, uintptr_t value, bool double_value, uintptr_t log_coefficient) {
         cpu::HeadMetrics call;
         static_cast<HeadProblem&>(call) = problem;
-        const uintptr_t base = (workspace + 63) & ~uintptr_t{63};
-        call.workspace = pointer<void>(base);
-        const uintptr_t logs = base + static_cast<uintptr_t>(cpu::head_metrics_workspace(problem));
-        call.values = pointer<void>(logs);
-        const cpu::HeadReduction reduce =
-            make_reduction(logs, weight, reinterpret_cast<uintptr_t>(problem.target), problem.N, problem.ignore_index,
-                           reduction, log, count_rows, value, double_value, log_coefficient);
+        const Workspace workspace(cpu::head_metrics_workspace(problem)), logs(8 * problem.N);
+        call.workspace = workspace.data();
+        call.values = logs.data();
+        call.double_values = true;
+        const cpu::HeadReduction reduce = make_reduction(
+            reinterpret_cast<uintptr_t>(logs.data()), weight, reinterpret_cast<uintptr_t>(problem.target), problem.N,
+            problem.ignore_index, reduction, log, count_rows, value, double_value, log_coefficient);
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         const int64_t bad = problem.N > 0 ? bad_row(kernels.head_metrics(call)) : -1;
         if (bad < 0) kernels.head_reduction(reduce);
         return bad;
       },
-      py::arg("target"), py::arg("problem"), py::arg("workspace"), py::arg("weight"), py::arg("reduction"),
-      py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("log_coefficient"));
+      py::arg("target"), py::arg("problem"), py::arg("weight"), py::arg("reduction"), py::arg("log"),
+      py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("log_coefficient"));
   module.def(
       "head_summary",
       [](const std::string& target_name, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,

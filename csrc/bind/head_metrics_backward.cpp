@@ -4,13 +4,9 @@ namespace flatcore::bind {
 
 void register_head_metrics_backward(py::module_& module) {
   module.def(
-      "head_metrics_backward_workspace",
-      [](const Problem& problem) { return cpu::head_metrics_backward_workspace(problem); }, py::arg("problem"));
-  module.def(
       "head_metrics_backward",
       [](const std::string& target_name, const Problem& problem, uintptr_t upstream, int64_t upstream_stride,
-         uintptr_t log_coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits,
-         uintptr_t workspace) {
+         uintptr_t log_coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits) {
         cpu::HeadMetricsBackward call;
         static_cast<HeadProblem&>(call) = problem;
         call.upstream = pointer<const double>(upstream);
@@ -20,14 +16,14 @@ void register_head_metrics_backward(py::module_& module) {
         call.d_weight = pointer<void>(d_weight);
         call.d_bias = pointer<double>(d_bias);
         call.d_logits = pointer<void>(d_logits);
-        call.workspace = pointer<void>((workspace + 63) & ~uintptr_t{63});
+        const Workspace workspace(cpu::head_metrics_backward_workspace(problem));
+        call.workspace = workspace.data();
         const cpu::Target& kernels = target(target_name);
         py::gil_scoped_release release;
         kernels.head_metrics_backward(call);
       },
       py::arg("target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
-      py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"),
-      py::arg("workspace"));
+      py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"));
   const auto chunk = [](const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
                         uintptr_t log_coefficient, uintptr_t q, uintptr_t summary, uintptr_t center,
                         uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers) {

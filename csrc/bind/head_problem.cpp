@@ -30,7 +30,6 @@ Problem make_problem(const py::object& head, const py::object& features, const p
   problem.fields = fields;
   problem.double_compute = double_compute;
   problem.threads = threads;
-  problem.double_values = true;  // of a measure's logs; write_to says what a caller's block has
   if (problem.include_bias && bias == 0) throw std::invalid_argument("include_bias needs a bias");
   return problem;
 }

@@ -5,24 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .._validate import is_exact, is_wrapped, storage_covers
 
+# looked up once: by name through torch._C these take as long as all that is asked of a tensor below
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_hip = torch.version.hip is not None
 
-def is_plain(*tensors: Tensor | None) -> bool:
+
+def is_plain(*tensors: Tensor | None, checked: bool = False) -> bool:
     """Whether a call may read the tensors' addresses without going through the dispatcher.
 
     Anything that changes what a tensor means (a subclass, a mode, a transform, tracing, a tangent, a lazy negation, a
-    freed storage) makes its raw address wrong or dangerous, so then the operator is called.
+    freed storage) makes its raw address wrong or dangerous, so then the operator is called. ``checked``: check_tensor has
+    just seen that the storages are there.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        is_compiling()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch.version.hip is not None
+        or _hip
     ):
         return False
     for x in tensors:
@@ -35,7 +44,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
             or x.is_neg()
             or x.is_conj()
             or is_wrapped(x)
-            or not storage_covers(x)
+            or not (checked or storage_covers(x))
         ):
             return False
     return True
@@ -43,7 +52,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call with these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def is_direct(*tensors: Tensor | None) -> bool:

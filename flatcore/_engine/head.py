@@ -79,4 +79,7 @@ SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _SCHEMA_OF.items())
 
 def is_double(head: Head) -> bool:
     """Whether any input asks for float64 arithmetic and results; a float64 bias alone does not."""
-    return any(x is not None and x.dtype is torch.float64 for x in (head.features, head.linear_weight, head.logits))
+    double = torch.float64
+    if head.features.dtype is double or head.linear_weight.dtype is double:
+        return True
+    return head.logits is not None and head.logits.dtype is double

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validate import is_exact
 from .head import Head, is_double
 
 _DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -26,8 +27,13 @@ def matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
 
 
 def readable(x: Tensor) -> Tensor:
-    """A tensor whose memory holds its values as they are: no lazy negation, no subclass's view of them."""
-    return x if type(x) is Tensor and not (x.requires_grad or x.is_neg()) else x.detach().resolve_neg()
+    """A tensor whose memory holds its values as they are, and that autograd does not follow.
+
+    No lazy negation, no subclass's view of them. Detaching takes 2 us: not where nothing is recorded anyway.
+    """
+    if is_exact(x) and not x.is_neg() and not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return x.detach().resolve_neg()
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,8 +20,8 @@ class _Measure(torch.autograd.Function):
     """A measure of plain tensors: one native call forward and one backward, nothing between them but N numbers."""
 
     @staticmethod
-    def forward(ctx: Any, field: int, how: Reduction, *arguments: Any) -> Tensor:
-        head, _ = Head.split(arguments)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *_, head, field, how = arguments  # before them Head.inputs, for autograd to see
         value, log_coefficient = _run(head, field, how, with_coefficient=True)
         ctx.save_for_backward(log_coefficient, *head.tensors)
         ctx.options, ctx.field = head.options, field
@@ -31,14 +31,13 @@ class _Measure(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         log_coefficient, *tensors = ctx.saved_tensors
         head = Head.of(tensors, ctx.options)
-        _, _, *needed = ctx.needs_input_grad
-        wanted = Head.split(needed)[0].inputs
+        *wanted, _, _, _ = ctx.needs_input_grad
         if is_direct(upstream, *head.inputs):
             gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted)
         else:  # a graph is asked for, a vmap over upstreams, a trace
             rows = upstream.to(torch.float64).expand(log_coefficient.shape)
             gradients = head_metrics_backward(rows, log_coefficient, head, ctx.field, wanted)
-        return (None, None, *gradients, *(None,) * (len(head) - len(gradients)))
+        return (*gradients, None, None, None)
 
 
 @alone_after_fork
@@ -53,11 +52,11 @@ def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tupl
 
 
 def head_measure(head: Head, field: int, how: Reduction) -> Tensor:
-    """One field of a head, reduced. Differentiable."""
+    """One field of a head whose tensors a public function has checked, reduced. Differentiable."""
     tensors = head.tensors
-    if not is_plain(*tensors, how.s):
+    if not is_plain(*tensors, how.s, checked=True):
         values, _ = head_metrics(head, 1 << field, True)
         return reduce(values[0], how)
     if needs_gradient(*tensors):
-        return _Measure.apply(field, how, *head)
+        return _Measure.apply(*head.inputs, head, field, how)
     return _run(head, field, how, False)[0]

@@ -14,7 +14,7 @@ KERNELS: dict[str, Any] = {"cpu": _native, "cuda": _native_cuda}
 
 def kernels_of(x: Tensor, stem: str) -> Any:
     """The compiled kernels that have this stem for this device, or the reference."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     return KERNELS[device] if _backend.uses_native(device, stem) else reference
 
 
