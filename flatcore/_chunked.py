@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
     itemsize = dtype.itemsize
     weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
-    center = torch.empty(D + 1, dtype=torch.float64) if weights else None
+    center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
     squares = torch.empty(C, dtype=torch.float64) if weights else None
     summary = _summary(target_name, problem, C, weights or bool(fields & LAYERWISE), center, squares)
     exponent = int(summary[1])
@@ -57,16 +58,16 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
     fixed = 8 * (3 * C + D) + repeats.nbytes
     if by_distance:
         center = None
-        rows = linear_weight if direct and linear_weight.stride(1) == 1 else linear_weight.to(dtype).contiguous()
+        packed = linear_weight if direct and linear_weight.stride(1) == 1 else linear_weight.to(dtype).contiguous()
         distances = torch.empty(C, C, dtype=dtype)
         code = 3 if double else 2
         _core.head_distances(
-            target_name, problem, (rows.data_ptr(), rows.stride(0), 1, code), exponent, distances.data_ptr()
+            target_name, problem, (packed.data_ptr(), packed.stride(0), 1, code), exponent, distances.data_ptr()
         )
         fixed += C * C * itemsize
-        del rows
+        del packed
 
-    scratch = torch.empty(call.threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
+    scratch: Any = torch.empty(call.threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
     fixed += 0 if scratch is None else 8 * scratch.numel()
     tile = None
     if (logits is None and not direct) or center is not None:
@@ -85,24 +86,24 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
     length = -(-N // -(-N // length))  # equal chunks: no short last product
 
     state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    z = None if borrowed and not weights else torch.empty(length, C, dtype=dtype)
-    mean = torch.empty(length, D, dtype=torch.float64) if center is not None else None
-    part = torch.empty(length, D, dtype=dtype) if center is not None else None
-    spread = torch.empty(length, C, dtype=dtype) if distances is not None else None
-    near_q = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
+    z: Any = None if borrowed and not weights else torch.empty(length, C, dtype=dtype)
+    mean: Any = torch.empty(length, D, dtype=torch.float64) if center is not None else None
+    part: Any = torch.empty(length, D, dtype=dtype) if center is not None else None
+    spread: Any = torch.empty(length, C, dtype=dtype) if distances is not None else None
+    near_q: Any = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
     shift = None if center is None else center[:D].to(dtype)
     first_bad = -1
     with full_precision():
         for first in range(0, N, length):
             rows = min(length, N - first)
-            if borrowed:
-                source = logits[first : first + rows]  # type: ignore[index]
+            if logits is not None and borrowed:
+                source = logits[first : first + rows]
             elif logits is not None:
                 source = z[:rows].copy_(logits[first : first + rows])
             else:
                 source = z[:rows]
                 _logits_into(source, features[first : first + rows], linear_weight, tile, dtype)
-            q = z[:rows] if weights else None
+            q: Any = z[:rows] if weights else None
             bad = _core.head_chunk_statistics(
                 target_name, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
                 summary.data_ptr(), address(center), address(squares), state.data_ptr(), *repeats.arguments(q, near_q),
@@ -146,7 +147,7 @@ def head_metrics_backward(
     c = derivative(upstream, log_coefficient, call.double)
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
-    center = torch.empty(D + 1, dtype=torch.float64) if weights else None
+    center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
     squares = torch.empty(C, dtype=torch.float64) if weights else None
     summary = _summary(target_name, problem, C, weights or layerwise, center, squares)
     scale = 2.0 ** int(summary[1])
@@ -167,15 +168,15 @@ def head_metrics_backward(
     state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
     numbers = torch.empty(length * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
     q = torch.empty(length, C, dtype=dtype)
-    cotangent = torch.empty(length, C, dtype=dtype) if weights else None
+    cotangent: Any = torch.empty(length, C, dtype=dtype) if weights else None
     merged = torch.empty(length, C, dtype=dtype) if repeats else None
-    near_q = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
+    near_q: Any = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
     sums, part = torch.empty(length, D, dtype=torch.float64), torch.empty(length, D, dtype=dtype)
-    direction = torch.empty(length, D, dtype=dtype) if weights else None
-    top_row = torch.empty(length, D, dtype=dtype) if neuronwise else None
-    top_bias = torch.empty(length, dtype=torch.float64) if neuronwise else None
-    top = torch.empty(length, dtype=torch.int64) if neuronwise else None
-    rows_of_weight = torch.zeros(C, dtype=torch.float64) if neuronwise else None
+    direction: Any = torch.empty(length, D, dtype=dtype) if weights else None
+    top_row: Any = torch.empty(length, D, dtype=dtype) if neuronwise else None
+    top_bias: Any = torch.empty(length, dtype=torch.float64) if neuronwise else None
+    top: Any = torch.empty(length, dtype=torch.int64) if neuronwise else None
+    rows_of_weight: Any = torch.zeros(C, dtype=torch.float64) if neuronwise else None
     for gradient in (d_weight, d_bias):
         if gradient is not None:
             gradient.zero_()
@@ -344,7 +345,7 @@ def _product_into(
 
 
 def _tiles(
-    weight: Tensor, center: Tensor | None, scale: float, tile: Tensor | None, dtype: torch.dtype
+    weight: Tensor, center: Tensor | None, scale: float, tile: Any, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of scale W - center (center None: of W) in the compute type, each with its first row's index."""
     length = TILE_CLASSES if tile is None else tile.shape[0]
@@ -353,7 +354,7 @@ def _tiles(
         if center is None and weight.dtype == dtype:
             yield start, rows
             continue
-        block = tile[: rows.shape[0]]  # type: ignore[index]
+        block = tile[: rows.shape[0]]
         if center is None:
             block.copy_(rows)
         elif scale == 1:

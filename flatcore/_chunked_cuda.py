@@ -50,25 +50,25 @@ def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     per_row = core.HEAD_ROW_BYTES + C * (itemsize + 2 * pieces) + 2 * D * (8 + itemsize)
     length = _chunk_length(N, per_row, prepared.nbytes)
     state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    z = None if borrowed and not weights else call.empty(length, C, dtype=dtype)
-    mean = call.empty(length, D) if weights else None
-    special = call.empty(length, dtype=torch.uint8) if weights else None
+    z: Any = None if borrowed and not weights else call.empty(length, C, dtype=dtype)
+    mean: Any = call.empty(length, D) if weights else None
+    special: Any = call.empty(length, dtype=torch.uint8) if weights else None
     slots = explicit_slots(call)
-    scratch = call.empty(slots, 2 * C) if weights else None
-    parts = call.empty(pieces * length * C, dtype=head.linear_weight.dtype) if pieces else None
+    scratch: Any = call.empty(slots, 2 * C) if weights else None
+    parts: Any = call.empty(pieces * length * C, dtype=head.linear_weight.dtype) if pieces else None
     with full_precision(head.features.device.type):
         for first in range(0, N, length):
             rows = min(length, N - first)
             here = slice(first, first + rows)
-            if borrowed:
-                source = head.logits[here]  # type: ignore[index]
+            if head.logits is not None and borrowed:
+                source = head.logits[here]
             else:
-                source = z[:rows]  # type: ignore[index]
+                source = z[:rows]
                 if head.logits is not None:
                     source.copy_(head.logits[here])
                 else:
                     prepared.logits_into(source, head.features[here])
-            q = z[:rows] if weights and not pieces else None  # type: ignore[index]
+            q: Any = z[:rows] if weights and not pieces else None
             core.cuda_head_chunk_statistics(
                 *where, problem, first, rows, source.data_ptr(), source.stride(0), address(q), address(parts), pieces,
                 prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
@@ -78,20 +78,20 @@ def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
             prepared.merge(first, rows, q, q, parts, pieces, state)
             if parts is not None:
                 q_parts = parts[: pieces * rows * C].view(pieces, rows, C)
-                mean[:rows].zero_()  # type: ignore[index]
+                mean[:rows].zero_()
                 for start in range(0, C, TILE_CLASSES):
                     stop = min(C, start + TILE_CLASSES)
                     for part in q_parts:
-                        mean[:rows] += half_product(part[:, start:stop], head.linear_weight[start:stop])  # type: ignore[index]
+                        mean[:rows] += half_product(part[:, start:stop], head.linear_weight[start:stop])
             else:
-                prepared.centered_product_into(mean[:rows], q)  # type: ignore[index, arg-type]
+                prepared.centered_product_into(mean[:rows], q)
             core.cuda_head_chunk_weights(
                 *where, problem, first, rows, address(parts), prepared.summary.data_ptr(), address(prepared.center),
-                state.data_ptr(), mean.data_ptr(), special.data_ptr(), prepared.runs.data_ptr(),  # type: ignore[union-attr]
+                state.data_ptr(), mean.data_ptr(), special.data_ptr(), prepared.runs.data_ptr(),
             )  # fmt: skip
             core.cuda_head_explicit(
-                *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),  # type: ignore[union-attr]
-                scratch.data_ptr(), slots,  # type: ignore[union-attr]
+                *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),
+                scratch.data_ptr(), slots,
             )  # fmt: skip
 
 
@@ -119,14 +119,14 @@ def head_metrics_backward(
     state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
     numbers = call.empty(length, core.HEAD_BACKWARD_ROW_BYTES // 8)
     q = call.empty(length, C, dtype=dtype)
-    cotangent = call.empty(length, C, dtype=dtype) if weights else None
+    cotangent: Any = call.empty(length, C, dtype=dtype) if weights else None
     sums = call.empty(length, D)
-    direction = call.empty(length, D, dtype=dtype) if weights else None
-    top_row = call.empty(length, D, dtype=dtype) if neuronwise else None
-    top_bias = call.empty(length) if neuronwise else None
-    top = call.empty(length, dtype=torch.int64) if neuronwise else None
+    direction: Any = call.empty(length, D, dtype=dtype) if weights else None
+    top_row: Any = call.empty(length, D, dtype=dtype) if neuronwise else None
+    top_bias: Any = call.empty(length) if neuronwise else None
+    top: Any = call.empty(length, dtype=torch.int64) if neuronwise else None
     scratch = call.empty(2 * C + D + 1)
-    rows_of_weight = call.empty(C).zero_() if neuronwise else None
+    rows_of_weight: Any = call.empty(C).zero_() if neuronwise else None
     poison, share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
     with full_precision(head.features.device.type):
         for first in range(0, N, length):
@@ -184,16 +184,16 @@ def head_metrics_backward(
                 # by products with the one-hot matrix, for sums that come in a fixed order
                 one_hot = z.zero_().scatter_(1, top[:rows].unsqueeze(1), 1)
                 if d_weight is not None:
-                    d_weight.addmm_(one_hot.T, top_row[:rows])  # type: ignore[index]
+                    d_weight.addmm_(one_hot.T, top_row[:rows])
                 if column is not None and d_bias is not None:
-                    d_bias += top_bias[:rows] @ one_hot.to(torch.float64)  # type: ignore[index]
+                    d_bias += top_bias[:rows] @ one_hot.to(torch.float64)
     if rows_of_weight is not None:
         if d_weight is not None:
             for start, tile in prepared.centered_tiles():
                 stop = start + tile.shape[0]
                 d_weight[start:stop].addcmul_(rows_of_weight[start:stop].to(dtype).unsqueeze(1), tile)
         if column is not None and d_bias is not None:
-            centered = column * prepared.scale - prepared.center[D]  # type: ignore[index]
+            centered = column * prepared.scale - prepared.center[D]
             d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * centered)
     if bit & LAYERWISE:
         # in two steps: ||W||_F^-2 alone may leave the range; W = 0 has no gradient
@@ -222,7 +222,7 @@ class _Weights:
         C, D = call.C, call.D
         self.weight, self.dtype = call.head.linear_weight, call.dtype
         self.summary = call.empty(2)
-        self.center = call.empty(D + 1) if centered else None
+        self.center: Any = call.empty(D + 1) if centered else None
         self.squares = call.empty(C) if centered else None
         workspace = call.empty(core.cuda_head_weights_workspace(D, C))
         core.cuda_head_weights(
@@ -231,7 +231,7 @@ class _Weights:
         )  # fmt: skip
         self.scale = torch.exp2(self.summary[1])  # a whole power: exact
         self._scale = self.scale.to(call.dtype)
-        self._minus_center = None if self.center is None else -self.center[:D].to(call.dtype)
+        self._minus_center: Any = None if self.center is None else -self.center[:D].to(call.dtype)
         self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * call.dtype.itemsize)))
         self._tile = call.empty(self.length, D, dtype=call.dtype)
         self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self._tile.nbytes

@@ -16,7 +16,6 @@ from ._engine.memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, r
 from ._engine.threads import threads
 from ._reduction import Reduction
 
-
 _CPU = torch.device("cpu")
 
 

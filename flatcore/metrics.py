@@ -73,6 +73,9 @@ class _HeadMetric(Metric):
     scaled: Tensor
     zero_mass: Tensor
     divisor: Tensor
+    temperature: float
+    ignore_index: int
+    _forward_cache: Any
     nan_rows: Tensor
 
     def __init__(
@@ -138,7 +141,8 @@ class _HeadMetric(Metric):
         last = self._forward_cache
         super()._apply(fn, exclude_state=tuple(self._defaults))
         for name in self._defaults:
-            self._defaults[name] = moved(self._defaults[name])
+            default: Any = self._defaults[name]
+            self._defaults[name] = moved(default)
             setattr(self, name, moved(getattr(self, name)))
         self._forward_cache = None if last is None else moved(last)
         self._computed = None  # computed again, in the dtype that is wanted now
@@ -165,7 +169,7 @@ class _HeadMetric(Metric):
         **options: Any,
     ) -> None:
         """Take in the rows' logs of s_n v_n, of the named field, in float64; ``options`` of the head."""
-        shape = getattr(linear_weight, "shape", ())
+        shape: Any = getattr(linear_weight, "shape", ())
         if len(shape) == 2 and shape[0] == 1:
             remedy = "linear_weight = torch.cat([torch.zeros_like(w), w]), and the same of linear_bias"
             raise ValueError(one_output(f"{type(self).__name__}: linear_weight", remedy))
@@ -420,6 +424,8 @@ class FeatureGradientNorm(_HeadMetric):
         >>> f"{metric.compute().item():.4f}"
         '-189.6534'
     """
+
+    ord: float
 
     def __init__(
         self,

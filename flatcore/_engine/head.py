@@ -48,7 +48,7 @@ class Head(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All fields that hold tensors."""
-        return self[: len(_TENSORS)]
+        return self.features, self.linear_weight, self.linear_bias, self.logits, self.target
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ INPUTS = ("features", "linear_weight", "linear_bias", "logits")
 _SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 _SCHEMA_OF = {name: _SCHEMA_TYPES[kind] for name, kind in get_type_hints(Head).items()}
 _TENSORS = tuple(name for name, kind in _SCHEMA_OF.items() if kind.startswith("Tensor"))
-assert Head._fields[: len(_TENSORS)] == _TENSORS, "the tensors of a head come first"
+assert Head._fields[: len(_TENSORS)] == _TENSORS == (*INPUTS, "target"), "the tensors of a head come first"
 
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _SCHEMA_OF.items())
 """The part of an operator's schema that a head takes."""

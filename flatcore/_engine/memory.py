@@ -18,10 +18,8 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
+def matrix(x: Tensor) -> tuple[int, int, int, int]:
     """Address, strides in elements and dtype code of a 2-D tensor."""
-    if x is None:
-        return None
     row, column = x.stride()
     return x.data_ptr(), row, column, _DTYPE_CODE[x.dtype]
 
@@ -71,7 +69,8 @@ class HeadCall:
         )
         (self.N, self.D), self.C = features.shape, weight.shape[0]
         self.problem = core.HeadProblem(
-            head, matrix(head.features), matrix(head.linear_weight), matrix(head.logits), address(head.linear_bias),
+            head, matrix(head.features), matrix(head.linear_weight),
+            None if head.logits is None else matrix(head.logits), address(head.linear_bias),
             address(head.target), self.N, self.D, self.C, fields, self.double, threads,
         )  # fmt: skip
 

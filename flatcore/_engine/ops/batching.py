@@ -23,18 +23,17 @@ def folded(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...
     ]
 
 
-def folded_head(head: Head, dims: Head, size: int) -> Head:
-    """A batch of rows for one head, folded into N; ``dims`` has the batch's dimension of each tensor, or None."""
-    rows = {name: getattr(head, name) for name in ("features", "logits", "target")}
-    return head._replace(
-        **{
-            name: None if x is None else batch_first(x, getattr(dims, name), size).flatten(0, 1)
-            for name, x in rows.items()
-        }
-    )
+def folded_head(head: Head, dims: Any, size: int) -> Head:
+    """A batch of rows for one head, folded into N; ``dims``, a Head, has the batch's dimension of each tensor, or None."""
+
+    def rows(name: str) -> Any:
+        x = getattr(head, name)
+        return None if x is None else batch_first(x, getattr(dims, name), size).flatten(0, 1)
+
+    return head._replace(features=rows("features"), logits=rows("logits"), target=rows("target"))
 
 
-def heads(head: Head, dims: Head, size: int) -> Iterator[Head]:
+def heads(head: Head, dims: Any, size: int) -> Iterator[Head]:
     """The heads of a batch, one by one."""
     several = [
         None if x is None else batch_first(x, dim, size) for x, dim in zip(head.tensors, dims.tensors, strict=True)
