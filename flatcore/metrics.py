@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head_metrics import GRADIENT_NORMS, check_measure, checked_class_weight, checked_inputs
+from ._arguments.head import check_measure, checked_class_weight, checked_inputs
+from ._head_metrics import GRADIENT_NORMS, measured
 from ._reduction import sample_weights
 from ._validate import check_flag, check_integer, check_norm, check_number, check_temperature, one_output
 
@@ -185,7 +186,7 @@ class _HeadMetric(Metric):
             **options,
         )._replace(dtype=torch.float64)
         weight = checked_class_weight(weight, inputs.head, target)
-        logs = inputs.measure(name, inputs.head.features, reduction="none", log=True, weight=weight)
+        logs = measured(inputs, name, inputs.head.features, reduction="none", log=True, weight=weight)
         logs = logs.reshape(-1).to(self.mass.device)
         counted = torch.ones_like(logs)
         s = counted

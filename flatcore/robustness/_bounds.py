@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments.head import checked_inputs
 from .._arrays import returner
-from .._head_metrics import checked_inputs, head_metrics
+from .._head_metrics import head_metrics
 from .._input_gradients import frozen
 from .._loading import check_module
 from .._probe import Probe
