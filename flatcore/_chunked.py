@@ -42,11 +42,9 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
     itemsize = dtype.itemsize
     weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
-    center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
-    squares = torch.empty(C, dtype=torch.float64) if weights else None
-    summary = _summary(target_name, problem, C, weights or bool(fields & LAYERWISE), center, squares)
+    known = call.prepared = call.prepared or _Weights(target_name, call)
+    summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
     exponent = int(summary[1])
-    repeats = _Repeats(target_name, problem, C, D, exponent, squares)
     # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
     # Nearly equal rows are told apart by the differences of the product with W alone.
     by_distance = (
@@ -147,11 +145,9 @@ def head_metrics_backward(
     c = derivative(upstream, log_coefficient, call.double)
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
-    center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
-    squares = torch.empty(C, dtype=torch.float64) if weights else None
-    summary = _summary(target_name, problem, C, weights or layerwise, center, squares)
+    known = call.prepared or _Weights(target_name, call)
+    summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
     scale = 2.0 ** int(summary[1])
-    repeats = _Repeats(target_name, problem, C, D, int(summary[1]), squares)
     shift = None if center is None else center[:D].to(dtype)
 
     scratch = torch.empty(_core.head_chunk_scratch(C, D), dtype=torch.float64)
@@ -256,6 +252,28 @@ def head_metrics_backward(
                 gradient.fill_(math.nan)
 
 
+class _Weights:
+    """What the kernels need of W alone, found once; a gradient takes it over from its forward pass.
+
+    ``summary``: log ||W||_F^2 and the power of two that brings W into range; ``center`` (D + 1,) and ``squares`` (C,) of the
+    rows about it, and ``repeats``, where the fields ask for more than norms.
+    """
+
+    def __init__(self, target_name: str, call: HeadCall):
+        D, C, fields = call.D, call.C, call.fields
+        weights = bool(fields & (NEURONWISE | GRADIENT))
+        self.center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
+        self.squares = torch.empty(C, dtype=torch.float64) if weights else None
+        self.summary = torch.zeros(2, dtype=torch.float64)
+        if weights or fields & LAYERWISE:
+            row_workspace = torch.empty(2 * C, dtype=torch.float64)
+            _core.head_summary(
+                target_name, call.problem, row_workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
+                address(self.squares),
+            )  # fmt: skip
+        self.repeats = _Repeats(target_name, call.problem, C, D, int(self.summary[1]), self.squares)
+
+
 class _Repeats:
     """Classes whose rows of W are equal or nearly so: found once a call, taken together by the products."""
 
@@ -301,17 +319,6 @@ class _Repeats:
             difference -= weight[self.near_of[here]]
             difference *= scale
             mean += near_q[: mean.shape[0], here] @ difference.to(near_q.dtype)
-
-
-def _summary(target_name: str, problem, C: int, wanted: bool, center: Tensor | None, squares: Tensor | None) -> Tensor:
-    """What is needed of W alone: log ||W||_F^2 and the power of two that brings it into range; fills the others."""
-    summary = torch.zeros(2, dtype=torch.float64)
-    if wanted:
-        row_workspace = torch.empty(2 * C, dtype=torch.float64)
-        _core.head_summary(
-            target_name, problem, row_workspace.data_ptr(), summary.data_ptr(), address(center), address(squares)
-        )
-    return summary
 
 
 def _logits_into(out: Tensor, features: Tensor, weight: Tensor, tile: Tensor | None, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     weights = bool(call.fields & (NEURONWISE | GRADIENT))
     half = head.linear_weight.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
     pieces = _PIECES[head.linear_weight.dtype] if half and weights else 0
-    prepared = _Weights(core, where, call, weights)
+    prepared = call.prepared = _prepared(core, where, call, weights)
     borrowed = head.logits is not None and head.logits.dtype == dtype and head.logits.stride(1) == 1
     per_row = core.HEAD_ROW_BYTES + C * (itemsize + 2 * pieces) + 2 * D * (8 + itemsize)
     length = _chunk_length(N, per_row, prepared.nbytes)
@@ -93,6 +93,7 @@ def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
                 *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),
                 scratch.data_ptr(), slots,
             )  # fmt: skip
+    prepared.detach()
 
 
 def head_metrics_backward(
@@ -112,7 +113,7 @@ def head_metrics_backward(
     itemsize = dtype.itemsize
     bit = call.fields
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
-    prepared = _Weights(core, where, call, weights)
+    prepared = _prepared(core, where, call, weights)
     column = call.column
     per_row = core.HEAD_ROW_BYTES + core.HEAD_BACKWARD_ROW_BYTES + 2 * C * itemsize + D * (16 + 5 * itemsize)
     length = _chunk_length(N, per_row, prepared.nbytes)
@@ -208,6 +209,7 @@ def head_metrics_backward(
         d_weight += poison.to(dtype)
     if d_bias is not None:
         d_bias += poison
+    prepared.detach()
 
 
 def explicit_slots(call: HeadCall) -> int:
@@ -215,12 +217,22 @@ def explicit_slots(call: HeadCall) -> int:
     return max(1, min(-(-call.N // 128), _MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
 
 
+def _prepared(core: Any, where: tuple[int, int], call: HeadCall, centered: bool) -> _Weights:
+    """What is known of W: found now, or taken over from the forward pass."""
+    if call.prepared is None:
+        return _Weights(core, where, call, centered)
+    known: _Weights = call.prepared
+    known.attach(where, call)
+    return known
+
+
 class _Weights:
     """What the kernels need of W alone, and W by tiles of rows in the compute type."""
 
     def __init__(self, core: Any, where: tuple[int, int], call: HeadCall, centered: bool):
         C, D = call.C, call.D
-        self.weight, self.dtype = call.head.linear_weight, call.dtype
+        self._core, self.dtype = core, call.dtype
+        self.attach(where, call)
         self.summary = call.empty(2)
         self.center: Any = call.empty(D + 1) if centered else None
         self.squares = call.empty(C) if centered else None
@@ -233,9 +245,7 @@ class _Weights:
         self._scale = self.scale.to(call.dtype)
         self._minus_center: Any = None if self.center is None else -self.center[:D].to(call.dtype)
         self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * call.dtype.itemsize)))
-        self._tile = call.empty(self.length, D, dtype=call.dtype)
-        self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self._tile.nbytes
-        self._core, self._where, self._problem = core, where, call.problem
+        self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self.length * D * call.dtype.itemsize
         if centered:
             self._find_repeats(call)
 
@@ -267,17 +277,31 @@ class _Weights:
             address(self.center), address(self.squares), state.data_ptr(),
         )  # fmt: skip
 
+    def attach(self, where: tuple[int, int], call: HeadCall) -> None:
+        """Work for this call, in its stream."""
+        self.weight: Any = call.head.linear_weight
+        self._where, self._problem = where, call.problem
+        self._tile: Any = None  # made when it is needed
+
+    def detach(self) -> None:
+        """Hold no tensor of the call, and no tile, until the gradient asks."""
+        self.weight = self._problem = self._tile = None
+
+    def _block(self, rows: Tensor) -> Tensor:
+        if self._tile is None:
+            self._tile = rows.new_empty((self.length, rows.shape[1]), dtype=self.dtype)
+        return self._tile[: rows.shape[0]]
+
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of rows of W, each with its first row's index."""
         for start in range(0, self.weight.shape[0], self.length):
             rows = self.weight[start : start + self.length]
-            yield start, rows if rows.dtype == self.dtype else self._tile[: rows.shape[0]].copy_(rows)
+            yield start, rows if rows.dtype == self.dtype else self._block(rows).copy_(rows)
 
     def centered_tiles(self) -> Iterator[tuple[int, Tensor]]:
         """The same of 2^e W - center."""
         for start, rows in self.tiles():
-            block = self._tile[: rows.shape[0]]
-            yield start, torch.addcmul(self._minus_center, rows, self._scale, out=block)
+            yield start, torch.addcmul(self._minus_center, rows, self._scale, out=self._block(rows))
 
     def logits_into(self, out: Tensor, features: Tensor) -> None:
         """out = features W^T, in the compute type."""

@@ -51,15 +51,17 @@ def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Te
     return _Call(head, fields).run(wide_result)
 
 
-def head_measure(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
-    """One field, reduced: the value and, if wanted, the log of its derivative by each row's log.
+def head_measure(
+    head: Head, field: int, how: Reduction, with_coefficient: bool
+) -> tuple[Tensor, Tensor | None, object | None]:
+    """One field, reduced: the value, if wanted the log of its derivative by each row's log, and what a gradient can reuse.
 
     One call of the extension where the head is small, for it takes no longer than 10 us.
     """
     call = _Call(head, 1 << field)
     if call.path != "fused":
         values, _ = call.run(True)
-        return head_reduction(values[0], how, with_coefficient)
+        return *head_reduction(values[0], how, with_coefficient), call.prepared
     value = torch.empty((call.N,) if how.reduction == "none" else (), dtype=how.dtype, device=_CPU)
     coefficient = torch.empty(call.N, dtype=torch.float64, device=_CPU) if with_coefficient else None
     s = None if how.s is None else readable(how.s).contiguous()
@@ -69,17 +71,26 @@ def head_measure(head: Head, field: int, how: Reduction, with_coefficient: bool)
             how.count_rows, value.data_ptr(), how.dtype is torch.float64, address(coefficient),
         )
     )  # fmt: skip
-    return value, coefficient
+    return value, coefficient, None
 
 
 def head_metrics_backward(
-    upstream: Tensor, log_coefficient: Tensor | None, head: Head, field: int, wanted: Sequence[bool]
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
+    head: Head,
+    field: int,
+    wanted: Sequence[bool],
+    prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Run the kernels of this stem; arguments and results as in ``reference.head_metrics_backward``."""
+    """Run the kernels of this stem; arguments and results as in ``reference.head_metrics_backward``.
+
+    ``prepared``: what :func:`head_measure` gave of this head.
+    """
     upstream = as_dtype(readable(upstream), torch.float64).contiguous()
     if log_coefficient is not None:
         log_coefficient = readable(log_coefficient).contiguous()
     call = _Call(head, 1 << field)
+    call.prepared = prepared
     N, D, C, dtype = call.N, call.D, call.C, call.dtype
     of_features, of_weight, of_bias, of_logits = wanted
     d_features = torch.empty(N, D, dtype=dtype, device=_CPU) if of_features else None

@@ -27,10 +27,13 @@ def stream(x: Tensor) -> tuple[int, int]:
 
 def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem."""
-    call = HeadCall(_core, head, fields, 1)
+    return _run(HeadCall(_core, head, fields, 1), wide_result)
+
+
+def _run(call: HeadCall, wide_result: bool) -> tuple[Tensor, Tensor]:
     values, prediction = call.outputs(wide_result)
     path = paths.on_cuda(call.C, _core.CUDA_FUSED_CLASSES)
-    paths.took(path, call, head.features.device)
+    paths.took(path, call, call.head.features.device)
     if call.N and path == "fused":
         _fused(call)
     elif call.N:
@@ -63,17 +66,28 @@ def _fused(call: HeadCall) -> None:
         )
 
 
-def head_measure(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
-    """One field, reduced: the value and, if wanted, the log of its derivative by each row's log."""
-    values, _ = head_metrics(head, 1 << field, True)
-    return reduce_with_log_coefficient(values[0], how) if with_coefficient else (reduce(values[0], how), None)
+def head_measure(
+    head: Head, field: int, how: Reduction, with_coefficient: bool
+) -> tuple[Tensor, Tensor | None, object | None]:
+    """One field, reduced: the value, if wanted the log of its derivative by each row's log, and a gradient's start."""
+    call = HeadCall(_core, head, 1 << field, 1)
+    values, _ = _run(call, True)
+    if with_coefficient:
+        return *reduce_with_log_coefficient(values[0], how), call.prepared
+    return reduce(values[0], how), None, None
 
 
 def head_metrics_backward(
-    upstream: Tensor, log_coefficient: Tensor | None, head: Head, field: int, wanted: Sequence[bool]
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
+    head: Head,
+    field: int,
+    wanted: Sequence[bool],
+    prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Run the kernels of this stem: a gradient of any head goes by chunks."""
     call = HeadCall(_core, head, 1 << field, 1)
+    call.prepared = prepared
     N, D, C = call.N, call.D, call.C
     upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
     if log_coefficient is not None:

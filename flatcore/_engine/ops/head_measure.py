@@ -22,7 +22,7 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *_, head, field, how = arguments  # before them Head.inputs, for autograd to see
-        value, log_coefficient = _run(head, field, how, with_coefficient=True)
+        value, log_coefficient, ctx.prepared = _run(head, field, how, with_coefficient=True)
         ctx.save_for_backward(log_coefficient, *head.tensors)
         ctx.options, ctx.field = head.options, field
         return value
@@ -33,7 +33,7 @@ class _Measure(torch.autograd.Function):
         head = Head.of(tensors, ctx.options)
         *wanted, _, _, _ = ctx.needs_input_grad
         if is_direct(upstream, *head.inputs):
-            gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted)
+            gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted, ctx.prepared)
         else:  # a graph is asked for, a vmap over upstreams, a trace
             rows = upstream.to(torch.float64).expand(log_coefficient.shape)
             gradients = head_metrics_backward(rows, log_coefficient, head, ctx.field, wanted)
@@ -41,14 +41,17 @@ class _Measure(torch.autograd.Function):
 
 
 @alone_after_fork
-def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
-    """The value and, if wanted, the log of its derivative by each row's log."""
+def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None, Any]:
+    """The value, if wanted the log of its derivative by each row's log, and what the kernels' gradient can reuse."""
     kernels = kernels_of(head.features, "head_metrics")
     refuse_bad_labels(head.target, head.C, head.ignore_index, kernels)
     if kernels is not reference:
-        return kernels.head_measure(head, field, how, with_coefficient)
+        value, log_coefficient, prepared = kernels.head_measure(head, field, how, with_coefficient)
+        return value, log_coefficient, (kernels, prepared)
     values, _ = reference.head_metrics(head, 1 << field, True)
-    return reduce_with_log_coefficient(values[0], how) if with_coefficient else (reduce(values[0], how), None)
+    if with_coefficient:
+        return *reduce_with_log_coefficient(values[0], how), (None, None)
+    return reduce(values[0], how), None, (None, None)
 
 
 def head_measure(head: Head, field: int, how: Reduction) -> Tensor:

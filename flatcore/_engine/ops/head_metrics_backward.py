@@ -22,11 +22,21 @@ _LABELLED = tuple(name for name in DIFFERENTIABLE if "gradient" in name)
 
 @alone_after_fork
 def run_backward(
-    upstream: Tensor, log_coefficient: Tensor | None, head: Head, field: int, wanted: Sequence[bool]
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
+    head: Head,
+    field: int,
+    wanted: Sequence[bool],
+    prepared: tuple[object, object] = (None, None),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``Head.inputs`` where wanted, None elsewhere; a row's is ``upstream * exp(log_coefficient)``."""
+    """Gradients of ``Head.inputs`` where wanted, None elsewhere; a row's is ``upstream * exp(log_coefficient)``.
+
+    ``prepared``: the kernels of the forward pass, and what they found out there; others have no use for it.
+    """
     kernels = kernels_of(head.features, "head_metrics_backward")
-    return kernels.head_metrics_backward(upstream, log_coefficient, head, field, wanted)
+    theirs, found = prepared
+    taken_over = () if found is None or theirs is not kernels else (found,)
+    return kernels.head_metrics_backward(upstream, log_coefficient, head, field, wanted, *taken_over)
 
 
 def _checked(upstream, log_coefficient, *arguments):
