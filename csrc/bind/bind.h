@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -53,11 +52,14 @@ inline const cpu::Target& target(const std::string& name) {
 }
 
 // Memory that one call needs for itself, on a cache line. From malloc as torch's own on the CPU, without the
-// microsecond that a tensor costs. std::bad_alloc becomes Python's MemoryError.
+// microsecond that a tensor costs. Made with the GIL held.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : data_(std::aligned_alloc(64, (static_cast<size_t>(bytes) + 127) / 64 * 64)) {
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ != nullptr) return;
+    PyErr_Format(PyExc_MemoryError, "out of memory: this call needs %lld bytes of workspace",
+                 static_cast<long long>(bytes));
+    throw py::error_already_set();
   }
   ~Workspace() { std::free(data_); }
   Workspace(const Workspace&) = delete;

@@ -14,7 +14,6 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
-_hip = torch.version.hip is not None
 
 
 def is_plain(*tensors: Tensor | None, checked: bool = False) -> bool:
@@ -31,7 +30,7 @@ def is_plain(*tensors: Tensor | None, checked: bool = False) -> bool:
         or _transforms() is not None
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or _hip
+        or torch.version.hip is not None
     ):
         return False
     for x in tensors:
