@@ -128,7 +128,8 @@ def _from_capsule(capsule: Any, name: str) -> Tensor:
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
     size = dtype.itemsize
-    strides, step = [], size
+    strides: list[int] = []
+    step = size
     for axis in reversed(range(given.ndim)):
         strides.insert(0, given.strides[axis] * size if given.strides else step)
         step *= shape[axis]

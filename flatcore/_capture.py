@@ -39,8 +39,8 @@ class Pass:
     output: Any = None
 
     def __init__(self) -> None:
-        self.ran: list[nn.Module] = []
-        self.calls: list[tuple[nn.Module, Any, Tensor]] = []  # (layer, its input, one row of its output), where sampled
+        self.ran: list[nn.Linear] = []
+        self.calls: list[tuple[nn.Linear, Any, Tensor]] = []  # (layer, its input, one row of its output), where sampled
         self.made: list[tuple[nn.Module, Tensor]] = []  # what parametrisations computed since a layer used it
 
     def computed(self, module: nn.Module, name: str) -> Tensor | None:
@@ -295,7 +295,8 @@ class _State:
 
     def __call__(self) -> Any:
         module: Any = self.module()
-        state = type(module).__getstate__(module)
+        kind: Any = type(module)
+        state = kind.__getstate__(module)
         if not isinstance(state, dict):
             return state
         state = {k: v for k, v in state.items() if k != "__getstate__"}
@@ -326,8 +327,8 @@ def install(capture: Capture, model: nn.Module, watched: list[nn.Linear]) -> lis
             handles.append(made.register_forward_hook(capture.after_parametrization))
             hooked.append(made)
     handles.append(model.register_forward_hook(capture.after_model))
-    for module in hooked:
-        module.__dict__.setdefault("__getstate__", _State(module))
+    for each in hooked:
+        each.__dict__.setdefault("__getstate__", _State(each))
     return [*handles, *map(weakref.ref, hooked)]
 
 

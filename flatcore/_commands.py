@@ -240,6 +240,7 @@ def _draw(figure: Any, file: Path) -> None:
 def run_sweep(arguments: argparse.Namespace) -> int:
     """``sweep``: scaling_sweep.json and scaling_sweep.png."""
     from .robustness import plot_scaling, scaling_sweep
+    from .robustness._scaling import Quantiles
 
     _require("matplotlib")
     out = arguments.out.absolute()
@@ -261,7 +262,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             f"{r.scale:>8g} {r.gradient:>9} {r.clean_accuracy:>7.3f} {r.robust_accuracy:>7.3f} "
             f"{r.loss_increase.q50:>21.4g} {flatness:>16}"
         )
-    plain = [{k: v._asdict() if isinstance(v, tuple) else v for k, v in r._asdict().items()} for r in found]
+    plain = [{k: v._asdict() if isinstance(v, Quantiles) else v for k, v in r._asdict().items()} for r in found]
     return _save(
         out,
         {

@@ -112,7 +112,7 @@ class Distribution:
         # row k, from 0 on, is in the first bin up to which there are more than k rows
         two = [int(np.searchsorted(order, k, side="right")) for k in ((N - 1) // 2, N // 2)]
         logs = [self._log(index[k], values[k] / rows[k]) for k in two]
-        log_median = float(np.logaddexp(*logs)) - math.log(2) if two[0] != two[1] else logs[0]
+        log_median = float(np.logaddexp(logs[0], logs[1])) - math.log(2) if two[0] != two[1] else logs[0]
         if infinite:
             return Statistics(int(N), 0, math.inf, math.nan, log_median, math.nan)
         positive = index != _ZERO

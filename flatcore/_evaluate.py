@@ -253,7 +253,7 @@ def _info(model: nn.Module, probe: Probe, device: torch.device) -> dict[str, Any
 def _with_progress(shard: Shard, progress: bool | None) -> Any:
     """The shard, behind a bar where one is wanted and tqdm is there."""
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         return shard
     try:
@@ -269,7 +269,8 @@ class _Waiting:
 
     def __init__(self, table: _Rows):
         self.table = table
-        self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        # row, position, target; features, logits and norms as far as there are any
+        self.parts: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor | None, Tensor | None, Tensor | None]] = []
         self.bytes = 0
         self.head: dict[str, Any] = {}  # its weight, bias and temperature
 
@@ -287,7 +288,7 @@ class _Waiting:
         if self.bytes < _HELD:  # copied: a compiled model may write its next output where this one is
             features, logits = (None if x is None else x.clone() for x in (features, logits))
         places = np.repeat(numbers, length), np.tile(np.arange(length), len(numbers))
-        self.parts.append((*places, target.reshape(-1), features, logits, norms))  # type: ignore[arg-type]
+        self.parts.append((*places, target.reshape(-1), features, logits, norms))
         self.table.has_positions |= target.dim() > 1
         if self.bytes >= _HELD:
             self.measure()
@@ -296,8 +297,9 @@ class _Waiting:
         """Measure what waits, and pass it on."""
         if not self.parts:
             return
-        numbers, positions, *tensors = zip(*self.parts, strict=True)
-        target, features, logits, norms = (
+        numbers, positions, targets, *tensors = zip(*self.parts, strict=True)
+        target = targets[0] if len(targets) == 1 else torch.cat(targets)
+        features, logits, norms = (
             None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part) for part in tensors
         )
         with torch.no_grad():

@@ -284,6 +284,7 @@ TWO_OUTPUTS = "let the model return torch.cat([torch.zeros_like(z), z], dim=-1) 
 
 def logits_of(output: Any, inputs: Tensor) -> Tensor:
     """Logits (N, C) of a model's output, refused by name where they are none."""
+    logits: Any
     if isinstance(output, Tensor):
         logits = output
     elif isinstance(output, Mapping) and "logits" in output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def readable(tensor: Any, name: str, head: nn.Module, title: str, model: nn.Modu
     if is_exact(tensor) and tensor.dtype in FLOATS and not tensor.is_meta and storage_covers(tensor):
         return tensor
     what = f"the {name} of the head {title!r}"
-    held = tensor if is_dtensor(tensor) else head._parameters.get(name)
+    held: Any = tensor if is_dtensor(tensor) else head._parameters.get(name)
     if held is not None and is_dtensor(held):
         if _is_fully_sharded(model, head, held):
             return _gathered(held)
@@ -83,7 +84,7 @@ def _gathered(weight: Any) -> Tensor:
 def adapters(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module]]:
     """Layers around another one, as peft builds them: base layer -> (name, layer)."""
     return {
-        layer._modules["base_layer"]: (name, layer)  # type: ignore[misc]  # a module
+        layer._modules["base_layer"]: (name, layer)
         for name, layer in model.named_modules()
         if "base_layer" in layer._modules and isinstance(layer._modules["base_layer"], nn.Module)
     }
@@ -95,7 +96,7 @@ def parts(layer: nn.Module) -> list[nn.Module]:
     return [m for m in inside if isinstance(m, nn.Linear)]
 
 
-def adapts(layer: nn.Module, ran: list[nn.Module]) -> bool:
+def adapts(layer: nn.Module, ran: Sequence[nn.Module]) -> bool:
     """Whether an adapter takes part in its layer's output: not merged into the weight, and not switched off."""
     if getattr(layer, "merged", False) is True or getattr(layer, "disable_adapters", False) is True:
         return False

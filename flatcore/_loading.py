@@ -87,6 +87,7 @@ def _grouped(dataset: Iterable[Any]) -> Iterator[Any]:
 def checked(loader: Any, *, mappings: bool = False) -> Iterator[tuple[Any, Tensor]]:
     """Yield what :func:`batches` does, and nothing where there is no batch."""
     for number, batch in enumerate(as_loader(loader)):
+        inputs: Any
         if mappings and isinstance(batch, Mapping):
             inputs, target = _split(batch, number)
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:

@@ -13,11 +13,12 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-_read = getattr(torch._C, "_get_fp32_precision_getter", None)
-_write = getattr(torch._C, "_set_fp32_precision_setter", None)
+_read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_write: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 _SETTINGS = {"cpu": ("mkldnn", "matmul"), "cuda": ("cuda", "matmul")}
 _EXACT = ("none", "ieee")
@@ -104,7 +105,7 @@ def _restore() -> None:
     global _older
     older, _older = _older, None
     if _read is None:
-        if torch.get_float32_matmul_precision() == "highest":
+        if older is not None and torch.get_float32_matmul_precision() == "highest":
             torch.set_float32_matmul_precision(older)
         return
     raised = {setting: own for setting, own in _before.items() if _read(*setting) == "ieee"}

@@ -151,7 +151,7 @@ def check_number(value: Any, name: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def check_temperature(value: Any) -> float:

@@ -175,7 +175,7 @@ def _beside(probe: Probe, used: Pass) -> str:
     """Layers that ran in the pass and have as many outputs as the head: what may have been averaged with it."""
     head: Any = used.module
     found = [m for m in used.ran if m is not head and m.out_features == head.out_features]
-    return " and ".join(repr(probe._names[m]) for m in dict.fromkeys(found))  # type: ignore[index]
+    return " and ".join(repr(probe._names[m]) for m in dict.fromkeys(found))
 
 
 def _judge(probe: Probe, head: Any, beside: str, result: Compared, given: list[str], when: str = "") -> None:
@@ -209,13 +209,13 @@ def _judge(probe: Probe, head: Any, beside: str, result: Compared, given: list[s
 
 def _check_alone(probe: Probe, used: Pass) -> None:
     """Refuse a model that returns the outputs of several linear layers, where none was named."""
-    if not used.calls:
+    if used.module is None or not used.calls:
         return
     head, T = used.module, probe.temperature
     tensors, own = tensors_in(used.output), used.calls[-1][2]
     others = [x for x in tensors if not is_row(x, own / T)]
     for module, source, row in used.calls[:-1]:
-        feeds = module.out_features == head.in_features and source() is not used.features  # type: ignore[union-attr]
+        feeds = module.out_features == head.in_features and source() is not used.features
         if not feeds and any(is_row(x, row) or is_row(x, row / T) for x in others):
             more = "it ran more than once: use the functional form for the features of each call"
             raise RuntimeError(

@@ -47,7 +47,7 @@ class Attack(NamedTuple):
             return inputs
         # drawn in float32 and wider: half precision has 2^11 levels between 0 and 1
         wide = torch.promote_types(inputs.dtype, torch.float32)
-        draw = {"dtype": wide, "device": inputs.device, "generator": self.generator}
+        draw: dict[str, Any] = {"dtype": wide, "device": inputs.device, "generator": self.generator}
         if self.norm == math.inf:
             moved = (2 * torch.rand(inputs.shape, **draw) - 1) * self.eps
         else:

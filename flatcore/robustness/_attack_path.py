@@ -179,7 +179,7 @@ def attack_path(
     if len(parts) == 1:
         return parts[0]
     columns = [torch.cat(column, dim=1) for column in zip(*(part[:-1] for part in parts), strict=True)]
-    return AttackPath(*columns, torch.cat([part.adversarial for part in parts]))
+    return AttackPath._make([*columns, torch.cat([part.adversarial for part in parts])])
 
 
 def _part(probe: Probe, inputs: Tensor, target: Tensor, attack: Any) -> AttackPath:
@@ -196,4 +196,4 @@ def _part(probe: Probe, inputs: Tensor, target: Tensor, attack: Any) -> AttackPa
         shifted = row_norms((features.to(wide) - origin.to(wide)).flatten(1), ord=2)
         rows.append([*metrics, log_norm, moved, shifted, metrics.prediction == target])
     # what was measured on the last point belongs to the last point: pgd's with the same arguments
-    return AttackPath(*(torch.stack(column) for column in zip(*rows, strict=True)), here.clone())
+    return AttackPath._make([*(torch.stack(column) for column in zip(*rows, strict=True)), here.clone()])

@@ -80,8 +80,8 @@ def perturbation_detector(
     if not 2 <= check_integer(folds, "folds") <= max(N, 1):
         raise ValueError(f"folds must be from 2 to the number of rows, {N}, got {folds}")
     try:
-        from sklearn.model_selection import KFold  # type: ignore[import-untyped]
-        from sklearn.tree import DecisionTreeClassifier  # type: ignore[import-untyped]
+        from sklearn.model_selection import KFold
+        from sklearn.tree import DecisionTreeClassifier
     except ImportError as error:
         raise ImportError("perturbation_detector needs scikit-learn: pip install 'flatcore[lab]'") from error
 
