@@ -52,8 +52,9 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   C* direction = static_cast<C*>(call.direction) + i * D;
   C* top_row = call.top_row != nullptr ? static_cast<C*>(call.top_row) + i * D : nullptr;
   const auto clear = [&] {
-    std::memset(static_cast<void*>(direction), 0, static_cast<size_t>(D) * sizeof(C));
-    if (top_row != nullptr) std::memset(static_cast<void*>(top_row), 0, static_cast<size_t>(D) * sizeof(C));
+    const size_t bytes = static_cast<size_t>(D) * sizeof(C);
+    if (bytes > 0) std::memset(static_cast<void*>(direction), 0, bytes);  // without features its address is null
+    if (top_row != nullptr && bytes > 0) std::memset(static_cast<void*>(top_row), 0, bytes);
     if (call.top != nullptr) call.top[i] = 0;
     if (call.top_bias != nullptr) call.top_bias[i] = 0.0;
   };
