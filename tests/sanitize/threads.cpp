@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -220,6 +221,7 @@ struct LargeHead {
     found.near = near.data();
     found.near_of = near_of.data();
     const RepeatCounts counts = kernels.head_repeats(found);
+    if (counts.groups != 1 || counts.members != 3 || counts.near < 1) std::abort();  // as drawn_weight has them
     repeats = {members.data(), starts.data(), counts.groups, near.data(), near_of.data(), counts.near};
     scale = std::scalbn(1.0, found.exponent);
   }
