@@ -23,10 +23,13 @@ ROOT = Path(__file__).parents[1]
 STEMS = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
 LAYERS = (
     "flatcore/_{}.py",
+    "csrc/cuda/{}.h",  # a gradient's struct stands in the header of what it is a gradient of
     "flatcore/reference/{}.py",
+    "flatcore/_engine/ops/{}.py",
     "csrc/bind/{}.cpp",
     "csrc/cpu/{}.cpp",
     "csrc/cpu/{}.h",
+    "csrc/cuda/{}.cu",
     "tests/test_{}.py",
     "bench/bench_{}.py",
 )
@@ -35,7 +38,7 @@ LAYERS = (
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_stands_in_every_layer(stem):
     # a derivative has no public function of its own
-    layers = LAYERS[1:] if stem.endswith("_backward") else LAYERS
+    layers = LAYERS[2:] if stem.endswith("_backward") else LAYERS
     missing = [path for path in (layer.format(stem) for layer in layers) if not (ROOT / path).is_file()]
     assert not missing
 
@@ -93,9 +96,35 @@ def test_the_reference_imports_nothing_else_of_flatcore():
         assert all(re.match(r"(__future__|collections.abc|math|torch|typing|\.\w)", name) for name in imported), (path, imported)
 
 
-def test_kernels_include_no_python_and_no_torch():
-    for path in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/math").iterdir()]:
-        assert not re.search(r"#include\s+[<\"](Python|pybind11|torch|ATen|dlpack)", path.read_text()), path
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+BELOW = {"csrc": ("", "math"), "math": ("math",), "cpu": ("", "math", "cpu"), "cuda": ("", "math", "cuda")}
+"""Whose headers a folder of csrc may include, csrc/bind aside; "" has the plain ones that lie in csrc itself."""
+ARITHMETIC = {"cfloat", "climits", "cmath", "cstddef", "cstdint", "cstring", "limits", "type_traits", "utility"}
+"""The standard headers without threads, memory or devices."""
+
+
+def included(path):
+    """What a source includes, as it is written there: names and whether each is one of the project's own."""
+    found = re.findall(r"^\s*#\s*include\s*([<\"])([^>\"]+)[>\"]", path.read_text(), re.MULTILINE)
+    return [(name, mark == '"') for mark, name in found]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "bind"], ids=lambda p: p.name)
+def test_what_lies_below_the_binding_includes_only_what_it_may(path):
+    foreign = re.compile(r"(Python\.h|pybind11|torch|ATen|c10|dlpack)", re.IGNORECASE)
+    for name, own in included(path):
+        assert not foreign.match(name), name
+        if own:
+            assert name.rpartition("/")[0] in BELOW[path.parent.name], name
+            assert (ROOT / "csrc" / name).is_file(), name
+        elif path.parent.name == "math":
+            assert name in ARITHMETIC, name
+
+
+def test_every_folder_of_csrc_is_checked():
+    folders = {path.parent.name for path in SOURCES}
+    assert folders == {*BELOW, "bind"}
+    assert any(own for path in SOURCES for _, own in included(path)), "the pattern finds nothing"
 
 
 def disassembly():

@@ -93,7 +93,6 @@ struct Inputs {
     problem.fields = fields;
     problem.double_compute = dtype == Dtype::kFloat64;
     problem.double_values = true;
-    problem.values_stride = kRows;
     return problem;
   }
 
