@@ -9,10 +9,8 @@ import importlib
 from types import ModuleType
 
 from . import cuda
-from ._backend import backend
 from ._config import __version__, show_config
-from ._distribution import Statistics
-from ._evaluate import evaluate
+from ._engine.backend import backend
 from ._head_metrics import (
     HeadMetrics,
     feature_gradient_norms,
@@ -21,10 +19,12 @@ from ._head_metrics import (
     relative_flatness,
 )
 from ._input_gradients import InputGradients, input_gradient_norms, input_gradients
-from ._probe import Probe
-from ._report import Report
+from ._probe.probe import Probe
+from ._report.distribution import Statistics
+from ._report.evaluate import evaluate
+from ._report.report import Report
+from ._report.tally import Group
 from ._row_norms import row_norms
-from ._tally import Group
 from ._unmasked_cross_entropy import unmasked_cross_entropy
 
 

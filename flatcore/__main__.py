@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, show_config
-from ._validate import check_norm
+from ._arguments.checks import check_norm
 
 _EXAMPLES = """\
 examples:
@@ -207,12 +207,12 @@ def _fail(sentence: str) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     name, extra = ("the demo", "demo") if arguments.command == "demo" else (arguments.command, "lab")
     try:
-        from . import _commands
+        from ._cli import commands
 
         if arguments.command == "demo":
-            from . import _demo
+            from ._cli import demo
 
-            _demo.run(arguments.out, arguments.seed, arguments.epochs_max)
+            demo.run(arguments.out, arguments.seed, arguments.epochs_max)
             return 0
     except ImportError as error:
         package = (error.name or "a package").partition(".")[0]
@@ -221,11 +221,11 @@ def _run(arguments: argparse.Namespace) -> int:
             f"pip install 'flatcore[{extra}]' brings it."
         )
     run = {
-        "evaluate": _commands.run_evaluate, "attack-path": _commands.run_attack_path, "sweep": _commands.run_sweep
+        "evaluate": commands.run_evaluate, "attack-path": commands.run_attack_path, "sweep": commands.run_sweep
     }[arguments.command]  # fmt: skip
     try:
         return run(arguments)
-    except (_commands.CommandError, TypeError, ValueError, RuntimeError, ImportError) as error:
+    except (commands.CommandError, TypeError, ValueError, RuntimeError, ImportError) as error:
         return _fail(f"{str(error).rstrip('.')}.")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _backend, _chunked, cuda
-from ._engine import paths
+from . import cuda
+from ._engine import backend, chunked_cpu, paths
 
 __version__ = metadata.version("flatcore")
 
@@ -28,19 +28,19 @@ def show_config() -> dict[str, Any]:
         >>> flatcore.show_config()["workspace_bytes"]
         67108864
     """
-    core = _backend._core
+    core = backend._core
     return {
         "version": __version__,
-        "backend": _backend.selected,
-        "cpu_backend": "native" if core is not None and _backend.selected != "reference" else "reference",
+        "backend": backend.selected,
+        "cpu_backend": "native" if core is not None and backend.selected != "reference" else "reference",
         "cpu_targets": tuple(core.cpu_targets()) if core is not None else (),
-        "cpu_target": _backend.describe_cpu_target(),
+        "cpu_target": backend.describe_cpu_target(),
         "cuda_built": cuda.is_built(),
         "cuda_available": cuda.is_available(),
         "path": paths.forced_path or "auto",
         "last_path": paths.last_path,
         "fused_limits": {"classes": paths.FUSED_CLASSES, "weight_bytes": paths.FUSED_WEIGHT_BYTES},
-        "workspace_bytes": _chunked.WORKSPACE_BYTES,
+        "workspace_bytes": chunked_cpu.WORKSPACE_BYTES,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compiler": None if core is None else core.COMPILER,

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ._arguments.arrays import as_tensor, on_the_arrays_stream, returner
+from ._arguments.checks import check_flag, check_no_grad, check_norm, check_option
 from ._arguments.head import Inputs, check_measure, checked_class_weight, checked_inputs
-from ._arrays import as_tensor, on_the_arrays_stream, returner
 from ._engine import ops
 from ._engine.head import INPUTS
-from ._reduction import Reduction
-from ._validate import check_flag, check_no_grad, check_norm, check_option
+from ._engine.reduction import Reduction
 from .reference import FIELDS
 
 _LABEL_FREE = ("confidence", "margin", "log_one_minus_confidence", "log_feature_norm", "log_hessian_trace",

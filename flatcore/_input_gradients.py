@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from ._engine import ops
-from ._row_norms import check_orders
-from ._unmasked_cross_entropy import check_labels_of
-from ._validate import (
+from ._arguments.checks import (
     FLOATS,
     INTEGERS,
     as_labels,
@@ -25,6 +22,9 @@ from ._validate import (
     check_tensor,
     one_output,
 )
+from ._engine import ops
+from ._row_norms import check_orders
+from ._unmasked_cross_entropy import check_labels_of
 
 
 class InputGradients(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._arrays import as_tensor, on_the_arrays_stream, returner
+from ._arguments.arrays import as_tensor, on_the_arrays_stream, returner
+from ._arguments.checks import check_floating, check_no_grad, check_norm, check_tensor
 from ._engine import ops
-from ._validate import check_floating, check_no_grad, check_norm, check_tensor
 
 
 @on_the_arrays_stream

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arrays import as_tensor, on_the_arrays_stream, returner
-from ._engine import ops
-from ._validate import (
+from ._arguments.arrays import as_tensor, on_the_arrays_stream, returner
+from ._arguments.checks import (
     INTEGERS,
     as_labels,
     check_device,
@@ -20,6 +19,7 @@ from ._validate import (
     one_output,
     warn,
 )
+from ._engine import ops
 
 _REDUCTIONS = ("sum", "mean", "none")
 

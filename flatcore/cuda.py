@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _backend
-from ._backend import _core
-from ._chunked_cuda import WORKSPACE_BYTES
+from ._engine import backend
+from ._engine.backend import _core
+from ._engine.chunked_cuda import WORKSPACE_BYTES
 
 
 def is_built() -> bool:
@@ -30,7 +30,7 @@ def is_available() -> bool:
         >>> flatcore.cuda.is_available() <= flatcore.cuda.is_built()
         True
     """
-    return not _backend.cuda_runtime()[3]
+    return not backend.cuda_runtime()[3]
 
 
 def show_config() -> dict[str, Any]:
@@ -50,7 +50,7 @@ def show_config() -> dict[str, Any]:
         >>> (config["reason"] is None) == config["available"]
         True
     """
-    runtime, driver, devices, reason = _backend.cuda_runtime()
+    runtime, driver, devices, reason = backend.cuda_runtime()
     built = is_built()
     return {
         "built": built,
@@ -60,8 +60,8 @@ def show_config() -> dict[str, Any]:
         "driver": _version(driver),
         "devices": devices,
         "architectures": _core.cuda_architectures() if built else None,
-        "kernels": _backend.CUDA_STEMS if built else (),
-        "proven": _backend.CUDA_PROVEN if built else (),
+        "kernels": backend.CUDA_STEMS if built else (),
+        "proven": backend.CUDA_PROVEN if built else (),
         "fused_classes": _core.CUDA_FUSED_CLASSES if built else None,
         "workspace_bytes": WORKSPACE_BYTES if built else None,
     }

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments.checks import check_flag, check_integer, check_norm, check_number, check_temperature, one_output
 from ._arguments.head import check_measure, checked_class_weight, checked_inputs
+from ._engine.reduction import sample_weights
 from ._head_metrics import GRADIENT_NORMS, measured
-from ._reduction import sample_weights
-from ._validate import check_flag, check_integer, check_norm, check_number, check_temperature, one_output
 
 try:
     from torchmetrics import Metric

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import flatcore
-from flatcore import _backend
+from flatcore._engine import backend as _backend
 from flatcore._engine import paths
 
 TARGETS = ("baseline", "avx2", "avx512")

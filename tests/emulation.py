@@ -19,10 +19,11 @@ import pybind11
 import torch
 from torch import Tensor
 
-from flatcore import _chunked_cuda, _native_cuda
+from flatcore._engine import chunked_cuda
+from flatcore._engine import cuda as _native_cuda
 from flatcore._engine.head import Head
 from flatcore._engine.ops import kernels
-from flatcore._reduction import Reduction
+from flatcore._engine.reduction import Reduction
 
 ROOT = Path(__file__).parents[1]
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
@@ -75,7 +76,7 @@ def emulated(order: str = "forwards") -> Iterator[None]:
         for owner, name, value in (
             (_native_cuda, "_core", core),
             (_native_cuda, "stream", lambda x: (0, 0)),
-            (_chunked_cuda, "half_product", _half_product),
+            (chunked_cuda, "half_product", _half_product),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.dict(kernels.KERNELS, cpu=_native_cuda))

@@ -138,14 +138,14 @@ PLANTS = (
     ),
     Plant(
         "class weight forgotten",
-        "flatcore/_reduction.py",
+        "flatcore/_engine/reduction.py",
         "s = torch.where(valid, weight.double()[label], 0.0)",
         "s = valid.double()",
         (*_VALUES, "-k", "mean or weights"),
     ),
     Plant(
         "mean of logs for the log of the mean",
-        "flatcore/_reduction.py",
+        "flatcore/_engine/reduction.py",
         "value = logs.logsumexp(dim=0) if logs.shape[0] else",
         "value = logs.mean() + math.log(logs.shape[0]) if logs.shape[0] else",
         (*_VALUES, "-k", "mean or weights"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import flatcore
-from flatcore._arrays import as_tensor
+from flatcore._arguments.arrays import as_tensor
 
 
 class Exchanged:

@@ -16,7 +16,7 @@ import conftest
 import pytest
 
 import flatcore
-from flatcore import _backend
+from flatcore._engine import backend as _backend
 from flatcore.reference import FIELDS
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,10 @@ def test_every_public_function_has_an_example():
 def test_the_reference_imports_nothing_else_of_flatcore():
     for path in (ROOT / "flatcore/reference").glob("*.py"):
         imported = re.findall(r"^\s*(?:from|import)\s+(\S+)", path.read_text(), re.MULTILINE)
-        assert all(re.match(r"(__future__|collections.abc|math|torch|typing|\.\w)", name) for name in imported), (path, imported)
+        assert all(re.match(r"(__future__|collections.abc|math|torch|typing|\.\w)", name) for name in imported), (
+            path,
+            imported,
+        )
 
 
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))

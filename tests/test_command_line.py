@@ -25,8 +25,9 @@ import torch
 from matplotlib.image import imread
 
 import flatcore
-from flatcore import _commands, _demo, robustness
+from flatcore import robustness
 from flatcore.__main__ import main
+from flatcore._cli import commands, demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(seed: int, epochs_max: int) -> None:
         raise AssertionError("the training started")
 
-    monkeypatch.setattr(_demo, "train", train)
+    monkeypatch.setattr(demo, "train", train)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,9 +49,9 @@ def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str], monkey
     assert main(["--help"]) == 0
     examples = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m")]
     assert len(examples) == 6
-    monkeypatch.setattr(_demo, "run", lambda out, seed, epochs_max: None)
+    monkeypatch.setattr(demo, "run", lambda out, seed, epochs_max: None)
     for command in ("evaluate", "attack_path", "sweep"):
-        monkeypatch.setattr(_commands, f"run_{command}", lambda arguments: 0)
+        monkeypatch.setattr(commands, f"run_{command}", lambda arguments: 0)
     for example in examples:
         assert main(example.removeprefix("python -m flatcore ").split()) == 0, example
 
@@ -94,8 +95,8 @@ def test_missing_extra(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "flatcore._demo")
-    monkeypatch.delattr(flatcore, "_demo")
+    monkeypatch.delitem(sys.modules, "flatcore._cli.demo")
+    monkeypatch.delattr(flatcore._cli, "demo")
     assert main(["demo"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"flatcore: the demo needs {package}, which cannot be imported")
@@ -150,7 +151,7 @@ def test_interrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         time.sleep(10)
         raise AssertionError("the signal did not interrupt")
 
-    monkeypatch.setattr(_demo, "train", train)
+    monkeypatch.setattr(demo, "train", train)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script started us with &
     try:
         assert main(["demo", "--out", str(tmp_path)]) == 130
@@ -469,7 +470,7 @@ def test_a_file_that_cannot_be_written_goes_elsewhere(
         (factory / "out").rmdir()
         return report
 
-    monkeypatch.setattr(_commands, "evaluate", slow)
+    monkeypatch.setattr(commands, "evaluate", slow)
     monkeypatch.setattr(tempfile, "tempdir", str(factory))
     assert main(["evaluate", "factories:trained", "--out", "out"]) == 1
     captured = capsys.readouterr()

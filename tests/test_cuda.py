@@ -100,7 +100,7 @@ def test_unmasked_cross_entropy(classes: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.needs("cuda")
 def test_unmasked_bad_rows_are_nan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatcore import _backend
+    from flatcore._engine import backend as _backend
 
     z = torch.randn(4, 10, device="cuda")
     z[1, 3] = math.nan

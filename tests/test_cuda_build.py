@@ -19,7 +19,7 @@ from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
-from flatcore import _backend
+from flatcore._engine import backend as _backend
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))

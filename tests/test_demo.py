@@ -23,8 +23,8 @@ from matplotlib.image import imread
 from tolerance import assert_within, logit_error, tolerance
 
 import flatcore
-from flatcore import _demo
 from flatcore.__main__ import main
+from flatcore._cli import demo
 
 ROOT = Path(__file__).parents[1]
 IMAGES = 540
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     out: Path
     text: str
     table: dict[str, np.ndarray]
-    trained: _demo.Trained
+    trained: demo.Trained
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     with (out / "digits.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    return Outcome(out, "".join(text), table, _demo.train(SEED, 500))
+    return Outcome(out, "".join(text), table, demo.train(SEED, 500))
 
 
 def test_csv_columns_and_rows(outcome: Outcome) -> None:
@@ -70,7 +70,7 @@ def test_training_goes_on_until_a_fifth_is_confident(outcome: Outcome) -> None:
     confident = int((outcome.table["margin"] > 15).sum())
     assert confident >= IMAGES / 5
     assert f"{confident} of {IMAGES} test images" in outcome.text
-    before = _demo.train(SEED, outcome.trained.epochs - 1)
+    before = demo.train(SEED, outcome.trained.epochs - 1)
     assert before.confident < IMAGES / 5, "the training went on after a fifth was confident"
 
 
@@ -120,7 +120,7 @@ def test_naive_columns_show_half_and_zero(outcome: Outcome) -> None:
     assert (np.abs(table["naive_trace_sum_p_1_minus_p"] / table["hessian_trace"] - 0.5)[rows] < 1e-3).all()
     assert (table["naive_trace_1_minus_sum_p2"][rows] == 0).all()
     # below 5, 1 - p is above 6e-3: the usual formulas are right there, or these columns are something else
-    for title, (naive, exact) in _demo._NAIVE.items():
+    for title, (naive, exact) in demo._NAIVE.items():
         assert (np.abs(table[naive] / table[exact] - 1)[table["margin"] < 5] < 1e-3).all(), title
 
 
@@ -175,11 +175,11 @@ def test_picture_file(outcome: Outcome) -> None:
 
 
 def test_picture_shows_every_image_down_to_1e_40() -> None:
-    trained = _demo.train(SEED, 20)
-    columns = _demo.measure(trained._replace(features=trained.features * 8))
+    trained = demo.train(SEED, 20)
+    columns = demo.measure(trained._replace(features=trained.features * 8))
     columns = {name: values[columns["one_minus_confidence"] > 1e-45] for name, values in columns.items()}
     assert columns["one_minus_confidence"].min() < 1e-40
-    figure = _demo.picture(columns)
+    figure = demo.picture(columns)
     figure.canvas.draw()
     exact, naive = figure.axes
     drawn = np.concatenate([np.asarray(points.get_offsets()) for points in exact.collections])
@@ -205,7 +205,7 @@ def test_training_leaves_the_process_as_it_was() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, second = _demo.train(SEED, 1), _demo.train(SEED + 1, 1)
+        first, second = demo.train(SEED, 1), demo.train(SEED + 1, 1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

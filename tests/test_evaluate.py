@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flatcore._report.report.distribution import Distribution
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import flatcore
-from flatcore._distribution import Distribution
 
 N, D, C = 700, 16, 5
 MEASURES = ("loss", "hessian_trace", "layerwise", "neuronwise", "feature_gradient_norm")
@@ -197,11 +197,11 @@ def test_the_caller_finds_the_model_as_it_was() -> None:
 
 
 def test_float64_and_several_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatcore import _evaluate
+    from flatcore._report.report import evaluate
 
     model, (x, y) = network().double(), data()
     once = flatcore.evaluate(model, loader(x.double(), y))
-    monkeypatch.setattr(_evaluate, "_FLUSH", 100)
+    monkeypatch.setattr(evaluate, "_FLUSH", 100)
     often = flatcore.evaluate(model, iter(loader(x.double(), y)))
     assert once.rows["log_layerwise"].dtype == np.float64
     for name, column in once.rows.items():
@@ -240,9 +240,9 @@ def test_sample_for_pictures_is_bounded() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def test_csv_in_memory_and_streamed_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatcore import _evaluate
+    from flatcore._report.report import evaluate
 
-    monkeypatch.setattr(_evaluate, "_FLUSH", 100)
+    monkeypatch.setattr(evaluate, "_FLUSH", 100)
     model, (x, y) = network(), data(300)
     kept = flatcore.evaluate(model, loader(x, y))
     kept.to_csv(tmp_path / "kept.csv")
@@ -941,7 +941,7 @@ def test_the_loader_is_read_once_and_the_model_runs_once_a_batch() -> None:
 
 
 def test_numbers_as_text() -> None:
-    from flatcore._report import number
+    from flatcore._report.report import number
 
     for value in (1.0, 0.5, 123.0, 9.999e-4, 9.995e9, 1e300, 3e-200):
         assert float(number(math.log(value))) == pytest.approx(value, rel=6e-3)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 import flatcore
-from flatcore import _chunked
-from flatcore._engine import paths
-from flatcore._precision import full_precision, products_are_exact
+from flatcore._engine import chunked_cpu, paths
+from flatcore._engine.precision import full_precision, products_are_exact
 
 backends = torch.backends
 _NEW = hasattr(backends.cuda.matmul, "fp32_precision")
@@ -179,9 +178,9 @@ def test_every_product_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where this processor multiplies in float32 whatever the switches say."""
     seen = []
     for name in ("_logits_into", "_product_into"):
-        function = getattr(_chunked, name)
+        function = getattr(chunked_cpu, name)
         monkeypatch.setattr(
-            _chunked, name, lambda *given, run=function: (seen.append(products_are_exact("cpu")), run(*given))
+            chunked_cpu, name, lambda *given, run=function: (seen.append(products_are_exact("cpu")), run(*given))
         )
     torch.set_float32_matmul_precision("medium")
     _measures(*_head(), _nothing)
@@ -306,7 +305,7 @@ def test_the_environments_switch() -> None:
     """Set where torch starts: the older call says "high" although nobody called it."""
     code = (
         "import torch\n"
-        "from flatcore._precision import full_precision, products_are_exact\n"
+        "from flatcore._engine.precision import full_precision, products_are_exact\n"
         "assert torch.backends.cuda.matmul.allow_tf32 and not products_are_exact('cuda')\n"
         "with full_precision('cuda'):\n"
         "    assert products_are_exact('cuda') and not torch.backends.cuda.matmul.allow_tf32\n"

@@ -11,7 +11,7 @@ from probing import C, D, averaged, batch, right, same, small
 from torch import Tensor, nn
 
 import flatcore
-from flatcore import _verify
+from flatcore._probe.probe import verify
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_nothing_is_compared_without_verify() -> None:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU as a device for which nobody waits."""
-    monkeypatch.setattr(_verify, "_LATER", {"cpu"})
+    monkeypatch.setattr(verify, "_LATER", {"cpu"})
 
 
 def test_a_result_that_is_read_later_names_its_pass(later: None) -> None:

@@ -43,7 +43,7 @@ def test_importing_prints_and_warns_nothing() -> None:
 
 
 def test_the_command_line_is_not_imported() -> None:
-    heavy = "matplotlib", "sklearn", "rich", "flatcore._demo"
+    heavy = "matplotlib", "sklearn", "rich", "flatcore._cli.demo"
     assert run(f"import sys, flatcore; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import flatcore
-from flatcore import _demo, robustness
-from flatcore._probe import Probe
+from flatcore import robustness
+from flatcore._cli import demo
+from flatcore._probe.probe import Probe
 
 LINF = {"norm": math.inf, "eps": 0.2, "step": 0.05, "steps": 6}
 L2 = {"norm": 2, "eps": 1.0, "step": 0.3, "steps": 6}
@@ -32,7 +33,7 @@ def _seeded(one_thread: None) -> None:
 @pytest.fixture(scope="module")
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
     """A trained network and 120 of its test images."""
-    trained = _demo.train(3, 500)
+    trained = demo.train(3, 500)
     return trained.model.requires_grad_(False).eval(), trained.images[:120], trained.target[:120]
 
 
@@ -307,7 +308,7 @@ def test_sweep_quantiles_are_of_the_values(digits: tuple[nn.Module, Tensor, Tens
 
 def test_transfer_counts(digits: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = digits
-    other = _demo.train(4, 30).model.requires_grad_(False)
+    other = demo.train(4, 30).model.requires_grad_(False)
     found = robustness.transfer({"a": model, "b": other}, [(x[:60], y[:60]), (x[60:], y[60:])], (1.0, 50.0), **LINF)
     assert len(found) == 16
     rows = {(r.source, r.source_scale, r.target, r.target_scale): r for r in found}

@@ -17,7 +17,7 @@ from checks import LABELLED_LOGS, Problem, bits
 from torch import Tensor
 
 import flatcore
-from flatcore import _chunked, _chunked_cuda
+from flatcore._engine import chunked_cpu, chunked_cuda
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -107,8 +107,8 @@ def test_many_chunks(path: str, name: str, rows_per_chunk: int, monkeypatch: pyt
     case = BY_NAME[name].at(torch.float32)
     classes, width = case.weight.shape
     fixed = 1 << 16 if rows_per_chunk > 1 else 0
-    monkeypatch.setattr(_chunked, "WORKSPACE_BYTES", fixed + rows_per_chunk * 4 * (classes + width))
-    monkeypatch.setattr(_chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows_per_chunk))
+    monkeypatch.setattr(chunked_cpu, "WORKSPACE_BYTES", fixed + rows_per_chunk * 4 * (classes + width))
+    monkeypatch.setattr(chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows_per_chunk))
     problem = Problem(case)
     problem.check_head_metrics()
     problem.check_views()

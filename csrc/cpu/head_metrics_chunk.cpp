@@ -2,7 +2,7 @@
 //
 // Order of calls: head_summary and perhaps head_distances once; then for each chunk the library forms z = W phi,
 // head_chunk_statistics turns it into row statistics and q, the library forms q (W - center) or q * distances, and
-// head_chunk_weights finishes the fields that need it. flatcore/_chunked.py is the loop.
+// head_chunk_weights finishes the fields that need it. flatcore/_engine/chunked_cpu.py is the loop.
 //
 // Who allocates: the caller; outputs are overwritten; q may be z itself.
 //

@@ -2,7 +2,7 @@
 //
 // Order of calls: head_weights once; then for each chunk the library forms z = W phi, head_chunk_statistics turns it
 // into row statistics and q, the library forms q (W - center), head_chunk_weights finishes the fields that need it, and
-// head_explicit the rows that it marks. flatcore/_chunked.py is the loop.
+// head_explicit the rows that it marks. flatcore/_engine/chunked_cpu.py is the loop.
 //
 // Buffers: as cuda/head_metrics.h says; q may be z itself. Does not synchronise.
 // Numerics: a lane walks its classes once, online, with float64 sums relative to its best logit but one; lanes merge by

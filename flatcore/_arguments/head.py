@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._arrays import as_tensor
+from .._engine import backend
 from .._engine.head import Head, is_double
+from .._engine.reduction import sample_weights
 from .._engine.threads import alone_after_fork
-from .._reduction import sample_weights
-from .._validate import (
+from .arrays import as_tensor
+from .checks import (
     INTEGERS,
     as_labels,
     check_device,
@@ -156,7 +156,7 @@ def _may_read(tensor: Tensor) -> bool:
         return False
     if is_wrapped(tensor) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and _backend.validate_on_device)
+    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and backend.validate_on_device)
 
 
 def checked_class_weight(weight: Any, head: Head, target: Any) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .._validate import is_exact, is_wrapped, storage_covers
+from .._arguments.checks import is_exact, is_wrapped, storage_covers
 
 # looked up once: by name through torch._C these take as long as all that is asked of a tensor below
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .. import _backend
 from ..reference import FIELDS
+from . import backend
 from .memory import HeadCall
 
 FUSED_CLASSES = 256
@@ -27,12 +27,12 @@ def forced(path: str | None = None, cpu: str | None = None) -> Iterator[None]:
     global forced_path
     if path not in (None, "fused", "chunked"):
         raise ValueError(f"path must be 'fused', 'chunked' or None, got {path!r}")
-    previous = forced_path, _backend.cpu_target
-    forced_path, _backend.cpu_target = path, _backend._check_cpu(cpu) or _backend.cpu_target
+    previous = forced_path, backend.cpu_target
+    forced_path, backend.cpu_target = path, backend._check_cpu(cpu) or backend.cpu_target
     try:
         yield
     finally:
-        forced_path, _backend.cpu_target = previous
+        forced_path, backend.cpu_target = previous
 
 
 def on_cpu(C: int, D: int, double: bool) -> str:

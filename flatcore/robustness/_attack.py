@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._head_metrics import HeadMetrics
-from .._input_gradients import ALLOW, differentiable_logits_of, frozen, input_gradients, refuse_shared_statistics
-from .._probe import Probe
-from .._row_norms import row_norms
-from .._validate import (
+from .._arguments.checks import (
     FLOATS,
     INTEGERS,
     as_labels,
@@ -25,6 +21,10 @@ from .._validate import (
     check_option,
     check_tensor,
 )
+from .._head_metrics import HeadMetrics
+from .._input_gradients import ALLOW, differentiable_logits_of, frozen, input_gradients, refuse_shared_statistics
+from .._probe.probe import Probe
+from .._row_norms import row_norms
 
 GRADIENTS = ("exact", "usual")
 

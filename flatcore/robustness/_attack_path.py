@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments.checks import check_integer, check_option
 from .._input_gradients import refuse_shared_statistics
-from .._probe import Probe
+from .._probe.probe import Probe
 from .._row_norms import row_norms
-from .._validate import check_integer, check_option
 from ._attack import check_attacked, checked_attack, points, probed_module
 
 MEASURES = (
@@ -97,7 +97,7 @@ class AttackPath(NamedTuple):
             ValueError: a measure that the path does not have.
             ImportError: matplotlib is missing.
         """
-        from .._pictures import attack_path
+        from .._report.pictures import attack_path
 
         for measure in measures:
             check_option(measure, "measures", MEASURES)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments.arrays import returner
+from .._arguments.checks import check_integer, check_number, check_option
 from .._arguments.head import checked_inputs
-from .._arrays import returner
 from .._head_metrics import head_metrics
 from .._input_gradients import frozen
-from .._loading import check_module
-from .._probe import Probe
+from .._probe.probe import Probe
+from .._report.loading import check_module
 from .._row_norms import row_norms
-from .._validate import check_integer, check_number, check_option
 from ._attack import check_model_device, per_row
 
 KINDS = ("certified", "paper")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .._validate import check_integer
+from .._arguments.checks import check_integer
 
 DEFAULT = ("log_hessian_trace", "log_layerwise", "log_neuronwise")
 _FINITE = 1e30  # stands for an infinite log: scikit-learn's trees take finite float32 numbers

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments.checks import check_number, one_output
 from .._input_gradients import TWO_OUTPUTS, logits_of, refuse_shared_statistics
-from .._loading import batches, check_module, device_of, evaluation_mode
-from .._probe import Probe
-from .._validate import check_number, one_output
+from .._probe.probe import Probe
+from .._report.loading import batches, check_module, device_of, evaluation_mode
 from ._attack import GRADIENTS, Attack, check_attacked, checked_attack, climb, probed_module
 
 
@@ -279,7 +279,7 @@ def plot_scaling(results: list[ScalingResult]) -> Any:
         >>> plot_scaling([row]).axes[0].get_ylabel()
         'accuracy'
     """
-    from .._pictures import scaling
+    from .._report.pictures import scaling
 
     if not results:
         raise ValueError("results must hold at least one row, got none")

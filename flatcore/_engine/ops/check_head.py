@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._validate import check_device, check_matrix
+from ..._arguments.checks import check_device, check_matrix
 from ..head import Head
 
 

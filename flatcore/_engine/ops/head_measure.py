@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._reduction import Reduction, reduce, reduce_with_log_coefficient
 from ..direct import is_direct, is_plain, needs_gradient
 from ..head import Head
+from ..reduction import Reduction, reduce, reduce_with_log_coefficient
 from ..threads import alone_after_fork
 from .head_metrics import head_metrics
 from .head_metrics_backward import head_metrics_backward, run_backward

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._validate import check_device, check_matrix
+from ..._arguments.checks import check_device, check_matrix
 from ...reference import DIFFERENTIABLE, FIELDS
 from ..head import SCHEMA, Head
 from ..threads import alone_after_fork

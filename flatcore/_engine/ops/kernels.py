@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import _backend, _native, _native_cuda, reference
+from ... import reference
+from .. import backend, cpu, cuda
 
-KERNELS: dict[str, Any] = {"cpu": _native, "cuda": _native_cuda}
+KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 """The compiled kernels, by type of device."""
 
 
 def kernels_of(x: Tensor, stem: str) -> Any:
     """The compiled kernels that have this stem for this device, or the reference."""
     device = "cpu" if x.is_cpu else x.device.type
-    return KERNELS[device] if _backend.uses_native(device, stem) else reference
+    return KERNELS[device] if backend.uses_native(device, stem) else reference
 
 
 def refuse_bad_labels(target: Tensor | None, C: int, ignore_index: int, kernels: Any) -> None:
@@ -26,8 +27,8 @@ def refuse_bad_labels(target: Tensor | None, C: int, ignore_index: int, kernels:
     """
     if target is None:
         return
-    if kernels is not _native if target.device.type == "cpu" else _backend.validate_on_device:
+    if kernels is not cpu if target.device.type == "cpu" else backend.validate_on_device:
         bad = ((target < 0) | (target >= C)) & (target != ignore_index)
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise _native.bad_label(int(target[row]), row, C, ignore_index)
+            raise cpu.bad_label(int(target[row]), row, C, ignore_index)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._validate import check_matrix
+from ..._arguments.checks import check_matrix
 from ..direct import is_direct
 from ..threads import alone_after_fork
 from .batching import batch_first

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._distribution import Distribution, Statistics
+from .distribution import Distribution, Statistics
 
 MEASURES = {
     "loss": "cross-entropy",

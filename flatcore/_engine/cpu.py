@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backend, _chunked
-from ._backend import _core
-from ._engine import paths
-from ._engine.head import Head
-from ._engine.memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
-from ._engine.threads import threads
-from ._reduction import Reduction
+from . import backend, chunked_cpu, paths
+from .backend import _core
+from .head import Head
+from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
+from .reduction import Reduction
+from .threads import threads
 
 _CPU = torch.device("cpu")
 
@@ -24,7 +23,7 @@ class _Call(HeadCall):
 
     def __init__(self, head: Head, fields: int):
         super().__init__(_core, head, fields, threads())
-        self.cpu_target = _backend.cpu_target or ""
+        self.cpu_target = backend.cpu_target or ""
         self.path = paths.on_cpu(self.C, self.D, self.double)
         paths.took(self.path, self, self.cpu_target)
 
@@ -36,7 +35,7 @@ class _Call(HeadCall):
         if self.path == "fused":
             self.check_label(_core.head_metrics(self.cpu_target, self.problem))
         else:
-            self.check_label(_chunked.head_metrics(self.cpu_target, self))
+            self.check_label(chunked_cpu.head_metrics(self.cpu_target, self))
         return values, prediction
 
     def check_label(self, row: int) -> None:
@@ -104,7 +103,7 @@ def head_metrics_backward(
             address(d_features), address(d_weight), address(d_bias), address(d_logits),
         )  # fmt: skip
     else:
-        _chunked.head_metrics_backward(
+        chunked_cpu.head_metrics_backward(
             call.cpu_target,
             call,
             upstream.expand(N).contiguous(),
@@ -121,14 +120,14 @@ _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
 def head_reduction(logs: Tensor, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel; results as of ``_reduction.reduce`` and ``reduce_with_log_coefficient``."""
+    """Run the kernel; results as of ``reduction.reduce`` and ``reduce_with_log_coefficient``."""
     N = logs.shape[0]
     value = logs.new_empty((N,) if how.reduction == "none" else (), dtype=how.dtype)
     coefficient = logs.new_empty((N,)) if with_coefficient else None
     s = None if how.s is None else readable(how.s).contiguous()
     labels = None if how.target is None or s is not None else readable(how.target).contiguous()
     _core.head_reduction(
-        _backend.cpu_target or "", logs.data_ptr(), address(s), address(labels), N, how.ignore_index,
+        backend.cpu_target or "", logs.data_ptr(), address(s), address(labels), N, how.ignore_index,
         _REDUCTIONS[how.reduction], how.log, how.count_rows, value.data_ptr(), how.dtype is torch.float64,
         address(coefficient),
     )  # fmt: skip
@@ -151,7 +150,7 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     if N:
         workspace = torch.empty(_core.row_norms_workspace(N, K), dtype=torch.float64)
         _core.row_norms(
-            _backend.cpu_target or "", matrix(x), N, K, threads(), at.get(1, 0), at.get(2, 0),
+            backend.cpu_target or "", matrix(x), N, K, threads(), at.get(1, 0), at.get(2, 0),
             at.get(math.inf, 0), workspace.data_ptr(),
         )  # fmt: skip
     return torch.stack([norms[p] for p in ord])
@@ -171,7 +170,7 @@ def unmasked_cross_entropy(
     cotangent = logits.new_empty((N if with_cotangent else 0, C))
     if N:
         bad_row = _core.unmasked_cross_entropy(
-            _backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, threads(),
+            backend.cpu_target or "", matrix(logits), target.data_ptr(), N, C, ignore_index, threads(),
             loss.data_ptr(), log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
         )  # fmt: skip
         if bad_row >= 0:

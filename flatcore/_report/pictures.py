@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ._distribution import Distribution
-from ._tally import CLASSES, MEASURES
+from .distribution import Distribution
+from .tally import CLASSES, MEASURES
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

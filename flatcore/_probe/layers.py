@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._validate import FLOATS, check_tensor, is_dtensor, is_exact, storage_covers
+from .._arguments.checks import FLOATS, check_tensor, is_dtensor, is_exact, storage_covers
 
 
 def kind(value: Any) -> str:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 _is_of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
 _has_storage = torch._C._has_storage
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PACKAGE = str(Path(__file__).parent / "_")[:-1]
+_PACKAGE = str(Path(__file__).parents[1] / "_")[:-1]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 

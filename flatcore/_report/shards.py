@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ._loading import NOTHING, as_loader, checked
+from .loading import NOTHING, as_loader, checked
 
 _VALUES = 4096  # of a row's tensors that its checksum reads: 16 us, and a photograph has 150,528
 _READ_TWICE = 8  # rows of a data set: a transform that leaves one in two as it is passes for fixed once in 256 times

@@ -20,9 +20,9 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ._evaluate import evaluate
-from ._loading import batches, check_module, device_of, evaluation_mode
-from ._report import dumps, number, write
+from .._report.evaluate import evaluate
+from .._report.loading import batches, check_module, device_of, evaluation_mode
+from .._report.report import dumps, number, write
 
 
 class CommandError(Exception):
@@ -194,7 +194,7 @@ def _first_samples(loader: Any, number_wanted: int, device: torch.device) -> lis
 
 def run_attack_path(arguments: argparse.Namespace) -> int:
     """``attack-path``: attack_path.csv, one row per sample and step, and attack_path.png."""
-    from .robustness import attack_path
+    from ..robustness import attack_path
 
     _require("matplotlib")
     out = arguments.out.absolute()
@@ -239,8 +239,8 @@ def _draw(figure: Any, file: Path) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> int:
     """``sweep``: scaling_sweep.json and scaling_sweep.png."""
-    from .robustness import plot_scaling, scaling_sweep
-    from .robustness._scaling import Quantiles
+    from ..robustness import plot_scaling, scaling_sweep
+    from ..robustness._scaling import Quantiles
 
     _require("matplotlib")
     out = arguments.out.absolute()

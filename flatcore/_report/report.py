@@ -16,8 +16,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ._distribution import Statistics
-from ._tally import MEASURES, Group, Tally
+from .distribution import Statistics
+from .tally import MEASURES, Group, Tally
 
 
 def write_rows(file: TextIO, table: Mapping[str, np.ndarray], header: bool = True) -> None:
@@ -157,7 +157,7 @@ class Report:
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         environment.filters |= {"number": number, "percent": percent}
-        template = environment.from_string(Path(__file__).with_name("_report.html").read_text(encoding="utf-8"))
+        template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
         pictures = [(caption, _png(figure)) for caption, figure in self._figures()]
         write(path, template.render(title=title, report=self, measures=MEASURES, pictures=pictures, nan=math.isnan))
 
@@ -209,7 +209,7 @@ class Report:
 
 
 def _pictures() -> Any:
-    from . import _pictures as module
+    from . import pictures as module
 
     return module
 

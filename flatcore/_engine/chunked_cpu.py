@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import _core
-from ._engine.memory import HeadCall, address
-from ._precision import full_precision
-from ._reduction import derivative
-from .reference import FIELDS
+from ..reference import FIELDS
+from .backend import _core
+from .memory import HeadCall, address
+from .precision import full_precision
+from .reduction import derivative
 
 WORKSPACE_BYTES = 64 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more."""

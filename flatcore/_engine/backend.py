@@ -9,7 +9,7 @@ from types import TracebackType
 import torch  # noqa: F401  (before _core: one OpenMP runtime, torch's, serves both)
 
 try:
-    from . import _core
+    from .. import _core
 except ImportError as error:
     if "_core" not in str(error) or "undefined symbol" in str(error):
         raise

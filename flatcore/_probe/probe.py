@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _verify
-from ._capture import Capture, Pass, address, install, is_dead, remove, version
-from ._comparison import tensors_in
-from ._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
-from ._layers import adapters, adapts, kind, parts, readable, remedy, sizes
-from ._precision import full_precision
-from ._validate import check_flag, check_temperature, check_tensor, one_output, storage_covers
-from ._verify import given_logits, listed
+from .._arguments.checks import check_flag, check_temperature, check_tensor, one_output, storage_covers
+from .._engine.precision import full_precision
+from .._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
+from . import verify
+from .capture import Capture, Pass, address, install, is_dead, remove, version
+from .comparison import tensors_in
+from .layers import adapters, adapts, kind, parts, readable, remedy, sizes
+from .verify import given_logits, listed
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # in names, of the wrappers that torch puts around a model
 
@@ -123,7 +123,7 @@ class Probe:
         self._adapters = adapters(self.model)
         self._capture = Capture()
         self._verified: set[bool] = set()
-        self._later: list[_verify.Later] = []
+        self._later: list[verify.Later] = []
         self._detach: weakref.finalize | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Probe:
         if self.is_attached:
             self._detach()  # type: ignore[misc]  # attached: there is one
             self._recompile()
-        _verify.read(self, wait=True)
+        verify.read(self, wait=True)
 
     def _recompile(self) -> None:
         if any(
@@ -346,7 +346,7 @@ class Probe:
             )
         tracing = torch.compiler.is_compiling()
         if self._later:
-            _verify.read(self, wait=False)
+            verify.read(self, wait=False)
         used = self._used()
         given = [n for n, own in (("features", used.features), ("linear_weight", used.weight), ("linear_bias", used.bias))
                  if n in options and options[n] is not own]  # fmt: skip
@@ -374,8 +374,8 @@ class Probe:
             raise ValueError(one_output(f"the head {self.head_name!r}", _TWO_CLASSES))
         if self.verify and not tracing and (given or not used.checked):
             replaced = [name for name in given if name != "features"]
-            if replaced or not _verify.agrees_quickly(self, used, weight, bias):
-                looked = _verify.check(self, used, weight, bias, replaced)
+            if replaced or not verify.agrees_quickly(self, used, weight, bias):
+                looked = verify.check(self, used, weight, bias, replaced)
                 used.checked = used.checked or (looked and not given)
             else:
                 used.checked = True
@@ -412,7 +412,7 @@ class Probe:
             return f"flatcore.Probe({type(self.model).__name__}: {state})"
         return (
             f"flatcore.Probe({type(self.model).__name__}: head {self._names[used.module]!r}, "
-            f"{sizes(used.module)}, features {_verify.described(used.features)})"
+            f"{sizes(used.module)}, features {verify.described(used.features)})"
         )
 
 

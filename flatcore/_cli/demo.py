@@ -21,8 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__, evaluate, head_metrics, show_config
-from ._commands import check_writable
+from .. import __version__, evaluate, head_metrics, show_config
+from .commands import check_writable
 
 _TEST_IMAGES = 540  # of 1797
 _GAP = 15.0  # the top-two gap from which float32's 1 - p has lost its last good digits

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._comparison import tensors_in
-from ._precision import products_are_exact
-from ._validate import is_exact
+from .._arguments.checks import is_exact
+from .._engine.precision import products_are_exact
+from .comparison import tensors_in
 
 
 class Pass:

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._config import __version__
-from ._head_metrics import head_metrics
-from ._input_gradients import input_gradients
-from ._loading import check_module, device_of, evaluation_mode
-from ._probe import Probe
-from ._report import Report, write_rows
-from ._row_norms import row_norms
-from ._shards import Shard
-from ._tally import Tally, joined, thinned
-from ._validate import INTEGERS, check_flag, check_integer, check_temperature, one_output
+from .._arguments.checks import INTEGERS, check_flag, check_integer, check_temperature, one_output
+from .._config import __version__
+from .._head_metrics import head_metrics
+from .._input_gradients import input_gradients
+from .._probe.probe import Probe
+from .._row_norms import row_norms
+from .loading import check_module, device_of, evaluation_mode
+from .report import Report, write_rows
+from .shards import Shard
+from .tally import Tally, joined, thinned
 
 _HELD = 1 << 22  # bytes of features and logits that wait to be measured together
 _FLUSH = 1 << 16  # rows that wait on the device before they are counted: 5 MB, and one transfer instead of 256

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ._arrays import as_tensor
-from ._validate import check_tensor
+from .._arguments.arrays import as_tensor
+from .._arguments.checks import check_tensor
 
 BATCH = 256  # rows of a batch, where a data set comes in a loader's place
 NOTHING = "loader must yield at least one batch, got an empty one (or one that was used up before)"

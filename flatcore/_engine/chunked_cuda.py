@@ -1,6 +1,6 @@
 """Large heads on a CUDA device: chunks of rows around the library's matrix products, at bounded workspace.
 
-As ``_chunked``, but nothing waits for the device: the power of two that scales W and the poison of W's gradient stay
+As ``chunked_cpu``, but nothing waits for the device: the power of two that scales W and the poison of W's gradient stay
 there, and rows that need explicit differences are found by the kernels. The gradient of any head goes this way.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chunked import GRADIENT, LAYERWISE, NEURONWISE, TILE_CLASSES
-from ._engine.memory import HeadCall, address
-from ._precision import full_precision
-from ._reduction import derivative
+from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE, TILE_CLASSES
+from .memory import HeadCall, address
+from .precision import full_precision
+from .reduction import derivative
 
 WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk

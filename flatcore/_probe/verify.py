@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._arrays import as_tensor
-from ._capture import Pass
-from ._comparison import Compared, compared, is_row, row_agrees, rows_of, seen, tensors_in
-from ._layers import alike, kind, remedy, sizes
-from ._precision import products_are_exact
+from .._arguments.arrays import as_tensor
+from .._engine.precision import products_are_exact
+from .capture import Pass
+from .comparison import Compared, compared, is_row, row_agrees, rows_of, seen, tensors_in
+from .layers import alike, kind, remedy, sizes
 
 if TYPE_CHECKING:
-    from ._probe import Probe
+    from .probe import Probe
 
 _ROWS = 64  # on so many rows the model's output is compared with the head's: enough to see a scale, too few to cost
 _QUICK = 32  # classes, up to which a row is compared as Python numbers

@@ -1,6 +1,6 @@
 """The compiled kernels of a CUDA device, on the caller's current stream: nothing here waits for the device.
 
-The functions are those of ``_native``, with the same arguments and results. A row whose label is no class is NaN.
+The functions are those of ``cpu``, with the same arguments and results. A row whose label is no class is NaN.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _chunked_cuda
-from ._backend import _core
-from ._chunked import GRADIENT, NEURONWISE
-from ._engine import paths
-from ._engine.head import Head
-from ._engine.memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
-from ._reduction import Reduction, reduce, reduce_with_log_coefficient
+from . import chunked_cuda, paths
+from .backend import _core
+from .chunked_cpu import GRADIENT, NEURONWISE
+from .head import Head
+from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
+from .reduction import Reduction, reduce, reduce_with_log_coefficient
 
 
 def stream(x: Tensor) -> tuple[int, int]:
@@ -37,7 +36,7 @@ def _run(call: HeadCall, wide_result: bool) -> tuple[Tensor, Tensor]:
     if call.N and path == "fused":
         _fused(call)
     elif call.N:
-        _chunked_cuda.head_metrics(_core, stream(call.head.features), call)
+        chunked_cuda.head_metrics(_core, stream(call.head.features), call)
     return values, prediction
 
 
@@ -59,7 +58,7 @@ def _fused(call: HeadCall) -> None:
         address(special),
     )  # fmt: skip
     if special is not None:
-        slots = _chunked_cuda.explicit_slots(call)
+        slots = chunked_cuda.explicit_slots(call)
         scratch = call.empty(slots, 2 * C)
         _core.cuda_head_explicit(
             *where, problem, 0, call.N, special.data_ptr(), summary.data_ptr(), scratch.data_ptr(), slots
@@ -98,7 +97,7 @@ def head_metrics_backward(
     d_bias = call.empty(C).zero_() if of_bias else None
     d_logits = call.empty(N, C, dtype=call.dtype) if of_logits else None
     paths.took("chunked", call, head.features.device)
-    _chunked_cuda.head_metrics_backward(
+    chunked_cuda.head_metrics_backward(
         _core, stream(call.head.features), call, upstream, log_coefficient, d_features, d_weight, d_bias, d_logits
     )
     return in_dtypes_of(head, (d_features, d_weight, d_bias, d_logits))

@@ -1,0 +1,1 @@
+"""The head of a user's model, measured while the model runs."""
