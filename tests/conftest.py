@@ -234,3 +234,14 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
         assert (config["cpu_backend"], config["cpu_target"]) == ("native", name), (
             "another target ran than the forced one"
         )
+
+
+@pytest.fixture(params=("reference", "fused", "chunked"))
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Implementation that is forced; a test may stop before it has run."""
+    if request.param == "reference":
+        with flatcore.backend("reference"):
+            yield request.param
+        return
+    with flatcore.backend("native"), paths.forced(path=request.param):
+        yield request.param

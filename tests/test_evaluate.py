@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flatcore._report.report.distribution import Distribution
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import flatcore
+from flatcore._report.distribution import Distribution
 
 N, D, C = 700, 16, 5
 MEASURES = ("loss", "hessian_trace", "layerwise", "neuronwise", "feature_gradient_norm")

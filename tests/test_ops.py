@@ -39,17 +39,6 @@ ENGINES = ("reference", "fused", "chunked")
 SCRIPTED = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Implementation that is forced."""
-    if request.param == "reference":
-        with flatcore.backend("reference"):
-            yield request.param
-        return
-    with flatcore.backend("native"), paths.forced(path=request.param):
-        yield request.param
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     yield

@@ -184,7 +184,7 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     }
     for (int i = 0; i < count; ++i) {
       // Below this the classes that differ from the top one may have underflowed in u.
-      if (tile.bad[i] || inner[i] > 1e-250 || log_eps[i] == -math::kInfinity) continue;
+      if (tile.bad[i] || math::table_variance_is_in_range(inner[i]) || log_eps[i] == -math::kInfinity) continue;
       const ExplicitSum sum = explicit_row(i, static_cast<int64_t>(m[i]), call.include_bias, true);
       out[i] = log_n_head[i] + log_variance(sum, shared.exponent) - two_log_t;
     }
@@ -223,15 +223,12 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
   for (int v = 0; v < kTile; v += kDoubles) {
     store_unaligned(out + v, 0.5 * math::log_nonnegative(load_unaligned<DoubleV>(square + v)));
   }
-  // The table is right to about 1e-15, so this share of the total may be left by the difference before digits that a
-  // float32 (1e-7) or a float64 result (1e-12) shows are lost.
-  const double floor = call.double_compute ? 1e-2 : 1e-6;
   for (int i = 0; i < count; ++i) {
     if (labels[i] == Label::kIgnored) {
       put_gradient_norms(values, n0 + i, -math::kInfinity);
     } else if (tile.bad[i] || labels[i] != Label::kValid) {
       put_gradient_norms(values, n0 + i, kNan);
-    } else if (only_l2 && square[i] > floor * total[i] && square[i] > 1e-250) {
+    } else if (only_l2 && math::table_gradient_is_left(square[i], total[i], call.double_compute)) {
       const double scale = y[i] == static_cast<int64_t>(m[i]) ? log_eps[i] : 0.0;
       values.put(kLogGradientNorm, n0 + i, out[i] + scale - shared.exponent * kLn2 - 0.5 * two_log_t);
     } else {

@@ -12,69 +12,19 @@
 //
 // Cost: 6NDC operations (logits, features' and weight's gradient), about 40 C per row in float64, for neuronwise 3NC^2
 // more; a gradient norm 8NDC more in float64. Rows are split into as many groups as there are threads, each in order,
-// so that two runs with equal thread counts agree bit for bit.
+// so that two runs with equal thread counts agree bit for bit. By measure: head_backward_variance.h and
+// head_backward_gradient_norm.h have the rows that the tile's plain sums would lose.
 #include "cpu/head_metrics_backward.h"
 
-#include "cpu/head_tile.h"
+#include "cpu/head_backward_gradient_norm.h"
+#include "cpu/head_backward_variance.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cpu {
+namespace FLATCORE_TARGET {
 namespace {
 
 constexpr int64_t kFoldRows = 512;
-
-struct BackwardLayout {
-  int64_t stride;          // elements of a padded row of D
-  int64_t classes_stride;  // doubles of a padded row of C
-  int64_t packed, distances, bias_distances, row_sums, groups;
-  // of a group
-  int64_t tile_rows, tile_out, tile_dual, tile_doubles, tile_compute, row_scratch, pair_left, pair_right, pairs, weight,
-      weight_total, bias;
-  int64_t per_group, total;
-};
-
-inline BackwardLayout backward_layout(const HeadProblem& problem) {
-  BackwardLayout layout{};
-  const int64_t element = problem.double_compute ? 8 : 4;
-  const int64_t C = problem.C;
-  const bool gradient = (problem.fields & kGradientFields) != 0;
-  const bool neuronwise = (problem.fields >> kLogNeuronwise & 1U) != 0;
-  layout.stride = align(problem.D * element) / element;
-  layout.classes_stride = align(C * 8) / 8;
-  int64_t at = 0;
-  const auto place = [&at](int64_t bytes) {
-    const int64_t from = at;
-    at += align(bytes);
-    return from;
-  };
-  const int64_t row = layout.stride * element;
-  layout.packed = place(C * row);
-  layout.distances = place(neuronwise ? C * C * 8 : 0);
-  layout.bias_distances = place(neuronwise && problem.include_bias ? C * C * 8 : 0);
-  layout.row_sums = place(C * 8);
-  layout.groups = at;
-  at = 0;
-  layout.tile_rows = place(kTile * row);
-  layout.tile_out = place(kTile * row);
-  layout.tile_dual = place(gradient ? kTile * row : 0);
-  layout.tile_doubles = place(4 * C * kTile * 8);
-  layout.tile_compute = place(2 * C * kTile * element);
-  layout.row_scratch = place((2 * C + 2 * layout.stride) * 8);
-  layout.pair_left = place(neuronwise ? kTile * layout.classes_stride * 8 : 0);
-  layout.pair_right = place(neuronwise ? kTile * layout.classes_stride * 8 : 0);
-  layout.pairs = place(neuronwise ? C * layout.classes_stride * 8 : 0);
-  layout.weight = place(C * row);
-  layout.weight_total = place(C * layout.stride * 8);
-  layout.bias = place((C + 1) * 8);
-  layout.per_group = at;
-  layout.total = layout.groups + layout.per_group * problem.threads;
-  return layout;
-}
-
-}  // namespace
-
-namespace FLATCORE_TARGET {
-namespace {
 
 // out[i][d] += sum_k a[k][i] b[k][d] for RB rows and DB vectors.
 template <class C, int RB, int DB>
@@ -131,60 +81,6 @@ void add_outer(const C* a, int64_t a_k, int64_t a_row, const C* b, int64_t b_str
   if (i < rows) outer_rows<C, 1>(a + i * a_row, a_k, a_row, b, b_stride, K, out + i * out_stride, out_stride, width);
 }
 
-// What a whole call shares.
-template <class C>
-struct SharedBackward {
-  Field field;
-  const C* packed;          // (C, stride)
-  const double* distances;  // (C, C), times 2^(2 exponent); null if not needed
-  int exponent;
-  double log_square;  // log ||W||_F^2; layerwise only
-};
-
-// One group of rows, handled in order by one thread.
-template <class C>
-struct Group {
-  TileBuffers tile;
-  C* rows;        // (kTile, stride) features, zero in rows that are left out
-  C* out;         // (kTile, stride)
-  C* dual;        // (kTile, stride) a gradient norm's dual direction
-  double* s;      // (C, kTile) mean distances
-  double* g;      // (C, kTile) the logits' cotangent
-  C* g_compute;   // (C, kTile) the same in the compute type
-  C* k_compute;   // (C, kTile) factors of the dual directions
-  double* row;    // 2 C + 2 stride
-  double* left;   // (kTile, classes_stride)
-  double* right;  // (kTile, classes_stride)
-  // sums over the group's rows
-  double* pairs;         // (C, classes_stride)
-  C* weight;             // (C, stride), of the rows since the last fold
-  double* weight_total;  // (C, stride)
-  double* bias;          // (C,), and the sum of c behind them
-  int64_t since_fold = 0;
-  bool folded = false;
-  bool poisoned = false;
-
-  Group(const HeadMetricsBackward& call, const BackwardLayout& layout, int64_t index) {
-    char* base = static_cast<char*>(call.workspace) + layout.groups + index * layout.per_group;
-    rows = reinterpret_cast<C*>(base + layout.tile_rows);
-    out = reinterpret_cast<C*>(base + layout.tile_out);
-    dual = reinterpret_cast<C*>(base + layout.tile_dual);
-    double* doubles = reinterpret_cast<double*>(base + layout.tile_doubles);
-    tile = {doubles, doubles + call.C * kTile, nullptr, nullptr};
-    s = doubles + 2 * call.C * kTile;
-    g = doubles + 3 * call.C * kTile;
-    g_compute = reinterpret_cast<C*>(base + layout.tile_compute);
-    k_compute = g_compute + call.C * kTile;
-    row = reinterpret_cast<double*>(base + layout.row_scratch);
-    left = reinterpret_cast<double*>(base + layout.pair_left);
-    right = reinterpret_cast<double*>(base + layout.pair_right);
-    pairs = reinterpret_cast<double*>(base + layout.pairs);
-    weight = reinterpret_cast<C*>(base + layout.weight);
-    weight_total = reinterpret_cast<double*>(base + layout.weight_total);
-    bias = reinterpret_cast<double*>(base + layout.bias);
-  }
-};
-
 struct TileUpstream {
   alignas(64) double c[kTile];  // 0 where the row adds nothing
   bool live[kTile];
@@ -215,154 +111,6 @@ void gather_rows(const HeadProblem& call, int64_t first, int count, const bool* 
     }
     for (; d < stride; ++d) to[d] = C{};
   }
-}
-
-// g_j = c/T d log Var_p(w)/dz_j and the pair factors of one row whose distances underflow next to the top class: u is
-// taken relative to the best class whose row of W differs from the top one's. Returns false if there is no such class.
-template <class C>
-bool variance_of_row(const HeadProblem& call, const SharedBackward<C>& shared, Group<C>& group, int i, int64_t top,
-                     double t, double confidence, double c, int64_t classes_stride) {
-  const int64_t classes = call.C;
-  const double inverse_temperature = 1.0 / call.temperature;
-  const double* from_top = shared.distances + top * classes;
-  const double* z = group.tile.z;
-  double* u = group.row;
-  double* s = group.row + classes;
-  double best = -math::kInfinity;
-  for (int64_t j = 0; j < classes; ++j) {
-    if (from_top[j] > 0.0 && z[j * kTile + i] > best) best = z[j * kTile + i];
-  }
-  if (best == -math::kInfinity) return false;
-  double group_share = 0.0;
-  for (int64_t j = 0; j < classes; ++j) {
-    const double logit = z[j * kTile + i];
-    u[j] = from_top[j] > 0.0 ? math::tail_scale(logit, best, inverse_temperature) : 0.0;
-    if (!(from_top[j] > 0.0)) group_share += math::tail_scale(logit, t, inverse_temperature) * confidence;
-  }
-  const double share = math::tail_scale(best, t, inverse_temperature) * confidence;
-  double pairs = 0.0;
-  for (int64_t j = 0; j < classes; ++j) {
-    double sum = 0.0;
-    for (int64_t k = 0; k < classes; ++k) sum += u[k] * shared.distances[j * classes + k];
-    s[j] = sum;
-    pairs += 0.5 * u[j] * sum;
-  }
-  const double inner = group_share * s[top] + share * pairs;
-  if (!(inner > 0.0)) return false;
-  auto form = math::variance_cotangent<double>(group_share, share, inner);
-  double* left = group.left + i * classes_stride;
-  double* right = group.right + i * classes_stride;
-  for (int64_t j = 0; j < classes; ++j) {
-    if (from_top[j] > 0.0) {
-      group.g[j * kTile + i] = c * inverse_temperature * form.rest(u[j], from_top[j], s[j]);
-      left[j] = c * form.inverse * share * u[j];
-      right[j] = u[j];
-    } else {
-      const double p = math::tail_scale(z[j * kTile + i], t, inverse_temperature) * confidence;
-      form.confidence = p;
-      group.g[j * kTile + i] = c * inverse_temperature * form.top(s[top]);
-      form.confidence = group_share;
-      left[j] = 2.0 * c * form.inverse * p;
-      right[j] = 0.0;
-    }
-  }
-  return true;
-}
-
-// The same of a gradient norm, with the dual direction and its factor for each class.
-template <class C>
-bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shared, Group<C>& group, int i, int64_t y,
-                          int64_t top, double t, double confidence, const RowUpstream& upstream, int64_t stride) {
-  const int64_t classes = call.C;
-  const double c = upstream.c, inverse_temperature = 1.0 / call.temperature;
-  const double scale = std::scalbn(1.0, shared.exponent);
-  const double* z = group.tile.z;
-  double* u = group.row;
-  double* direction = group.row + 2 * classes;
-  const C* wy = shared.packed + y * stride;
-  double best = -math::kInfinity;
-  for (int64_t j = 0; j < classes; ++j) {
-    const C* wj = shared.packed + j * stride;
-    bool differs = false;
-    for (int64_t d = 0; d < call.D && !differs; ++d) differs = wj[d] != wy[d];
-    u[j] = differs ? 1.0 : -1.0;
-    if (differs && z[j * kTile + i] > best) best = z[j * kTile + i];
-  }
-  if (best == -math::kInfinity) return false;
-  for (int64_t d = 0; d < stride; ++d) direction[d] = 0.0;
-  for (int64_t j = 0; j < classes; ++j) {
-    if (u[j] < 0.0) continue;
-    u[j] = math::tail_scale(z[j * kTile + i], best, inverse_temperature);
-    if (u[j] == 0.0) continue;
-    const C* wj = shared.packed + j * stride;
-    for (int64_t d = 0; d < stride; d += kDoubles) {
-      const DoubleV difference = (Load<double>::from(wj + d) - Load<double>::from(wy + d)) * scale;
-      store_unaligned(direction + d, load_unaligned<DoubleV>(direction + d) + u[j] * difference);
-    }
-  }
-  double norm = 0.0, ties = 0.0;
-  for (int64_t d = 0; d < call.D; ++d) {
-    const double a = std::fabs(direction[d]);
-    if (shared.field == kLogGradientNorm) {
-      norm += a * a;
-    } else if (shared.field == kLogGradientNorm1) {
-      norm += a;
-    } else if (a > norm) {
-      norm = a;
-    }
-  }
-  if (shared.field == kLogGradientNorm) norm = std::sqrt(norm);
-  if (!(norm > 0.0)) return false;
-  for (int64_t d = 0; d < call.D; ++d) ties += std::fabs(direction[d]) == norm ? 1.0 : 0.0;
-  for (int64_t d = 0; d < call.D; ++d) {
-    const double x = direction[d];
-    const double sign = x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0;
-    if (shared.field == kLogGradientNorm) {
-      direction[d] = x / norm;
-    } else if (shared.field == kLogGradientNorm1) {
-      direction[d] = sign;
-    } else {
-      direction[d] = std::fabs(x) == norm ? sign / ties : 0.0;
-    }
-    group.dual[i * stride + d] = static_cast<C>(direction[d]);
-  }
-  // exp(rho)/T ||.||: F; the label's group has p_j of its own
-  const double log_share = (best - t) * inverse_temperature + std::log(confidence);
-  const double share = std::exp(log_share);
-  const auto put_factor = [&](int64_t j, double factor) {
-    const C k = static_cast<C>(factor * scale);
-    const bool overflow = std::fabs(k) == static_cast<C>(math::kInfinity);
-    group.k_compute[j * kTile + i] = overflow ? C{} : k;
-    if (!overflow) return;
-    for (int64_t d = 0; d < call.D; ++d) {  // inf where the direction has a part, not NaN where it has none
-      if (direction[d] != 0.0) group.weight[j * stride + d] += k * static_cast<C>(direction[d]);
-    }
-  };
-  double own = 0.0, others = 0.0;
-  for (int64_t j = 0; j < classes; ++j) {
-    double factor = 0.0;
-    if (u[j] >= 0.0) {
-      const C* wj = shared.packed + j * stride;
-      DoubleV dots = {};
-      for (int64_t d = 0; d < stride; d += kDoubles) {
-        dots +=
-            (Load<double>::from(wj + d) - Load<double>::from(wy + d)) * scale * load_unaligned<DoubleV>(direction + d);
-      }
-      group.g[j * kTile + i] = c * inverse_temperature * u[j] * (sum_lanes(dots) - share * norm) / norm;
-      factor = c * u[j] / norm;
-    } else {
-      const double log_p = (z[j * kTile + i] - t) * inverse_temperature + std::log(confidence);
-      group.g[j * kTile + i] = -c * inverse_temperature * std::exp(log_p);
-      if (j != y) factor = twin_factor(upstream, log_p, log_share, norm);
-    }
-    if (j != top) others += group.g[j * kTile + i];
-    own -= factor;
-    put_factor(j, factor);
-  }
-  put_factor(y, own);
-  // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
-  if (u[top] >= 0.0) group.g[top * kTile + i] = -others;
-  return true;
 }
 
 template <class C>
@@ -442,7 +190,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
         double* left = group.left + i * layout.classes_stride;
         double* right = group.right + i * layout.classes_stride;
         // below this the classes that differ from the top one may have underflowed in u
-        if (!(inner > 1e-250)) {
+        if (!math::table_variance_is_in_range(inner)) {
           if (!variance_of_row(call, shared, group, i, top, softmax.t[i], softmax.confidence[i], up.c[i],
                                layout.classes_stride)) {
             up.drop(i);

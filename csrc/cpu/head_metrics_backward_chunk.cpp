@@ -1,9 +1,10 @@
 // head_metrics_backward, large heads: what lies between the library's matrix products, for a chunk of rows at a time.
 //
-// Order of calls, in flatcore/_engine/chunked_cpu.py: the library forms z = W phi; head_chunk_statistics turns it into q. For
-// neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one direction per
-// row (the mean row of p, or the dual direction of the gradient), the library forms direction (W - center)^T. Then
-// head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms the gradients.
+// Order of calls, in flatcore/_engine/chunked_cpu.py: the library forms z = W phi; head_chunk_statistics turns it into
+// q. For neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one
+// direction per row (the mean row of p, or the dual direction of the gradient), the library forms direction (W -
+// center)^T. Then head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms
+// the gradients.
 //
 // Who allocates: the caller. Nothing here is of size N x C but what a chunk holds.
 //
@@ -11,6 +12,7 @@
 // what they were taken from (nearly equal top rows), the row is done from explicit differences, one row at a time.
 #include <cstring>
 
+#include "cpu/head_backward_explicit.h"
 #include "cpu/head_metrics_backward.h"
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
@@ -280,165 +282,6 @@ void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
   // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
   if (!top_label) g[state.m] = static_cast<C>(-others);
   q[y] = static_cast<C>(row.c * w_scale * inverse * (top_label ? -1.0 : p_y - 1.0));
-}
-
-// A row from explicit differences to the row of W of the top class (neuronwise) or of the label: docs/mathematics.md,
-// "Derivatives". Writes g, adds to d_weight and d_bias. Costs 6CD operations in float64.
-template <class C, class W>
-void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
-  const int64_t classes = call.C, D = call.D, n = call.first + i;
-  const HeadRow& state = call.row_state[i];
-  const RowUpstream upstream = row_upstream(call, n);
-  const double c = call.numbers[i].c, inverse_temperature = 1.0 / call.temperature;
-  const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
-  const bool gradient = (call.fields & kGradientFields) != 0, with_bias = call.include_bias && !gradient;
-  C* g = static_cast<C*>(call.g) + i * call.g_stride;
-  double* z = call.scratch;
-  double* u = z + classes;
-  double* direction = u + classes;  // D, and the bias's entry behind
-  explicit_logits(call, n, z);
-  const int64_t anchor = gradient ? call.target[n] : state.m;
-  const W* w = static_cast<const W*>(call.weight.data);
-  const int64_t step = call.weight.column_stride;
-  const W* wa = w + anchor * call.weight.row_stride;
-  const auto difference = [&](int64_t j, int64_t d) {
-    const W* wj = w + j * call.weight.row_stride;
-    return (static_cast<double>(widen(wj[d * step])) - static_cast<double>(widen(wa[d * step]))) * scale;
-  };
-  const auto bias_difference = [&](int64_t j) { return with_bias ? (call.bias[j] - call.bias[anchor]) * scale : 0.0; };
-  const auto probability = [&](int64_t j) {
-    return math::tail_scale(z[j], z[state.m], inverse_temperature) * state.confidence;
-  };
-  double best = -math::kInfinity, group = 0.0;  // group: sum of p_j over the classes whose row equals the anchor's
-  for (int64_t j = 0; j < classes; ++j) {
-    const W* wj = w + j * call.weight.row_stride;
-    bool differs = with_bias && call.bias[j] != call.bias[anchor];
-    for (int64_t d = 0; d < D && !differs; ++d) differs = widen(wj[d * step]) != widen(wa[d * step]);
-    u[j] = differs ? 1.0 : -1.0;
-    if (!differs) group += probability(j);
-    if (differs && z[j] > best) best = z[j];
-  }
-  for (int64_t j = 0; j < classes; ++j) g[j] = C{};
-  const auto nothing = [&] {
-    if (call.d_features == nullptr) return;
-    C* to = static_cast<C*>(call.d_features) + i * D;
-    for (int64_t d = 0; d < D; ++d) to[d] = C{};
-  };
-  if (best == -math::kInfinity) return nothing();
-  const double log_share = (best - z[state.m]) * inverse_temperature - state.log1p_tau;
-  const double share = std::exp(log_share);
-  for (int64_t d = 0; d <= D; ++d) direction[d] = 0.0;
-  double square_mean = 0.0, total = 0.0;
-  for (int64_t j = 0; j < classes; ++j) {
-    if (u[j] < 0.0) continue;
-    u[j] = math::tail_scale(z[j], best, inverse_temperature);
-    if (u[j] == 0.0) continue;
-    double square = 0.0;
-    for (int64_t d = 0; d < D; ++d) {
-      const double value = difference(j, d);
-      direction[d] += u[j] * value;
-      square += value * value;
-    }
-    const double value = bias_difference(j);
-    direction[D] += u[j] * value;
-    square_mean += u[j] * (square + value * value);
-    total += u[j];
-  }
-  C* d_weight = static_cast<C*>(call.d_weight);
-  double norm1 = 0.0, norm2 = 0.0, largest = 0.0, ties = 0.0;
-  for (int64_t d = 0; d <= D; ++d) {
-    const double a = std::fabs(direction[d]);
-    norm1 += a;
-    norm2 += a * a;
-    ties = a == largest ? ties + 1.0 : a > largest ? 1.0 : ties;
-    largest = a > largest ? a : largest;
-  }
-  if (!gradient) {
-    // as log_variance (cpu/head_rows.h): the spread about the mean of those that differ, and that mean's distance
-    double spread = square_mean - norm2 / total;
-    if (!(group > 0.25)) {
-      spread = 0.0;
-      for (int64_t j = 0; j < classes; ++j) {
-        if (!(u[j] > 0.0)) continue;
-        const double bias_part = bias_difference(j) - direction[D] / total;
-        double square = bias_part * bias_part;
-        for (int64_t d = 0; d < D; ++d) {
-          const double value = difference(j, d) - direction[d] / total;
-          square += value * value;
-        }
-        spread += u[j] * square;
-      }
-    }
-    const double inner = (spread > 0.0 ? spread : 0.0) + group * norm2 / total;
-    if (!(inner > 0.0)) return nothing();
-    const double inverse = 1.0 / inner;
-    for (int64_t j = 0; j < classes; ++j) {
-      const double p = u[j] < 0.0 ? probability(j) : 0.0;
-      if (u[j] < 0.0) {
-        g[j] = static_cast<C>(c * inverse_temperature * p * (share * norm2 * inverse - 1.0));
-      } else {
-        if (u[j] == 0.0) continue;
-        double square = 0.0, dot = 0.0;
-        for (int64_t d = 0; d < D; ++d) {
-          const double value = difference(j, d);
-          square += value * value;
-          dot += value * direction[d];
-        }
-        const double value = bias_difference(j);
-        square += value * value;
-        dot += value * direction[D];
-        const double distance = square - 2.0 * share * dot + share * share * norm2;
-        g[j] = static_cast<C>(c * inverse_temperature * u[j] * (distance - share * inner) * inverse);
-      }
-      const double k = 2.0 * c * inverse * scale;
-      if (d_weight != nullptr) {
-        for (int64_t d = 0; d < D; ++d) {
-          const double part = u[j] < 0.0 ? -p * direction[d] : u[j] * (difference(j, d) - share * direction[d]);
-          d_weight[j * D + d] += static_cast<C>(k * part);
-        }
-      }
-      if (with_bias && call.d_bias != nullptr) {
-        call.d_bias[j] += k * (u[j] < 0.0 ? -p * direction[D] : u[j] * (bias_difference(j) - share * direction[D]));
-      }
-    }
-    return;
-  }
-  const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
-  const double norm = l2 ? std::sqrt(norm2) : l1 ? norm1 : largest;
-  if (!(norm > 0.0)) return nothing();
-  for (int64_t d = 0; d < D; ++d) {
-    const double x = direction[d], sign = x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0;
-    // ties over D: the entry behind the last column is 0 and never the largest
-    direction[d] = l2 ? x / norm : l1 ? sign : std::fabs(x) == largest ? sign / ties : 0.0;
-  }
-  double own = 0.0, others = 0.0;
-  const auto add = [&](int64_t j, double factor) {
-    if (d_weight == nullptr || factor == 0.0) return;
-    for (int64_t d = 0; d < D; ++d) {
-      // by select: the factor may have left the range where the direction has no part
-      if (direction[d] != 0.0) d_weight[j * D + d] += static_cast<C>(factor * scale * direction[d]);
-    }
-  };
-  for (int64_t j = 0; j < classes; ++j) {
-    double factor = 0.0;
-    if (u[j] >= 0.0) {
-      double dot = 0.0;
-      if (u[j] > 0.0) {
-        for (int64_t d = 0; d < D; ++d) dot += difference(j, d) * direction[d];
-      }
-      g[j] = static_cast<C>(c * inverse_temperature * u[j] * (dot - share * norm) / norm);
-      factor = c * u[j] / norm;
-    } else {
-      const double log_p = (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau;
-      g[j] = static_cast<C>(-c * inverse_temperature * std::exp(log_p));
-      if (j != anchor) factor = twin_factor(upstream, log_p, log_share, norm);
-    }
-    if (j != state.m) others += static_cast<double>(g[j]);
-    own -= factor;
-    if (j != anchor) add(j, factor);
-  }
-  add(anchor, own);
-  if (u[state.m] >= 0.0) g[state.m] = static_cast<C>(-others);
 }
 
 }  // namespace

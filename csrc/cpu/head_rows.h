@@ -9,6 +9,7 @@
 
 #include "cpu/head_metrics.h"
 #include "cpu/simd.h"
+#include "math/cancellation.h"
 #include "math/epsilon_split.h"
 #include "math/norms.h"
 #include "math/softmax_tail.h"
@@ -57,10 +58,8 @@ class Values {
     int64_t row = 0;
     for (int field = 0; field < kFieldCount; ++field) {
       const bool wanted = problem.fields >> field & 1U;
-      float_at_[field] =
-          wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.N : nullptr;
-      double_at_[field] =
-          wanted && double_ ? static_cast<double*>(problem.values) + row * problem.N : nullptr;
+      float_at_[field] = wanted && !double_ ? static_cast<float*>(problem.values) + row * problem.N : nullptr;
+      double_at_[field] = wanted && double_ ? static_cast<double*>(problem.values) + row * problem.N : nullptr;
       row += wanted;
     }
   }
@@ -199,7 +198,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
     if (out.norm1 != out.norm1) out.norm_inf = kNan;  // a comparison drops the NaN that a sum keeps
     if (!with_spread) return;
     const double mean2 = (out.norm2_squared + out.bias_sum * out.bias_sum) / out.total;
-    if (out.group > 0.25) {  // then what the difference loses is small beside `group` mean2
+    if (math::spread_may_be_a_difference(out.group)) {
       out.spread = square_sum > mean2 ? square_sum - mean2 : 0.0;
       return;
     }

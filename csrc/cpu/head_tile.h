@@ -192,16 +192,13 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
       } while (products && c < call.C);
     }
   }
-  // Outside these bounds squares may have overflowed or lost digits in C: once more, scaled.
-  constexpr double low = sizeof(C) == 4 ? 1e-30 : 1e-280;
-  constexpr double high = sizeof(C) == 4 ? 1e36 : 1e300;
   for (int i = 0; i < tile.count; ++i) {
-    tile.log_n[i] = squares[i] > low && squares[i] < high ? 0.0 : log_sum_squares(rows[i], 1, call.D);
+    tile.log_n[i] = math::squares_in_range<C>(squares[i]) ? 0.0 : log_sum_squares(rows[i], 1, call.D);
   }
   for (int i = 0; i < kTile; i += kDoubles) {
     const DoubleV logs = math::log_nonnegative(load_unaligned<DoubleV>(squares + i));
     for (int lane = 0; lane < kDoubles; ++lane) {
-      if (squares[i + lane] > low && squares[i + lane] < high) tile.log_n[i + lane] = logs[lane];
+      if (math::squares_in_range<C>(squares[i + lane])) tile.log_n[i + lane] = logs[lane];
     }
   }
   for (int i = 0; i < kTile; ++i) tile.bad[i] = tile.log_n[i] != tile.log_n[i];

@@ -11,6 +11,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "math/norms.h"
 
 namespace flatcore::cpu {
 
@@ -102,7 +103,7 @@ void finish_row(const RowNorms& call, int64_t n, const T* row, Partial total) {
     l2 = nan;
   } else if (total.largest == math::kInfinity) {
     l2 = math::kInfinity;
-  } else if (!(total.squares > 1e-280 && total.squares < 1e300) && total.largest > 0.0) {
+  } else if (!math::squares_in_range<double>(total.squares) && total.largest > 0.0) {
     l2 = scaled_l2(row, call.x.column_stride, call.K, total.largest);
   }
   static_cast<Out*>(call.l2)[n] = static_cast<Out>(l2);

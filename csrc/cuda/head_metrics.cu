@@ -11,6 +11,7 @@
 #include "cuda/head_metrics.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
+#include "math/cancellation.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -202,7 +203,7 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
     double value = log_n_head + split.log_eps + math::log_nonnegative(inner) - two_log_t - 2.0 * log_scale;
     if (log_n_head == -math::kInfinity || split.log_eps == -math::kInfinity) {
       value = -math::kInfinity;
-    } else if (!bad && !(inner > 1e-250)) {
+    } else if (!bad && !math::table_variance_is_in_range(inner)) {
       special |= kSpecialNeuronwise;  // the classes that differ from the top one may have underflowed in u
     }
     values.put(kLogNeuronwise, n, bad ? kNan : value);
@@ -222,10 +223,8 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
           top_label ? from_top : split.confidence * call.distances[tail.m * classes + y] + split.eps * from_label;
       const double square =
           top_label ? total - pairs : total - split.eps * (split.confidence * from_top + split.eps * pairs);
-      // the table is right to about 1e-15: digits that the result shows must be left by the difference
-      const double floor = call.double_compute ? 1e-2 : 1e-6;
       const bool only_l2 = (call.fields & kGradientFields) == 1U << kLogGradientNorm;
-      if (only_l2 && square > floor * total && square > 1e-250) {
+      if (only_l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
         values.put(
             kLogGradientNorm, n,
             0.5 * math::log_nonnegative(square) + (top_label ? split.log_eps : 0.0) - log_scale - 0.5 * two_log_t);
@@ -255,11 +254,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 3) head_rows(He
       } while (classes > 0 && c0 < call.C);
     }
     __syncwarp();
-    // outside these bounds squares may have overflowed or lost digits in V: once more, by the whole warp
-    constexpr double low = sizeof(V) == 4 ? 1e-30 : 1e-280, high = sizeof(V) == 4 ? 1e36 : 1e300;
+    // squares that overflowed or lost digits in V: once more, by the whole warp
     const double square = squares[lane];
     double log_n = math::log_nonnegative(square);
-    unsigned again = __ballot_sync(kAllLanes, !(square > low && square < high));
+    unsigned again = __ballot_sync(kAllLanes, !math::squares_in_range<V>(square));
     for (int other = 0; again != 0; ++other, again >>= 1) {
       if ((again & 1U) == 0) continue;
       const int64_t n = first + other < call.N ? first + other : call.N - 1;

@@ -1,9 +1,10 @@
 // head_metrics_backward: what lies between the library's matrix products, for a chunk of rows at a time.
 //
-// Order of calls, in flatcore/_engine/chunked_cuda.py: the library forms z = W phi; head_chunk_statistics turns it into q. For
-// neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one direction per
-// row (the mean row of p, or the dual direction of the gradient), the library forms direction (W - center)^T. Then
-// head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms the gradients.
+// Order of calls, in flatcore/_engine/chunked_cuda.py: the library forms z = W phi; head_chunk_statistics turns it into
+// q. For neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one
+// direction per row (the mean row of p, or the dual direction of the gradient), the library forms direction (W -
+// center)^T. Then head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms
+// the gradients.
 //
 // Buffers: as cuda/head_metrics.h says. Does not synchronise.
 // Numerics: as csrc/cpu/head_metrics_backward_chunk.cpp, per row in float64. Rows where the sums over q (W - center)

@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
     sums = Block::merged(sums, MergeMeanSums{});
     if (Block::lane() != 0) continue;
 
-    // What W's common row leaves of the product's digits: 2^-22 of its length, so 5e-6 of a tenth of it. A scaled W has
-    // left float32's range in the product.
-    const double least = raw ? (call.summary[1] != 0.0 ? math::kInfinity : 0.01 * sums.center2) : 0.0;
+    // a scaled W has left float32's range in the product
+    const double least =
+        raw ? (call.summary[1] != 0.0 ? math::kInfinity : math::least_beside_common_row(sums.center2)) : 0.0;
     uint8_t special = 0;
     if (values.wants(kLogNeuronwise)) {
       double top_mean2 = sums.top_mean2, mean2 = sums.mean2, top2 = sums.top2;

@@ -9,6 +9,7 @@
 
 #include "cuda/elements.h"
 #include "cuda/team.h"
+#include "math/norms.h"
 
 namespace flatcore::cuda {
 
@@ -97,8 +98,6 @@ __device__ __forceinline__ double scaled_squares(const T* x, int64_t stride, int
   return Team<width>::merged(partial, MergePartials{}).squares;
 }
 
-FLATCORE_INLINE bool squares_in_range(double squares) { return squares > 1e-280 && squares < 1e300; }
-
 // The norms of a row of `count` elements whose partial result every lane knows; reads it again if its squares left the
 // range.
 template <int width, class T>
@@ -106,7 +105,8 @@ __device__ __forceinline__ Norms finished_row(const T* x, int64_t stride, int64_
   const double nan = __builtin_nan("");
   if (total.sum != total.sum) return {total.sum, nan, nan};
   if (!(total.largest < math::kInfinity)) return {total.sum, math::kInfinity, math::kInfinity};
-  if (squares_in_range(total.squares) || total.largest == 0.0) return {total.sum, sqrt(total.squares), total.largest};
+  if (math::squares_in_range<double>(total.squares) || total.largest == 0.0)
+    return {total.sum, sqrt(total.squares), total.largest};
   const PowerOfTwo scale = inverse_power(total.largest);
   return {total.sum, sqrt(scaled_squares<width>(x, stride, count, scale)) / scale.first / scale.second, total.largest};
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ double log_squares(const T* x, int64_t stride, int64_
   const RowPartial total = team_partial<width>(x, stride, count);
   if (total.sum != total.sum || !(total.largest < math::kInfinity)) return __builtin_nan("");
   if (total.largest == 0.0) return -math::kInfinity;
-  if (squares_in_range(total.squares)) return math::log_nonnegative(total.squares);
+  if (math::squares_in_range<double>(total.squares)) return math::log_nonnegative(total.squares);
   const PowerOfTwo scale = inverse_power(total.largest);
   const double exponent = static_cast<double>(ilogb(total.largest));
   return math::log_nonnegative(scaled_squares<width>(x, stride, count, scale)) + 2.0 * exponent * math::kLn2;

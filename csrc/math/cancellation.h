@@ -17,4 +17,24 @@ FLATCORE_INLINE bool gradient_is_left(double norm2, double ends2, double square_
   return norm2 > 0.01 * ends2 && norm2 > 1e-4 * square_mean;
 }
 
+// Var_p(w) over eps from the table of distances: below this the classes that differ from the top one may have
+// underflowed in u, or in the product where that was in float32.
+FLATCORE_INLINE bool table_variance_is_in_range(double inner, bool float_product = false) {
+  return inner > (float_product ? 1e-20 : 1e-250);
+}
+
+// A gradient's squared norm as a difference of table sums of `total`: the table is right to about 1e-15, so this share
+// of the total may be left before digits that a float32 (1e-7) or a float64 result (1e-12) shows are lost.
+FLATCORE_INLINE bool table_gradient_is_left(double square, double total, bool double_result) {
+  return square > (double_result ? 1e-2 : 1e-6) * total && square > 1e-250;
+}
+
+// The least squared length that a product with raw W leaves right where its rows share one of squared length `common2`:
+// the product loses 2^-22 of that length, so 5e-6 of a tenth of it.
+FLATCORE_INLINE double least_beside_common_row(double common2) { return 0.01 * common2; }
+
+// Explicit rows: where the classes whose row is the anchor's have this share, what sum u ||d||^2 - ||sum u d||^2/sum u
+// loses by the difference is small beside the other part of the variance.
+FLATCORE_INLINE bool spread_may_be_a_difference(double anchor_share) { return anchor_share > 0.25; }
+
 }  // namespace flatcore::math

@@ -13,6 +13,13 @@ FLATCORE_INLINE double log_head_norm(double log_n, bool include_bias) {
   return log_n > 0 ? log_n + log1p(exp(-log_n)) : log1p(exp(log_n));
 }
 
+// Whether a sum of squares kept its digits in the type it was taken in; otherwise it is taken again, scaled.
+template <class T>
+FLATCORE_INLINE bool squares_in_range(double squares) {
+  constexpr double low = sizeof(T) == 4 ? 1e-30 : 1e-280, high = sizeof(T) == 4 ? 1e36 : 1e300;
+  return squares > low && squares < high;
+}
+
 // e such that 2^e times the largest entry lies in [1, 2); 0 where squares of entries and of their differences are safe
 // without scaling, in float too.
 // At most `limit` either way, so that 2^e itself is a normal number; subnormal entries still come up far enough.
