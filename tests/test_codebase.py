@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -128,6 +129,14 @@ def test_every_folder_of_csrc_is_checked():
     folders = {path.parent.name for path in SOURCES}
     assert folders == {*BELOW, "bind"}
     assert any(own for path in SOURCES for _, own in included(path)), "the pattern finds nothing"
+
+
+def test_the_driver_of_the_thread_sanitizer_compiles():
+    # CI does not run it: the structs that it fills may change under it
+    flags = ["-std=gnu++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{ROOT / 'csrc'}"]
+    command = [os.environ.get("CXX", "c++"), *flags, str(ROOT / "tests/sanitize/threads.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def disassembly():
