@@ -139,6 +139,41 @@ def test_the_driver_of_the_thread_sanitizer_compiles():
     assert done.returncode == 0, done.stderr
 
 
+LINES = 520
+MODULES_IN_FLATCORE = 14
+
+
+@pytest.mark.parametrize("folder", ("flatcore", "csrc", "bench", "examples"))
+def test_no_file_is_too_long_to_be_read_at_once(folder):
+    kinds = (".py", ".pyi", ".h", ".cpp", ".cu")
+    lines = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*") if path.suffix in kinds}
+    assert lines, "the folder is empty"
+    assert not {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > LINES}
+
+
+def test_few_modules_lie_flat_in_the_package():
+    assert len(list((ROOT / "flatcore").glob("*.py"))) <= MODULES_IN_FLATCORE
+
+
+def thresholds(source):
+    """The literals of C++ that are 0.01 or 0.05, however they are written, by line; comments are left out."""
+    number = re.compile(r"(?<![\w.])(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+    code = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), source, flags=re.DOTALL)
+    found = []
+    for line, text in enumerate(code.splitlines(), 1):
+        found += [(line, n) for n in number.findall(text.partition("//")[0]) if float(n) in (0.01, 0.05)]
+    return found
+
+
+def test_a_threshold_of_the_mathematics_is_named_in_csrc_math():
+    written = (
+        "a < 1e-2 || b > .05 * c // 0.05\n/* 0.01\n */ if (d < 0.010F) x = 0.051 + 1.05 + v0.01 + 0x1p-10 + 10.01;"
+    )
+    assert thresholds(written) == [(1, "1e-2"), (1, ".05"), (3, "0.010")]
+    bare = {str(path.relative_to(ROOT)): thresholds(path.read_text()) for path in SOURCES if path.parent.name != "math"}
+    assert not {path: found for path, found in bare.items() if found}
+
+
 def disassembly():
     """Instructions of the installed extension by the function they stand in."""
     text = subprocess.run(
