@@ -70,7 +70,7 @@ struct HeadRow {
   double t, r, log1p_tau, eps, log_eps, confidence, log_n;
   double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
   double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
-  int64_t m;           // top class, -1 for a poisoned row
+  int64_t m;           // top class, kNoClass for a poisoned row
   // Sum of the q_j as they were stored. On the CPU the two means above are divided by it: the weights are those of the
   // product to the last bit, so that their rounding is a change of each p_j by 2^-24 and no more, however much of the
   // variance cancels.
@@ -84,7 +84,7 @@ struct HeadBackwardRow {
   double direction2;  // ||direction||^2 with the bias's column
   double bias;        // the direction's entry for the bias's column
   double delta2;      // ||w_m - w_q||^2
-  int64_t special;    // see RowKind
+  int64_t kind;       // a RowKind
 };
 enum RowKind : int64_t { kOrdinary = 0, kPoisoned = 1, kExplicit = 2 };  // explicit: from differences of rows of W
 

@@ -20,6 +20,7 @@ from ._arguments.checks import (
     check_floating,
     check_integer,
     check_tensor,
+    kind_of,
     one_output,
 )
 from ._engine import ops
@@ -203,10 +204,10 @@ class _Call:
 
     def __init__(self, model: Any, inputs: Any, target: Any, ignore_index: Any, chunk_size: Any, allow_train_mode: Any):
         if not callable(model):
-            raise TypeError(f"model must be callable (inputs to logits), got {_kind(model)}")
+            raise TypeError(f"model must be callable (inputs to logits), got {kind_of(model)}")
         for value, name in ((inputs, "inputs"), (target, "target")):
             if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+                raise TypeError(f"{name} must be a torch.Tensor, got {kind_of(value)}")
             check_tensor(value, name)
         if inputs.dtype not in FLOATS:
             raise TypeError(
@@ -275,10 +276,6 @@ class _Call:
         return cotangent, log_scale
 
 
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 TWO_OUTPUTS = "let the model return torch.cat([torch.zeros_like(z), z], dim=-1) for its output z"
 
 
@@ -294,7 +291,7 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             "model must return its logits as a tensor, as an object with .logits or as a mapping with the key 'logits', "
-            f"got {_kind(output)}; wrap the model in a function that picks them"
+            f"got {kind_of(output)}; wrap the model in a function that picks them"
         )
     check_tensor(logits, "the model's logits")
     check_floating(logits, "the model's logits")

@@ -48,7 +48,7 @@ void register_head_problem(py::module_& module) {
   // where Python finds what it reads of a row, in numbers of 8 bytes
   module.attr("HEAD_BACKWARD_ROW_C") = offsetof(HeadBackwardRow, c) / 8;
   module.attr("HEAD_BACKWARD_ROW_BIAS") = offsetof(HeadBackwardRow, bias) / 8;
-  module.attr("HEAD_BACKWARD_ROW_KIND") = offsetof(HeadBackwardRow, special) / 8;
+  module.attr("HEAD_BACKWARD_ROW_KIND") = offsetof(HeadBackwardRow, kind) / 8;
   module.attr("POISONED_ROW") = static_cast<int64_t>(kPoisoned);
   py::class_<Problem>(module, "HeadProblem", py::module_local())
       .def(py::init(&make_problem), py::arg("head"), py::arg("features"), py::arg("weight"), py::arg("logits"),

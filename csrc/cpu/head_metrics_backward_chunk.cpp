@@ -30,12 +30,12 @@ HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
   const RowUpstream upstream = row_upstream(call, n);
   HeadBackwardRow row{upstream.c, 1.0, 0.0, 0.0, 0.0, 0};
   if (!upstream.live) return row;
-  if (state.m < 0 || row.c != row.c || (is_gradient && label_of(call, n) != Label::kValid)) {
-    row.special = kPoisoned;
+  if (state.m == math::kNoClass || row.c != row.c || (is_gradient && label_of(call, n) != Label::kValid)) {
+    row.kind = kPoisoned;
     return row;
   }
   if (is_gradient) {
-    if (row.c == 0.0) row.special = kExplicit;
+    if (row.c == 0.0) row.kind = kExplicit;
     return row;
   }
   const bool no_weight = (call.fields >> kLogLayerwise & 1U) != 0 && call.summary[0] == -math::kInfinity;
@@ -60,7 +60,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     if (call.top != nullptr) call.top[i] = 0;
     if (call.top_bias != nullptr) call.top_bias[i] = 0.0;
   };
-  if (row.c == 0.0 || row.special != 0) return clear();
+  if (row.c == 0.0 || row.kind != kOrdinary) return clear();
   const HeadRow& state = call.row_state[i];
   const double* sums = call.mean + i * D;
   const double inverse_q_sum = 1.0 / state.q_sum;
@@ -102,7 +102,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
       return clear();
     }
     if (!math::variance_is_left(inner, magnitude) && inner == inner) {
-      row.special = kExplicit;
+      row.kind = kExplicit;
       return clear();
     }
     row.inner = inner;
@@ -133,7 +133,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     largest = a > largest ? a : largest;
   }
   if (!math::gradient_is_left(norm2, from, state.square_mean) && norm2 == norm2) {
-    row.special = kExplicit;
+    row.kind = kExplicit;
     return clear();
   }
   const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
@@ -197,9 +197,9 @@ void norm_part(const HeadBackwardChunk& call, int64_t i) {
   const T* x = static_cast<const T*>(call.features.data) + (call.first + i) * call.features.row_stride;
   const HeadBackwardRow& row = call.numbers[i];
   C* to = static_cast<C*>(call.d_features) + i * call.D;
-  const bool none = row.c == 0.0 || row.special == kPoisoned || (call.fields & kGradientFields) != 0;
+  const bool none = row.c == 0.0 || row.kind == kPoisoned || (call.fields & kGradientFields) != 0;
   if (none) {
-    const C value = row.special == kPoisoned ? static_cast<C>(kNan) : C{};
+    const C value = row.kind == kPoisoned ? static_cast<C>(kNan) : C{};
     for (int64_t d = 0; d < call.D; ++d) to[d] = value;
     return;
   }
@@ -224,8 +224,8 @@ void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
   if (call.d_features != nullptr) {
     with_element(call.features.dtype, [&](auto* type) { norm_part<C, ElementOf<decltype(type)>>(call, i); });
   }
-  if (row.c == 0.0 || row.special != 0) {
-    const C value = row.special == kPoisoned ? static_cast<C>(kNan) : C{};
+  if (row.c == 0.0 || row.kind != kOrdinary) {
+    const C value = row.kind == kPoisoned ? static_cast<C>(kNan) : C{};
     for (int64_t j = 0; j < classes; ++j) g[j] = value;
     if (weights) std::memset(static_cast<void*>(q), 0, static_cast<size_t>(classes) * sizeof(C));
     return;
@@ -308,7 +308,7 @@ void head_chunk_cotangent(const HeadBackwardChunk& call) {
     }
   });
   for (int64_t i = 0; i < call.rows; ++i) {
-    if (call.numbers[i].special != kExplicit) continue;
+    if (call.numbers[i].kind != kExplicit) continue;
     with_element(call.weight.dtype, [&](auto* type) {
       using W = ElementOf<decltype(type)>;
       if (call.double_compute) {

@@ -212,7 +212,7 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
     const int64_t last = call.C - first < kClassesPerBlock ? call.C : first + kClassesPerBlock;
     tail = math::combine(tail, block_tail(row, first, last, inverse_temperature, poison), inverse_temperature);
   }
-  const bool bad = poison != poison || tail.m < 0;
+  const bool bad = poison != poison || tail.m == math::kNoClass;
   const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
   state = {tail.t, tail.r, split.log1p_tau,   split.eps, split.log_eps, split.confidence, log_n,
            0.0,    0.0,    bad ? -1 : tail.m, 1.0};
@@ -328,7 +328,7 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   const HeadRow& state = call.row_state[i];
   const Label label = label_of(call, n);
   const bool gradients = (call.fields & kGradientFields) != 0;
-  if (state.m < 0) {
+  if (state.m == math::kNoClass) {
     values.put(kLogNeuronwise, n, kNan);
     put_gradient_norms(values, n, label == Label::kIgnored ? -math::kInfinity : kNan);
     return;

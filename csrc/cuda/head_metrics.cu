@@ -161,7 +161,7 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
       tail.r = z;
     }
   }
-  const bool bad = poison != poison || tail.m < 0;
+  const bool bad = poison != poison || tail.m == math::kNoClass;
   const Label label = label_of(call, n);
   const int y = label == Label::kValid ? static_cast<int>(call.target[n]) : 0;
   const double own = tile[y][lane];

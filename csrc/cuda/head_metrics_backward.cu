@@ -40,12 +40,12 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   const double half = exp(0.5 * log_coefficient);  // in two steps: exp of -740 has few digits left
   row.c = log_coefficient == 0.0 ? upstream : upstream * half * half;
   if (row.c == 0.0 && !is_gradient(call)) return row;
-  if (state.m < 0 || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
-    row.special = kPoisoned;
+  if (state.m == math::kNoClass || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
+    row.kind = kPoisoned;
     return row;
   }
   if (is_gradient(call)) {  // csrc/cpu/head_metrics_backward.h, RowUpstream
-    if (row.c == 0.0) row.special = kExplicit;
+    if (row.c == 0.0) row.kind = kExplicit;
     return row;
   }
   const bool no_weight = asks_for(call, kLogLayerwise) && call.summary[0] == -math::kInfinity;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     V* direction = static_cast<V*>(call.direction) + i * D;
     V* top_row = call.top_row != nullptr ? static_cast<V*>(call.top_row) + i * D : nullptr;
     const bool gradient = is_gradient(call);
-    const bool live = row.c != 0.0 && row.special == kOrdinary;
+    const bool live = row.c != 0.0 && row.kind == kOrdinary;
     const int64_t m = live ? state.m : 0, y = live && gradient ? call.target[call.first + i] : m;
     const bool top_label = y == m;
     const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       if (call.runs[0] == call.C) {
         row.c = 0.0;
       } else if (!math::variance_is_left(inner, magnitude) && inner == inner) {
-        row.special = kExplicit;
+        row.kind = kExplicit;
       }
       row.inner = inner;
       row.delta2 = sums.delta2;
@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       if (top_label && state.log_eps == -math::kInfinity) {
         row.c = 0.0;
       } else if (!math::gradient_is_left(sums.norm2, sums.from, state.square_mean) && sums.norm2 == sums.norm2) {
-        row.special = kExplicit;
+        row.kind = kExplicit;
       }
       row.inner = asks_for(call, kLogGradientNorm)    ? sqrt(sums.norm2)
                   : asks_for(call, kLogGradientNorm1) ? sums.norm1
                                                       : sums.largest;
     }
-    const bool write = row.c != 0.0 && row.special == kOrdinary;
+    const bool write = row.c != 0.0 && row.kind == kOrdinary;
     const double factor = write && !gradient ? -2.0 * row.c * state.confidence / row.inner * scale : 0.0;
     for (int64_t d = threadIdx.x; d < D; d += kThreads) {
       double along = 0.0, of_top = 0.0;
@@ -216,12 +216,12 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
 template <class V>
 __device__ __forceinline__ void norm_part(const HeadBackwardChunk& call, int64_t i, const HeadBackwardRow& row) {
   V* to = static_cast<V*>(call.d_features) + i * call.D;
-  const bool none = row.c == 0.0 || row.special == kPoisoned || is_gradient(call);
+  const bool none = row.c == 0.0 || row.kind == kPoisoned || is_gradient(call);
   // in two steps: ||phi||^-2 alone may leave the range
   const double half = none ? 0.0 : exp(-0.5 * math::log_head_norm(call.row_state[i].log_n, call.include_bias));
   const double factor = 2.0 * row.c * half;
   for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
-    to[d] = none ? static_cast<V>(row.special == kPoisoned ? kNan : 0.0)
+    to[d] = none ? static_cast<V>(row.kind == kPoisoned ? kNan : 0.0)
                  : static_cast<V>(factor * (half * element(call.features, call.first + i, d)));
   }
 }
@@ -238,11 +238,11 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk
     const HeadBackwardRow row = weights ? call.numbers[i] : start_row(call, i);
     if (!weights && threadIdx.x == 0) call.numbers[i] = row;
     if (call.d_features != nullptr) norm_part<V>(call, i, row);
-    const bool live = row.c != 0.0 && row.special == kOrdinary;
+    const bool live = row.c != 0.0 && row.kind == kOrdinary;
     const double scale = row.c * inverse_temperature;
     Sums<1> sum{};
     if (!live) {
-      const V value = static_cast<V>(row.special == kPoisoned ? kNan : 0.0);
+      const V value = static_cast<V>(row.kind == kPoisoned ? kNan : 0.0);
       for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
         g[j] = value;
         if (weights) q[j] = V{};
@@ -410,9 +410,9 @@ template <class V>
 __global__ void __launch_bounds__(kExplicitThreads) explicit_rows(HeadBackwardChunk call) {
   for (int64_t start = 0; start < call.rows; start += kExplicitThreads) {
     const int64_t mine = start + threadIdx.x;
-    if (__syncthreads_or(mine < call.rows && call.numbers[mine].special == kExplicit) == 0) continue;
+    if (__syncthreads_or(mine < call.rows && call.numbers[mine].kind == kExplicit) == 0) continue;
     for (int64_t i = start; i < start + kExplicitThreads && i < call.rows; ++i) {
-      if (call.numbers[i].special != kExplicit) continue;
+      if (call.numbers[i].kind != kExplicit) continue;
       explicit_row<V>(call, i);
       __syncthreads();  // the scratch is written again
     }

@@ -57,7 +57,7 @@ struct LogitRow {
 template <class Row, class V>
 struct LaneTail {
   V t = -static_cast<V>(math::kInfinity), r = -static_cast<V>(math::kInfinity);
-  int64_t m = -1;
+  int64_t m = math::kNoClass;
   double u1 = 0.0, u2 = 0.0;
 
   __device__ __forceinline__ void lift(const Row& row, V top) {  // the best of the rest becomes `top`
@@ -70,7 +70,7 @@ struct LaneTail {
     if (!(z < static_cast<V>(math::kInfinity)) || row.overflowed(j)) {
       u1 = kNan;
     } else if (z > t) {
-      if (m >= 0) lift(row, t);
+      if (m != math::kNoClass) lift(row, t);
       t = z;
       m = j;
     } else if (z > r) {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_statistics(HeadChunk call) 
     LaneTail<LogitRow<Z, V>, V> mine;
     for (int64_t j = Group::lane(); j < call.C; j += width) mine.take(row, j, row.at(j));
     const math::SoftmaxTail tail = Group::merged(mine.tail(), CombineTails{inverse_temperature});
-    const bool bad = log_n != log_n || tail.u1 != tail.u1 || tail.m < 0;
+    const bool bad = log_n != log_n || tail.u1 != tail.u1 || tail.m == math::kNoClass;
     const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
     const Label label = label_of(call, n);
     const double own = label == Label::kValid ? static_cast<double>(row.at(call.target[n])) : 0.0;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
     const int64_t n = call.first + i;
     const HeadRow& state = call.row_state[i];
     const Label label = label_of(call, n);
-    if (state.m < 0) {
+    if (state.m == math::kNoClass) {
       if (Block::lane() == 0) {
         values.put(kLogNeuronwise, n, kNan);
         put_gradient_norms(values, n, label == Label::kIgnored ? -math::kInfinity : kNan);

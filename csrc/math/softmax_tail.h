@@ -8,20 +8,23 @@
 
 namespace flatcore::math {
 
+// The top class of no class at all: of an empty set, and of a row that is not to be trusted.
+constexpr int64_t kNoClass = -1;
+
 struct SoftmaxTail {
   double t;   // top logit, -inf if the set is empty
-  int64_t m;  // its class, the lowest on a tie; -1 if the set is empty
+  int64_t m;  // its class, the lowest on a tie; kNoClass if the set is empty
   double r;   // best of the rest
   double u1;  // sum over the rest of exp((z_j - r)/T); NaN marks a set with NaN or +inf in it
   double u2;  // sum of their squares
 };
 
-FLATCORE_INLINE SoftmaxTail empty_tail() { return {-kInfinity, -1, -kInfinity, 0.0, 0.0}; }
+FLATCORE_INLINE SoftmaxTail empty_tail() { return {-kInfinity, kNoClass, -kInfinity, 0.0, 0.0}; }
 
 // One class. -inf is a masked class; NaN and +inf poison.
 FLATCORE_INLINE SoftmaxTail leaf_tail(int64_t j, double z) {
   if (z == -kInfinity) return empty_tail();
-  if (!(z < kInfinity)) return {-kInfinity, -1, -kInfinity, __builtin_nan(""), __builtin_nan("")};
+  if (!(z < kInfinity)) return {-kInfinity, kNoClass, -kInfinity, __builtin_nan(""), __builtin_nan("")};
   return {z, j, -kInfinity, 0.0, 0.0};
 }
 
@@ -31,7 +34,7 @@ FLATCORE_INLINE double tail_scale(double x, double r, double inverse_temperature
 }
 
 FLATCORE_INLINE bool is_before(const SoftmaxTail& a, const SoftmaxTail& b) {
-  if (a.m < 0 || b.m < 0) return b.m < 0;
+  if (a.m == kNoClass || b.m == kNoClass) return b.m == kNoClass;
   return a.t > b.t || (a.t == b.t && a.m < b.m);
 }
 

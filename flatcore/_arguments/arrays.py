@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import kind_of
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 
@@ -95,8 +97,8 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.p
 def _from_dlpack(array: Any, name: str) -> Tensor:
     if _is_traced(array):
         raise TypeError(
-            f"{name} is a JAX tracer ({_kind(array)}): flatcore computes with numbers and cannot be traced by jax.jit, vmap "
-            "or grad; call it outside of them, or through jax.pure_callback"
+            f"{name} is a JAX tracer ({kind_of(array)}): flatcore computes with numbers and cannot be traced by jax.jit, "
+            "vmap or grad; call it outside of them, or through jax.pure_callback"
         )
     try:
         if int(array.__dlpack_device__()[0]) != _CPU:
@@ -106,7 +108,7 @@ def _from_dlpack(array: Any, name: str) -> Tensor:
         except TypeError:
             capsule = array.__dlpack__()
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name} of type {_kind(array)} could not be read through DLPack: {error}") from error
+        raise TypeError(f"{name} of type {kind_of(array)} could not be read through DLPack: {error}") from error
     return _from_capsule(capsule, name)
 
 
@@ -148,10 +150,6 @@ def _is_traced(array: Any) -> bool:
     return any(kind.__name__ == "Tracer" and kind.__module__.startswith("jax") for kind in type(array).__mro__)
 
 
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 def as_tensor(value: Any, name: str) -> Tensor:
     """Tensor view of an array, without a copy where the memory allows it.
 
@@ -168,7 +166,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         return _from_dlpack(value, name)
     way = f"; a quantized layer's weight is a method: pass {name}().dequantize()" if callable(value) else ""
     raise TypeError(
-        f"{name} must be a torch.Tensor, a numpy.ndarray or an array with __dlpack__, got {_kind(value)}{way}"
+        f"{name} must be a torch.Tensor, a numpy.ndarray or an array with __dlpack__, got {kind_of(value)}{way}"
     )
 
 
@@ -184,7 +182,7 @@ def returner(like: Any) -> Callable[[Tensor], Any]:
     from_dlpack = getattr(namespace, "from_dlpack", None)
     if from_dlpack is None:
         raise TypeError(
-            f"features of type {_kind(like)} can be read through DLPack but not given back: "
+            f"features of type {kind_of(like)} can be read through DLPack but not given back: "
             "its library has no from_dlpack; pass torch tensors or NumPy arrays"
         )
     return from_dlpack

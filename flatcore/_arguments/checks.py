@@ -21,7 +21,8 @@ _PACKAGE = str(Path(__file__).parents[1] / "_")[:-1]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
-def _describe(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The type of a value, with its module."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -70,7 +71,7 @@ def _check_subclass(tensor: Tensor, name: str) -> None:
     # the tensors of quantising libraries (torchao, quanto) say float32 or bfloat16 and hold codes and scales
     if kind.dequantize is not Tensor.dequantize or kind.__module__.startswith(("torchao.", "bitsandbytes.")):
         way = "get_original_weight()" if hasattr(kind, "get_original_weight") else "dequantize()"
-        raise TypeError(f"{name} must be a plain tensor, got the quantized {_describe(tensor)}; pass {name}.{way}")
+        raise TypeError(f"{name} must be a plain tensor, got the quantized {kind_of(tensor)}; pass {name}.{way}")
 
 
 def is_exact(tensor: Tensor) -> bool:
@@ -147,7 +148,7 @@ def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> Non
 def check_number(value: Any, name: str) -> float:
     """Return a Python number that is no bool, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+        raise TypeError(f"{name} must be a number, got {kind_of(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -165,14 +166,14 @@ def check_temperature(value: Any) -> float:
 def check_flag(value: Any, name: str) -> bool:
     """Return a bool, and refuse what only looks like one."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
+        raise TypeError(f"{name} must be True or False, got {kind_of(value)}")
     return value
 
 
 def check_integer(value: Any, name: str) -> int:
     """Return a Python integer that is no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+        raise TypeError(f"{name} must be an integer, got {kind_of(value)}")
     value = int(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit int64, got {value}")
