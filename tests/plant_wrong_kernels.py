@@ -96,7 +96,7 @@ PLANTS = (
     ),
     Plant(
         "missing centring of the squares, chunked",
-        "csrc/cpu/head_metrics_chunk.cpp",
+        "csrc/cpu/head_weights.cpp",
         "row_squares(w + j * rows, step, D, call.center, scale, static_cast<double*>(nullptr)) + b * b;",
         "row_squares(w + j * rows, step, D, nullptr, scale, static_cast<double*>(nullptr)) + b * b;",
         _CHUNKED,
@@ -181,7 +181,7 @@ PLANTS = (
     Plant(
         "row not scaled where squares leave the range",
         "csrc/cpu/row_norms.cpp",
-        "} else if (!(total.squares > 1e-280 && total.squares < 1e300) && total.largest > 0.0) {",
+        "} else if (!math::squares_in_range<double>(total.squares) && total.largest > 0.0) {",
         "} else if (total.squares < 0.0) {",
         ("tests/test_row_norms.py",),
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
+import plant_wrong_kernels
 import pytest
 
 import flatcore
@@ -137,6 +138,11 @@ def test_the_driver_of_the_thread_sanitizer_compiles():
     command = [os.environ.get("CXX", "c++"), *flags, str(ROOT / "tests/sanitize/threads.cpp")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("plant", plant_wrong_kernels.PLANTS, ids=lambda plant: plant.name)
+def test_every_mistake_that_may_be_planted_still_finds_its_place(plant):
+    assert (ROOT / plant.file).read_text().count(plant.old) == 1
 
 
 LINES = 520
