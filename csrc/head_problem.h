@@ -1,6 +1,7 @@
 // A softmax head with its inputs and outputs, as the kernels of the CPU and of CUDA devices take it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "element.h"
@@ -63,6 +64,13 @@ FLATCORE_INLINE double log_of_least(bool double_result) { return double_result ?
 FLATCORE_INLINE bool counts_as_nothing(double upstream, double log_coefficient, bool double_result) {
   if (upstream == 0.0 || log_coefficient == -__builtin_inf()) return true;
   return !(upstream * 0.0 == 0.0) && log_coefficient < log_of_least(double_result);
+}
+
+// upstream exp(log_coefficient), in two steps: exp of -740 has few digits left.
+FLATCORE_INLINE double row_derivative(double upstream, double log_coefficient) {
+  if (log_coefficient == 0.0) return upstream;
+  const double half = exp(0.5 * log_coefficient);
+  return upstream * half * half;
 }
 
 // Large heads: numbers of a row kept between the kernels around the library's products.

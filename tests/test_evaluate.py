@@ -197,7 +197,7 @@ def test_the_caller_finds_the_model_as_it_was() -> None:
 
 
 def test_float64_and_several_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatcore._report.report import evaluate
+    from flatcore._report import evaluate
 
     model, (x, y) = network().double(), data()
     once = flatcore.evaluate(model, loader(x.double(), y))
@@ -240,7 +240,7 @@ def test_sample_for_pictures_is_bounded() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def test_csv_in_memory_and_streamed_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatcore._report.report import evaluate
+    from flatcore._report import evaluate
 
     monkeypatch.setattr(evaluate, "_FLUSH", 100)
     model, (x, y) = network(), data(300)

@@ -26,6 +26,7 @@ import flatcore
 from flatcore import reference
 from flatcore._engine import cpu as _native
 from flatcore._engine import direct, paths
+from flatcore._engine import reduction as reductions
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -662,16 +663,16 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
         logs[1] = -3.0
     target, weight = given["target"], given["weight"]
     soft = kind == "soft"
-    s = reduction.sample_weights(target, weight, -100) if soft or weight is not None else None
-    how = reduction.Reduction(reduction, log, dtype, None if soft else target, -100, s, count_rows=soft)
-    want, slope = reduction.reduce_with_log_coefficient(logs, how)
+    s = reductions.sample_weights(target, weight, -100) if soft or weight is not None else None
+    how = reductions.Reduction(reduction, log, dtype, None if soft else target, -100, s, count_rows=soft)
+    want, slope = reductions.reduce_with_log_coefficient(logs, how)
     got, log_coefficient = _native.head_reduction(logs, how, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=2 * unit + N * 2.0**-53, atol=0.0)
     assert log_coefficient.dtype == torch.float64 and log_coefficient[7] == -INF
     torch.testing.assert_close(log_coefficient, slope, rtol=1e-13, atol=1e-13, equal_nan=True)
     leaf = logs.clone().requires_grad_()
-    (by_autograd,) = torch.autograd.grad(reduction.reduce(leaf, how).sum(), leaf)
+    (by_autograd,) = torch.autograd.grad(reductions.reduce(leaf, how).sum(), leaf)
     torch.testing.assert_close(
         log_coefficient.exp(), by_autograd, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0
     )

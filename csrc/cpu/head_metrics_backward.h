@@ -31,8 +31,7 @@ FLATCORE_INLINE RowUpstream row_upstream(const HeadBackwardProblem& call, int64_
   if (call.log_coefficient != nullptr) row.log_coefficient = call.log_coefficient[n];
   if (counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
   if (gradient && label_of(call, n) == Label::kIgnored) return row;
-  const double half = row.log_coefficient == 0.0 ? 1.0 : exp(0.5 * row.log_coefficient);
-  row.c = row.upstream * half * half;  // in two steps: exp of -740 has few digits left
+  row.c = row_derivative(row.upstream, row.log_coefficient);
   row.live = row.c != 0.0 || gradient;
   return row;
 }

@@ -17,6 +17,7 @@
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
@@ -74,14 +75,15 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   };
 
   if ((call.fields & kGradientFields) == 0) {
-    double delta2 = 0.0, mean2 = 0.0, top2 = 0.0, direction2 = 0.0;
+    math::CenteredVariance variance{0.0, 0.0, 0.0};
+    double direction2 = 0.0;
     for (int64_t d = 0; d < D; ++d) {
       const double top = centered(w_top, d);
       const double delta = x(d) - top;
       const double p_mean = top + state.eps * delta;
-      delta2 += delta * delta;
-      mean2 += x(d) * x(d);
-      top2 += top * top;
+      variance.top_mean2 += delta * delta;
+      variance.mean2 += x(d) * x(d);
+      variance.top2 += top * top;
       direction2 += p_mean * p_mean;
       direction[d] = static_cast<C>(p_mean);
     }
@@ -90,13 +92,11 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
       const double top = call.bias[state.m] * scale - call.center[D];
       bias_delta = state.bias_mean - top;
       row.bias = top + state.eps * bias_delta;
-      delta2 += bias_delta * bias_delta;
-      mean2 += state.bias_mean * state.bias_mean;
-      top2 += top * top;
+      variance.add_column(top, state.bias_mean);
       direction2 += row.bias * row.bias;
     }
-    const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
-    const double inner = state.confidence * delta2 + rest, magnitude = state.square_mean + top2;
+    const double inner = variance.inner(state.confidence, state.square_mean);
+    const double magnitude = variance.magnitude(state.square_mean);
     if (call.equal_rows) {
       row.c = 0.0;
       return clear();
@@ -106,7 +106,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
       return clear();
     }
     row.inner = inner;
-    row.delta2 = delta2;
+    row.delta2 = variance.top_mean2;
     row.direction2 = direction2;
     const double factor = -2.0 * row.c * state.confidence / inner * scale;
     for (int64_t d = 0; d < D; ++d) top_row[d] = static_cast<C>(factor * (x(d) - centered(w_top, d)));
@@ -118,13 +118,15 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   const int64_t y = call.target[n];
   const W* w_label = w + y * call.weight.row_stride;
   const bool top_label = y == state.m;
-  const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
+  const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
   if (top_label && state.log_eps == -math::kInfinity) {
     row.c = 0.0;
     return clear();
   }
   double norm1 = 0.0, norm2 = 0.0, largest = 0.0, from = 0.0;
-  const auto gradient = [&](int64_t d) { return alpha * centered(w_top, d) + beta * x(d) - centered(w_label, d); };
+  const auto gradient = [&](int64_t d) {
+    return mix.top * centered(w_top, d) + mix.rest * x(d) - centered(w_label, d);
+  };
   for (int64_t d = 0; d < D; ++d) {
     const double value = gradient(d), a = std::fabs(value), label = centered(w_label, d);
     norm1 += a;
@@ -149,8 +151,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     const double own = static_cast<double>(widen(w_label[d * step]));
     double sum = 0.0;
     for (int64_t j = 0; j < call.C; ++j) {
-      const double rest = static_cast<double>(q[j]) * inverse_q_sum;
-      const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+      const double share = mix.share(j == state.m, static_cast<double>(q[j]) * inverse_q_sum);
       if (share == 0.0) continue;
       sum += share * (static_cast<double>(widen(w[j * call.weight.row_stride + d * step])) - own);
     }
@@ -159,7 +160,7 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   constexpr double noise = sizeof(C) == 4 ? 0x1p-15 : 0x1p-40;  // of the terms: 512 roundings, and as many of float64's
   const auto unsure = [&](int64_t d, double from_value) {
     const double terms =
-        std::fabs(alpha * centered(w_top, d)) + std::fabs(beta * x(d)) + std::fabs(centered(w_label, d));
+        std::fabs(mix.top * centered(w_top, d)) + std::fabs(mix.rest * x(d)) + std::fabs(centered(w_label, d));
     return terms != 0.0 && !(from_value > noise * terms);  // a column that is one number has terms of 0, and is 0
   };
   if (l1) {
@@ -266,13 +267,13 @@ void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
   const bool top_label = y == state.m;
   const double inverse = 1.0 / row.inner;
   const double w_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+  const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
   const double own = static_cast<double>(g[y]);
   const double p_y = top_label ? state.confidence : state.eps * static_cast<double>(q[y]);
   const double norm = top_label ? state.eps * row.inner : row.inner;  // ||sum_j p_j (w_j - w_y)||
   double others = 0.0;
   for (int64_t j = 0; j < classes; ++j) {
-    const double rest = static_cast<double>(q[j]);
-    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+    const double share = mix.share(j == state.m, static_cast<double>(q[j]));
     double value = share == 0.0 ? 0.0 : scale * share * (static_cast<double>(g[j]) - own - norm) * inverse;
     if (j == y) value = -scale * p_y;
     if (j != state.m) others += value;

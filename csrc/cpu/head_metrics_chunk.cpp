@@ -18,6 +18,7 @@
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
@@ -268,11 +269,11 @@ struct MeanSums {
   double mean2;                    // ||x||^2, x = q (W - center) over the sum of q
   double top2, label2;             // ||w_m - center||^2, ||w_y - center||^2
   double top_mean2;                // ||w_m - center - x||^2
-  double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
+  double norm1, norm22, norm_inf;  // of the gradient's mix of them, norm22 squared
 };
 template <class W>
 MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, double scale, int64_t top, int64_t label,
-                   double alpha, double beta) {
+                   const math::GradientMix& mix) {
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
   const W* w_top = w + top * call.weight.row_stride;
@@ -286,7 +287,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, doubl
       const DoubleV mean = load_unaligned<DoubleV>(x + d) * inverse;
       const DoubleV a = Load<double>::from(w_top + d) * scale - center;
       const DoubleV b = Load<double>::from(w_label + d) * scale - center;
-      const DoubleV gradient = magnitude(alpha * a + beta * mean - b);
+      const DoubleV gradient = magnitude(mix.top * a + mix.rest * mean - b);
       mean2 += mean * mean;
       top2 += a * a;
       label2 += b * b;
@@ -310,7 +311,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, doubl
     const double mean = x[d] * inverse;
     const double a = static_cast<double>(widen(w_top[d * step])) * scale - call.center[d];
     const double b = static_cast<double>(widen(w_label[d * step])) * scale - call.center[d];
-    const double gradient = std::fabs(alpha * a + beta * mean - b);
+    const double gradient = std::fabs(mix.top * a + mix.rest * mean - b);
     sums.mean2 += mean * mean;
     sums.top2 += a * a;
     sums.label2 += b * b;
@@ -374,29 +375,21 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   const bool valid = label == Label::kValid;
   const int64_t y = valid ? call.target[n] : state.m;
   const bool top_label = y == state.m;
-  // right label: q (W) - w_m, times eps; wrong label: p_m w_m + eps q (W) - w_y
-  const double alpha = top_label ? 0.0 : state.confidence;
-  const double beta = top_label ? 1.0 : state.eps;
+  const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
   const double* x = call.mean + i * call.mean_stride;
   const double scale = std::scalbn(1.0, exponent);
   const double log_scale = exponent * kLn2;
   MeanSums sums{};
   with_element(call.weight.dtype, [&](auto* type) {
     using W = ElementOf<decltype(type)>;
-    sums = mean_sums<W>(call, x, 1.0 / state.q_sum, scale, state.m, y, alpha, beta);
+    sums = mean_sums<W>(call, x, 1.0 / state.q_sum, scale, state.m, y, mix);
   });
 
   if (values.wants(kLogNeuronwise)) {
-    double top_mean2 = sums.top_mean2, mean2 = sums.mean2, top2 = sums.top2;
-    if (call.include_bias) {
-      const double top_bias = call.bias[state.m] * scale - call.center[call.D];
-      top_mean2 += (top_bias - state.bias_mean) * (top_bias - state.bias_mean);
-      mean2 += state.bias_mean * state.bias_mean;
-      top2 += top_bias * top_bias;
-    }
-    const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
-    const double inner = state.confidence * top_mean2 + rest;
-    const double magnitude = state.square_mean + top2;
+    math::CenteredVariance variance{sums.top_mean2, sums.mean2, sums.top2};
+    if (call.include_bias) variance.add_column(call.bias[state.m] * scale - call.center[call.D], state.bias_mean);
+    const double inner = variance.inner(state.confidence, state.square_mean);
+    const double magnitude = variance.magnitude(state.square_mean);
     if (state.log_eps == -math::kInfinity || call.equal_rows) {
       put_neuronwise(-math::kInfinity);
     } else if (math::variance_is_left(inner, magnitude) || inner != inner) {

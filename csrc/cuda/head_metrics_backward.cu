@@ -15,6 +15,7 @@
 #include "cuda/head_metrics.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cuda {
@@ -37,8 +38,7 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
   if (counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
   if (is_gradient(call) && label_of(call, n) == Label::kIgnored) return row;
-  const double half = exp(0.5 * log_coefficient);  // in two steps: exp of -740 has few digits left
-  row.c = log_coefficient == 0.0 ? upstream : upstream * half * half;
+  row.c = row_derivative(upstream, log_coefficient);
   if (row.c == 0.0 && !is_gradient(call)) return row;
   if (state.m == math::kNoClass || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
     row.kind = kPoisoned;
@@ -83,13 +83,12 @@ template <class V>
 __device__ __forceinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
   const HeadRow& state = call.row_state[i];
   const V* q = static_cast<const V*>(call.q) + i * call.C;
-  const bool top_label = y == state.m;
+  const math::GradientMix mix = math::gradient_mix(y == state.m, state.confidence, state.eps);
   const double own = element(call.weight, y, d);
   double sum = 0.0;
   FLATCORE_ROLLED
   for (int64_t j = 0; j < call.C; ++j) {
-    const double rest = static_cast<double>(q[j]);
-    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+    const double share = mix.share(j == state.m, static_cast<double>(q[j]));
     if (share != 0.0) sum += share * (element(call.weight, j, d) - own);
   }
   return sum * scalbn(1.0, static_cast<int>(call.summary[1]));
@@ -109,9 +108,9 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     const bool live = row.c != 0.0 && row.kind == kOrdinary;
     const int64_t m = live ? state.m : 0, y = live && gradient ? call.target[call.first + i] : m;
     const bool top_label = y == m;
-    const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
+    const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
     const auto centered = [&](int64_t j, int64_t d) { return element(call.weight, j, d) * scale - call.center[d]; };
-    const auto value_at = [&](int64_t d) { return alpha * centered(m, d) + beta * x[d] - centered(y, d); };
+    const auto value_at = [&](int64_t d) { return mix.top * centered(m, d) + mix.rest * x[d] - centered(y, d); };
     DirectionSums sums{};
     for (int64_t d = threadIdx.x; live && d < D; d += kThreads) {
       const double top = centered(m, d);
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     sums = Block::merged(sums, MergeDirections{});
     constexpr double noise = sizeof(V) == 4 ? 0x1p-15 : 0x1p-40;  // of a component's terms
     const auto unsure = [&](int64_t d, double distance) {
-      const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
+      const double terms = fabs(mix.top * centered(m, d)) + fabs(mix.rest * x[d]) + fabs(centered(y, d));
       return terms != 0.0 && !(distance > noise * terms);  // a column that is one number has terms of 0, and is 0
     };
     const double found = sums.largest;
@@ -161,24 +160,23 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     };
     double bias_delta = 0.0;
     if (live && !gradient) {
+      math::CenteredVariance variance{sums.delta2, sums.mean2, sums.top2};
       if (call.include_bias) {
         const double top = call.bias[m] * scale - call.center[D];
         bias_delta = state.bias_mean - top;
         row.bias = top + state.eps * bias_delta;
-        sums.delta2 += bias_delta * bias_delta;
-        sums.mean2 += state.bias_mean * state.bias_mean;
-        sums.top2 += top * top;
+        variance.add_column(top, state.bias_mean);
         sums.direction2 += row.bias * row.bias;
       }
-      const double rest = state.square_mean > sums.mean2 ? state.square_mean - sums.mean2 : 0.0;
-      const double inner = state.confidence * sums.delta2 + rest, magnitude = state.square_mean + sums.top2;
+      const double inner = variance.inner(state.confidence, state.square_mean);
+      const double magnitude = variance.magnitude(state.square_mean);
       if (call.runs[0] == call.C) {
         row.c = 0.0;
       } else if (!math::variance_is_left(inner, magnitude) && inner == inner) {
         row.kind = kExplicit;
       }
       row.inner = inner;
-      row.delta2 = sums.delta2;
+      row.delta2 = variance.top_mean2;
       row.direction2 = sums.direction2;
     } else if (live) {
       if (top_label && state.log_eps == -math::kInfinity) {
@@ -274,13 +272,13 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk
     } else {
       const int64_t y = call.target[call.first + i];
       const bool top_label = y == state.m;
+      const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
       const double inverse = 1.0 / row.inner, own = static_cast<double>(g[y]);
       const double p_y = top_label ? state.confidence : state.eps * static_cast<double>(q[y]);
       const double norm = top_label ? state.eps * row.inner : row.inner;  // ||sum_j p_j (w_j - w_y)||
       __syncthreads();                                                    // g_y and q_y are overwritten
       for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        const double rest = static_cast<double>(q[j]);
-        const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
+        const double share = mix.share(j == state.m, static_cast<double>(q[j]));
         double value = share == 0.0 ? 0.0 : scale * share * (static_cast<double>(g[j]) - own - norm) * inverse;
         if (j == y) value = -scale * p_y;
         if (j != state.m) sum.at[0] += value;

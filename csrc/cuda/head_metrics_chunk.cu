@@ -17,6 +17,7 @@
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -150,7 +151,7 @@ struct MeanSums {
   double mean2;                    // ||x||^2, x = q (W - center)
   double top2, label2;             // ||w_m - center||^2, ||w_y - center||^2
   double top_mean2;                // ||w_m - center - x||^2
-  double norm1, norm22, norm_inf;  // of alpha (w_m - center) + beta x - (w_y - center), norm22 squared
+  double norm1, norm22, norm_inf;  // of the gradient's mix of them, norm22 squared
   double center2;                  // ||center||^2
 };
 struct MergeMeanSums {
@@ -191,8 +192,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
     const bool valid = label == Label::kValid;
     const int64_t y = valid ? call.target[n] : state.m;
     const bool top_label = y == state.m;
-    // right label: q (W) - w_m, times eps; wrong label: p_m w_m + eps q (W) - w_y
-    const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
+    const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
     const double q_sum = raw ? state.q_sum : 0.0;
     MeanSums sums{};
     for (int64_t d = Block::lane(); d < call.D; d += kThreads) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
       const double x = call.mean[i * call.D + d] * raw_scale - q_sum * center;
       const double a = element(call.weight, state.m, d) * scale - center;
       const double b = element(call.weight, y, d) * scale - center;
-      const double gradient = fabs(alpha * a + beta * x - b);
+      const double gradient = fabs(mix.top * a + mix.rest * x - b);
       sums = MergeMeanSums{}(sums, MeanSums{x * x, a * a, b * b, (a - x) * (a - x), gradient, gradient * gradient,
                                             gradient, center * center});
     }
@@ -212,15 +212,10 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
         raw ? (call.summary[1] != 0.0 ? math::kInfinity : math::least_beside_common_row(sums.center2)) : 0.0;
     uint8_t special = 0;
     if (values.wants(kLogNeuronwise)) {
-      double top_mean2 = sums.top_mean2, mean2 = sums.mean2, top2 = sums.top2;
-      if (call.include_bias) {
-        const double top_bias = call.bias[state.m] * scale - call.center[call.D];
-        top_mean2 += (top_bias - state.bias_mean) * (top_bias - state.bias_mean);
-        mean2 += state.bias_mean * state.bias_mean;
-        top2 += top_bias * top_bias;
-      }
-      const double rest = state.square_mean > mean2 ? state.square_mean - mean2 : 0.0;
-      const double inner = state.confidence * top_mean2 + rest, magnitude = state.square_mean + top2;
+      math::CenteredVariance variance{sums.top_mean2, sums.mean2, sums.top2};
+      if (call.include_bias) variance.add_column(call.bias[state.m] * scale - call.center[call.D], state.bias_mean);
+      const double inner = variance.inner(state.confidence, state.square_mean);
+      const double magnitude = variance.magnitude(state.square_mean);
       const double log_n = math::log_head_norm(state.log_n, call.include_bias);
       double value = log_n + state.log_eps + math::log_nonnegative(inner) - 2.0 * (log_scale + log_t);
       if (state.log_eps == -math::kInfinity || call.runs[0] == call.C || log_n == -math::kInfinity) {
