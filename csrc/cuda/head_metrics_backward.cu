@@ -83,12 +83,13 @@ template <class V>
 __device__ __forceinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
   const HeadRow& state = call.row_state[i];
   const V* q = static_cast<const V*>(call.q) + i * call.C;
-  const math::GradientMix mix = math::gradient_mix(y == state.m, state.confidence, state.eps);
+  const bool top_label = y == state.m;
   const double own = element(call.weight, y, d);
   double sum = 0.0;
   FLATCORE_ROLLED
   for (int64_t j = 0; j < call.C; ++j) {
-    const double share = mix.share(j == state.m, static_cast<double>(q[j]));
+    const double rest = static_cast<double>(q[j]);  // GradientMix::share keeps the mix alive, which spills on sm_80
+    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
     if (share != 0.0) sum += share * (element(call.weight, j, d) - own);
   }
   return sum * scalbn(1.0, static_cast<int>(call.summary[1]));
