@@ -109,9 +109,10 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     const bool live = row.c != 0.0 && row.kind == kOrdinary;
     const int64_t m = live ? state.m : 0, y = live && gradient ? call.target[call.first + i] : m;
     const bool top_label = y == m;
-    const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
+    // as math::gradient_mix, whose record would spill here on sm_90
+    const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
     const auto centered = [&](int64_t j, int64_t d) { return element(call.weight, j, d) * scale - call.center[d]; };
-    const auto value_at = [&](int64_t d) { return mix.top * centered(m, d) + mix.rest * x[d] - centered(y, d); };
+    const auto value_at = [&](int64_t d) { return alpha * centered(m, d) + beta * x[d] - centered(y, d); };
     DirectionSums sums{};
     for (int64_t d = threadIdx.x; live && d < D; d += kThreads) {
       const double top = centered(m, d);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     sums = Block::merged(sums, MergeDirections{});
     constexpr double noise = sizeof(V) == 4 ? 0x1p-15 : 0x1p-40;  // of a component's terms
     const auto unsure = [&](int64_t d, double distance) {
-      const double terms = fabs(mix.top * centered(m, d)) + fabs(mix.rest * x[d]) + fabs(centered(y, d));
+      const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
       return terms != 0.0 && !(distance > noise * terms);  // a column that is one number has terms of 0, and is 0
     };
     const double found = sums.largest;
