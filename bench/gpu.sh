@@ -28,7 +28,7 @@ trap 'rm -rf flatcore/_core*.so "$out/site"' EXIT
 
 step tests 180 python -m pytest -q -p no:cacheprovider --require-cuda --exhaustive -k cuda tests/test_cuda.py tests/test_row_norms.py \
     tests/test_unmasked_cross_entropy.py tests/test_edges.py tests/test_shapes.py tests/test_head_metrics_backward.py \
-    tests/test_properties.py tests/test_head_metrics.py
+    tests/test_backward_operators.py tests/test_properties.py tests/test_head_metrics.py
 
 if command -v compute-sanitizer > /dev/null; then
     # without torch's cache a byte beyond a buffer is beyond an allocation

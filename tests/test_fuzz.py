@@ -18,9 +18,9 @@ import oracles
 import pytest
 import torch
 from conftest import CUDA, PATHS
+from differentiated import exact_log_gradients
 from hypothesis import HealthCheck, Phase, given, settings
 from strategies import FUNCTIONS, GRADIENT_NORMS, LABELS, MEASURES, Call, calls
-from test_head_metrics_backward import exact_log_gradients
 
 import flatcore
 

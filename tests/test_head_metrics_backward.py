@@ -1,29 +1,24 @@
-"""Derivatives of the measures: against finite differences, against 400 digits, and through all that surrounds a call.
+"""Derivatives of the measures: against finite differences, against 400 digits, and where a value is zero or NaN.
 
 Letters: N rows, D features, C classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import emulation
-import mpmath
 import numpy as np
 import pytest
 import torch
+from differentiated import MEASURES, NORMS, exact_log_gradients, problem
 from tolerance import Bound, assert_same, assert_within, product_tolerance
 from torch import Tensor
 
 import flatcore
-from flatcore import reference
 from flatcore._engine import cpu as _native
 from flatcore._engine import direct, paths
 from flatcore._engine import reduction as reductions
@@ -32,25 +27,6 @@ from flatcore._engine import reduction as reductions
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
 
 INF, NAN = math.inf, math.nan
-MEASURES: dict[str, Callable[..., Tensor]] = {
-    "trace": flatcore.hessian_trace,
-    "layerwise": functools.partial(flatcore.relative_flatness, measure="layerwise"),
-    "layerwise-norm": functools.partial(flatcore.relative_flatness, measure="layerwise", norm_power=1),
-    "neuronwise": functools.partial(flatcore.relative_flatness, measure="neuronwise"),
-}
-NORMS: dict[str, Callable[..., Tensor]] = {
-    f"gradient-{ord}": functools.partial(flatcore.feature_gradient_norms, ord=ord) for ord in (1, 2, INF)
-}
-# make_dual and inductor load parts of torch that are scripted, and warn of torch.jit.script's end
-SCRIPTED = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
-
-def problem(N: int = 4, D: int = 3, C: int = 4, seed: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Features, head, bias and logits of moderate size, all requiring gradient."""
-    g = torch.Generator().manual_seed(seed)
-    x, w, b = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((N, D), (C, D), (C,)))
-    given = {"features": x, "linear_weight": w, "linear_bias": b, "logits": x @ w.T + b}
-    return {name: value.to(dtype).detach().requires_grad_() for name, value in given.items()}
 
 
 def targets(kind: str, N: int, C: int) -> dict[str, Tensor | None]:
@@ -185,93 +161,6 @@ def test_the_smallest_shapes(name: str, N: int, D: int, C: int, path: str) -> No
 
 
 # --------------------------------------------------------------------------- confident rows: 400 digits, naive formulas
-def _exact_value(name: str, x: list, w: list, b: list, z: list, y: int, include_bias: bool) -> Any:
-    """A measure of one row by its definition; 400 digits are its only defence against cancellation."""
-    top = max(z)
-    e = [mpmath.exp(v - top) for v in z]
-    total = mpmath.fsum(e)
-    p = [v / total for v in e]
-    square = mpmath.fsum(v * v for v in x) + (1 if include_bias else 0)
-    rows = [[*r, c] if include_bias else r for r, c in zip(w, b, strict=True)]
-    trace = square * mpmath.fsum(v * (1 - v) for v in p)
-    if name == "trace":
-        return trace
-    if name.startswith("layerwise"):
-        norm = mpmath.fsum(v * v for r in rows for v in r)
-        return trace * (mpmath.sqrt(norm) if name == "layerwise-norm" else norm)
-    if name == "neuronwise":
-        mean = [mpmath.fdot(p, column) for column in zip(*rows, strict=True)]
-        return square * mpmath.fsum(
-            q * mpmath.fsum((a - m) ** 2 for a, m in zip(r, mean, strict=True)) for q, r in zip(p, rows, strict=True)
-        )
-    gradient = [mpmath.fdot(p, column) - column[y] for column in zip(*w, strict=True)]
-    sizes = [abs(v) for v in gradient]
-    if name == "gradient-1":
-        return mpmath.fsum(sizes)
-    return mpmath.sqrt(mpmath.fsum(v * v for v in sizes)) if name == "gradient-2" else max(sizes)
-
-
-def _gradient_sizes(name: str, x: list, w: list, z: list, y: int) -> np.ndarray:
-    """p_j (||w_j - w_y|| + F)/F of each class, in the norm whose value F is."""
-    ord = {"gradient-1": 1, "gradient-2": 2, "gradient-inf": mpmath.inf}[name]
-    total = mpmath.fsum(mpmath.exp(v) for v in z)
-    norm = _exact_value(name, x, w, [0] * len(w), z, y, False)
-    found = []
-    for row, v in zip(w, z, strict=True):
-        distance = mpmath.norm([a - c for a, c in zip(row, w[y], strict=True)], ord)
-        found.append(float(mpmath.exp(v) / total * (distance + norm) / norm))
-    return np.array(found)
-
-
-def exact_log_gradients(
-    name: str, x: Tensor, w: Tensor, b: Tensor, y: int, include_bias: bool
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Derivatives of one row's log value with respect to x (D,), w (C, D), b (C,), and the sizes they are summed from.
-
-    By central differences of 1e-70 at 400 digits: right to 1e-130 of the curvature. The sizes: |g_j w_jd|, g the
-    derivative with respect to logits, and what does not pass through them.
-    """
-    D, C = w.shape[1], w.shape[0]
-    with mpmath.workdps(400):
-        flat = [mpmath.mpf(v) for t in (x, w, b) for v in t.double().flatten().tolist()]
-        h = mpmath.mpf(10) ** -70
-
-        def parts(v: list) -> tuple[list, list, list]:
-            return v[:D], [v[D + j * D : D + (j + 1) * D] for j in range(C)], v[D + C * D :]
-
-        def logits(v: list) -> list:
-            xs, ws, bs = parts(v)
-            return [mpmath.fdot(r, xs) + c for r, c in zip(ws, bs, strict=True)]
-
-        def log_value(v: list, z: list) -> Any:
-            return mpmath.log(_exact_value(name, *parts(v), z, y, include_bias))
-
-        def moved(v: list, i: int, by: Any) -> list:
-            return [a + by if k == i else a for k, a in enumerate(v)]
-
-        z = logits(flat)
-        through = [(log_value(flat, moved(z, j, h)) - log_value(flat, moved(z, j, -h))) / (2 * h) for j in range(C)]
-        total, fixed = [], []
-        for i in range(len(flat)):
-            up, down = moved(flat, i, h), moved(flat, i, -h)
-            total.append((log_value(up, logits(up)) - log_value(down, logits(down))) / (2 * h))
-            fixed.append((log_value(up, z) - log_value(down, z)) / (2 * h))
-        g = np.array([float(v) for v in through])
-        size = np.abs(g)
-        if name in NORMS:  # u_j (e . (w_j - w_y) - F)/F: two sizes that may cancel
-            size = np.maximum(size, _gradient_sizes(name, *parts(flat)[:2], z, y))
-        truth, beside = np.array([float(v) for v in total]), np.abs([float(v) for v in fixed])
-    xs, ws = np.abs(x.double().numpy()), np.abs(w.double().numpy())
-    sizes = [size @ ws, np.outer(size, xs), size]
-    ends = (0, D, D + C * D, D + C * D + C)
-    shapes = ((D,), (C, D), (C,))
-    cut = [(a, b) for a, b in itertools.pairwise(ends)]
-    return (
-        [truth[a:b].reshape(s) for (a, b), s in zip(cut, shapes, strict=True)],
-        [part + beside[a:b].reshape(s) for part, (a, b), s in zip(sizes, cut, shapes, strict=True)],
-    )
-
-
 # features whose logits differ by 2, 20, 90 and 300 between the top two; multiples of 1/8, so float32 holds them exactly
 HEAD = torch.tensor([[1.0, 0.5, -0.25], [-0.5, 1.0, 0.25], [0.25, -1.0, 1.0], [-0.75, -0.5, -1.0]])
 BIAS = torch.tensor([0.5, -0.25, 0.125, 1.0])
@@ -404,249 +293,6 @@ def test_a_second_derivative_is_refused(name: str, path: str) -> None:
         first.sum().backward()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.func.grad(lambda t: torch.func.grad(lambda s: flatcore.hessian_trace(s, w))(t).sum())(x.detach())
-
-
-# --------------------------------------------------------------------------------- operators, transforms, the compiler
-OPERATORS = {
-    "trace": {"fields": 1 << reference.FIELDS.index("log_hessian_trace")},
-    "neuronwise-bias": {"fields": 1 << reference.FIELDS.index("log_neuronwise"), "include_bias": True},
-    "gradient": {
-        "fields": 1 << reference.FIELDS.index("log_feature_gradient_norm"),
-        "target": torch.tensor([0, 2, 1, 3]),
-    },
-}
-
-
-def _operator_arguments(case: str, N: int = 4) -> tuple[Any, ...]:
-    given = problem(N, dtype=torch.float32)
-    arguments = {
-        "features": given["features"], "linear_weight": given["linear_weight"], "linear_bias": given["linear_bias"],
-        "logits": None, "target": None, "temperature": 1.0, "ignore_index": -100, "include_bias": False,
-        "norm_power": 2, "fields": 0, "wide_result": True,
-    }  # fmt: skip
-    return tuple((arguments | OPERATORS[case]).values())
-
-
-@SCRIPTED
-@pytest.mark.parametrize("case", OPERATORS)
-def test_opcheck_with_inputs_that_require_gradient(case: str, path: str) -> None:
-    torch.library.opcheck(torch.ops.flatcore.head_metrics.default, _operator_arguments(case))
-
-
-@pytest.mark.crossed
-@SCRIPTED
-@pytest.mark.parametrize("case", OPERATORS)
-@pytest.mark.parametrize("wanted", ([True, True, True, False], [True, False, False, False], [False] * 4))
-def test_opcheck_of_the_backward(case: str, wanted: list[bool], path: str) -> None:
-    *arguments, fields, _ = (a.detach() if isinstance(a, Tensor) else a for a in _operator_arguments(case))
-    upstream = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
-    log_coefficient = torch.tensor([0.0, 1.0, -1.5, -INF], dtype=torch.float64)
-    for logs in (None, log_coefficient):
-        given = (upstream, logs, *arguments, fields.bit_length() - 1, wanted)
-        torch.library.opcheck(torch.ops.flatcore.head_metrics_backward.default, given)
-
-
-@pytest.mark.parametrize("kind", ("fused", "chunked", "cuda-chunked"))
-def test_the_backward_operator_reads_any_layout(kind: str, one_thread: None) -> None:
-    """Every second number, one number for all rows, the negative view of a conjugate: by their values."""
-    given = problem(dtype=torch.float32)
-    inputs = [given[name].detach() for name in ("features", "linear_weight")]
-    logs = torch.tensor([0.0, -0.5, -3.0, 1.0], dtype=torch.float64)
-    layouts = (
-        torch.stack([logs, logs + 9], dim=1)[:, 0],
-        torch.tensor([0.5], dtype=torch.float64).expand(4),
-        torch._neg_view(-logs),
-    )
-    options = (
-        None,
-        None,
-        None,
-        1.0,
-        -100,
-        False,
-        2,
-        reference.FIELDS.index("log_neuronwise"),
-        [True, True, False, False],
-    )
-    cuda = kind.startswith("cuda")
-    kernels = emulation.cuda_kernels() if cuda else contextlib.nullcontext()
-    with flatcore.backend("native"), paths.forced(path=kind.removeprefix("cuda-")), kernels:
-        for layout in layouts:
-            upstream = torch.ones(4, dtype=torch.float64)
-            got, want = (
-                torch.ops.flatcore.head_metrics_backward(upstream, x, *inputs, *options)
-                for x in (layout, layout.resolve_neg().contiguous())
-            )
-            for a, b in zip(got[:2], want[:2], strict=True):
-                assert_same(kind, a, b)
-
-
-WRONG_BACKWARDS = {
-    "wide-upstream": ({"upstream": torch.ones(5, dtype=torch.float64)}, ValueError, "upstream must have shape"),
-    "wide-logs": (
-        {"log_coefficient": torch.ones(5, dtype=torch.float64)},
-        ValueError,
-        "log_coefficient must have shape",
-    ),
-    "half-upstream": ({"upstream": torch.ones(4, dtype=torch.float16)}, TypeError, "upstream must have dtype"),
-    "another-field": ({"field": reference.FIELDS.index("loss")}, ValueError, "field must be that of one of"),
-    "no-field": ({"field": 99}, ValueError, "field must be that of one of"),
-    "no-target": ({"field": reference.FIELDS.index("log_feature_gradient_norm")}, ValueError, "needs a target"),
-    "wants-logits": ({"wanted": [True, False, False, True]}, ValueError, "wanted must hold four flags"),
-    "three-flags": ({"wanted": [True] * 3}, ValueError, "wanted must hold four flags"),
-    "bad-label": (
-        {"field": reference.FIELDS.index("log_feature_gradient_norm"), "target": torch.tensor([0, 9, 1, 2])},
-        ValueError,
-        "target must hold labels in 0..3",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_BACKWARDS)
-def test_the_backward_operator_checks_its_arguments(case: str) -> None:
-    change, error, words = WRONG_BACKWARDS[case]
-    given = problem(dtype=torch.float32)
-    arguments = {
-        "upstream": torch.ones(4, dtype=torch.float64), "log_coefficient": None, "features": given["features"].detach(),
-        "linear_weight": given["linear_weight"].detach(), "linear_bias": None, "logits": None, "target": None,
-        "temperature": 1.0, "ignore_index": -100, "include_bias": False, "norm_power": 2,
-        "field": reference.FIELDS.index("log_hessian_trace"), "wanted": [True, True, False, False],
-    }  # fmt: skip
-    with pytest.raises(error, match=words):
-        torch.ops.flatcore.head_metrics_backward(*(arguments | change).values())
-
-
-@SCRIPTED
-@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)))
-def test_a_compiled_training_step_gives_the_same_numbers(backend: str) -> None:
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    body, head = torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        features = body(x).relu()
-        logits = head(features)
-        flatness = flatcore.relative_flatness(features, head.weight, linear_bias=head.bias, logits=logits, log=True)
-        norms = flatcore.feature_gradient_norms(features, head.weight, y, linear_bias=head.bias, reduction="mean")
-        return torch.nn.functional.cross_entropy(logits, y) + 0.1 * flatness + norms
-
-    step = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
-    parameters = [*body.parameters(), *head.parameters()]
-    for rows in (8, 5, 13):  # one graph serves all sizes
-        x, y = torch.randn(rows, 6), torch.arange(rows) % 4
-        with torch.compiler.set_stance("fail_on_recompile" if rows != 8 else "default"):
-            value = step(x, y)
-        want_value = loss(x, y)
-        torch.testing.assert_close(value, want_value, rtol=2e-6, atol=1e-6)
-        got, want = torch.autograd.grad(value, parameters), torch.autograd.grad(want_value, parameters)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    torch.compiler.reset()
-
-
-def test_functional_gradients_and_vmap_agree_with_backward(path: str) -> None:
-    given = {name: value.detach() for name, value in problem(6, dtype=torch.float32).items()}
-    x, w, b = given["features"], given["linear_weight"], given["linear_bias"]
-    target = torch.tensor([0, 1, 2, 3, 0, 1])
-
-    def one(row: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-        trace = flatcore.relative_flatness(row, weight, linear_bias=b, measure="neuronwise", log=True)
-        return trace + flatcore.feature_gradient_norms(row, weight, y, linear_bias=b)
-
-    d_x, d_w = [], []
-    for row, y in zip(x, target, strict=True):
-        inputs = row.clone().requires_grad_(), w.clone().requires_grad_()
-        for into, gradient in zip((d_x, d_w), torch.autograd.grad(one(*inputs, y), inputs), strict=True):
-            into.append(gradient)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got_x, got_w = torch.vmap(torch.func.grad(one, argnums=(0, 1)), in_dims=(0, None, 0))(x, w, target)
-        only_x = torch.vmap(torch.func.grad(one), in_dims=(0, None, 0))(x, w, target)
-        heads = w + torch.arange(6.0)[:, None, None] / 8
-        per_head = torch.vmap(torch.func.grad(one, argnums=1), in_dims=(None, 0, None))(x[0], heads, target[0])
-    torch.testing.assert_close(got_x, torch.stack(d_x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(only_x, torch.stack(d_x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got_w, torch.stack(d_w), rtol=1e-5, atol=1e-6)
-    for head, gradient in zip(heads, per_head, strict=True):
-        torch.testing.assert_close(
-            gradient, torch.func.grad(one, argnums=1)(x[0], head, target[0]), rtol=1e-5, atol=1e-6
-        )
-
-
-def test_jacobian_by_vmap_over_upstreams(path: str) -> None:
-    x = problem(3, dtype=torch.float32)["features"]
-    w = problem(3, dtype=torch.float32)["linear_weight"].detach()
-    value = flatcore.hessian_trace(x, w, reduction="none")
-    (rows,) = torch.autograd.grad(value, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        (want,) = torch.autograd.grad(value, x, torch.eye(3)[i], retain_graph=True)
-        torch.testing.assert_close(rows[i], want, rtol=1e-6, atol=1e-7)
-        assert (rows[i][[k for k in range(3) if k != i]] == 0).all()
-
-
-def test_autocast_and_mixed_types(path: str) -> None:
-    given = problem(16, 8, 5, dtype=torch.float32)
-    w, b = given["linear_weight"], given["linear_bias"]
-    x = given["features"].detach().bfloat16().requires_grad_()
-    exact = x.detach().float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        value = flatcore.relative_flatness(x, w, linear_bias=b)
-        got = torch.autograd.grad(value, (x, w, b))
-    want = torch.autograd.grad(flatcore.relative_flatness(exact, w, linear_bias=b), (exact, w, b))
-    assert [g.dtype for g in got] == [torch.bfloat16, torch.float32, torch.float32] and value.dtype == torch.float32
-    assert_same("features", got[0], want[0].bfloat16())
-    for a, c in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6 * c.abs().max().item())
-
-
-def test_backward_in_another_thread_and_after_a_change_in_place() -> None:
-    given = problem(8, dtype=torch.float32)
-    x, w = given["features"], given["linear_weight"].detach()
-    value = flatcore.hessian_trace(x, w)
-    w += 1  # saved for backward: autograd must notice
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-def test_freed_storage_between_forward_and_backward_does_not_crash() -> None:
-    """FSDP frees a gathered parameter after the forward pass; saved, it has no memory to read."""
-    x = problem(8, dtype=torch.float32)["features"]
-    w = problem(8, dtype=torch.float32)["linear_weight"].detach().clone()
-    value = flatcore.hessian_trace(x, w)
-    w.untyped_storage().resize_(0)
-    with pytest.raises((RuntimeError, ValueError), match="own its memory"):
-        value.backward()
-
-
-@pytest.mark.exhaustive
-def test_memory_does_not_grow_over_200_steps() -> None:
-    torch.manual_seed(0)
-    body, head = torch.nn.Linear(16, 32), torch.nn.Linear(32, 10)
-    optimizer = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=1e-3)
-    x = torch.randn(64, 16)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        features = body(x).relu()
-        flatcore.relative_flatness(features, head.weight, linear_bias=head.bias, log=True).backward()
-        optimizer.step()
-
-    def alive() -> int:
-        gc.collect()
-        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-
-    for _ in range(5):
-        step()
-    before = alive()
-    gc.disable()
-    try:
-        for _ in range(200):
-            step()
-        without_collector = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-    finally:
-        gc.enable()
-    assert without_collector <= before, "a reference cycle keeps tensors until the collector runs"
-    assert alive() <= before
 
 
 # ---------------------------------------------------------------------------- the reduction that runs beside the kernel
