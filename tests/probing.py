@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,10 +24,18 @@ def small(head: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, D), nn.Tanh(), nn.Linear(D, C) if head is None else head)
 
 
+def rectified() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, D), nn.ReLU(), nn.Linear(D, C))
+
+
 def right(features: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None, **options: Any) -> Tensor:
     """The measure of these numbers, in float64."""
     f, w, b = (None if x is None else x.detach().double() for x in (features, weight, bias))
     return flatcore.relative_flatness(f, w, y, linear_bias=b, log=True, **options)
+
+
+def wanted(features: Tensor, head: nn.Linear, target: Tensor | None = None, **options: Any) -> Tensor:
+    return flatcore.relative_flatness(features, head.weight, target, linear_bias=head.bias, **options)
 
 
 def same(value: Any, wanted: Any) -> None:
@@ -55,3 +64,21 @@ def averaged(model: nn.Module, averages: dict[str, Tensor], how: str) -> Iterato
     put(averages)
     yield
     put(before)
+
+
+class Changed(nn.Module):
+    """A body, a head, and what a model does with its output."""
+
+    def __init__(self, change: Callable[[Tensor], Any], bias: bool = True):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, D), nn.Linear(D, C, bias=bias)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.head(self.body(x).relu()))
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
