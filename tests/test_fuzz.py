@@ -12,6 +12,7 @@ import re
 from typing import Any
 from unittest import mock
 
+import answers
 import fuzz
 import numpy as np
 import oracles
@@ -272,11 +273,11 @@ def test_the_log_of_a_value_that_underflowed_and_was_masked(function: str, cpu_p
     for path in cpu_paths:
         with fuzz.on_path(path):
             inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
-            value = fuzz._function(call_of(function, x, w, target))(*inputs)
+            value = answers.function_of(call_of(function, x, w, target))(*inputs)
             assert value[0] == 0
             got = torch.autograd.grad(torch.where(value > 0, value.log(), 0).sum(), inputs)
             alone = x[1:].clone().requires_grad_(), w.clone().requires_grad_()
-            value = fuzz._function(call_of(function, x[1:], w, target[1:]))(*alone)
+            value = answers.function_of(call_of(function, x[1:], w, target[1:]))(*alone)
             want = torch.autograd.grad(value.log().sum(), alone)
         torch.testing.assert_close(got[0], torch.cat([torch.zeros(1, 2), want[0]]))
         torch.testing.assert_close(got[1], want[1])
@@ -333,7 +334,7 @@ def test_a_reproduction_runs_by_itself(one_thread: None) -> None:
     with contextlib.redirect_stdout(out):
         exec(compile(program, "reproduction", "exec"), {})
     with fuzz.on_path("fused-baseline"):
-        want = fuzz._function(call)(call.features, call.weight, linear_bias=call.bias, logits=call.logits)
+        want = answers.function_of(call)(call.features, call.weight, linear_bias=call.bias, logits=call.logits)
     assert re.sub(r", grad_fn=.*", "", out.getvalue().split("\n")[0]).rstrip(")") in repr(want)
 
 
