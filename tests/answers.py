@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
+import oracle_derivatives
 import oracles
 import torch
 from strategies import GRADIENT_NORMS, MEASURES, Call
@@ -182,7 +183,7 @@ class Answers:
         if (error * self.condition(name) > 0.05)[used].any():  # else what is of second order counts too
             return None
         if self._derivatives is None:
-            self._derivatives = oracles.exact_derivatives(
+            self._derivatives = oracle_derivatives.exact_derivatives(
                 self.features, c.weight, c.bias, self.logits, self.labels, c.temperature, c.include_bias, c.norm_power,
                 name, error.tolist(), float(torch.finfo(self.dtype).tiny),
             )  # fmt: skip
@@ -251,7 +252,7 @@ class Answers:
                     mpmath.mpf(u) * a / divisor if k else mpmath.mpf(0)
                     for u, a, k in zip(upstream.tolist(), share, used, strict=True)
                 ]
-            return [oracles._long(v) for v in found]
+            return [oracle_derivatives.as_long(v) for v in found]
 
     def _inputs(self) -> dict[str, Tensor]:
         c = self.call

@@ -15,6 +15,7 @@ from unittest import mock
 import answers
 import fuzz
 import numpy as np
+import oracle_derivatives
 import oracles
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_the_derivatives_agree_with_differences_of_400_digits() -> None:
         include_bias = function in MEASURES
         for row in ([1.0, 1.0, 0.5], [60.0, 4.0, -8.0]):
             x = torch.tensor([row])
-            (got,) = oracles.exact_derivatives(
+            (got,) = oracle_derivatives.exact_derivatives(
                 x, w, b, None, [2], 1.0, include_bias, 2, function, [1e-15], 1e-300
             )  # fmt: skip
             truth, _ = exact_log_gradients(other, x[0], w, b, 2, include_bias)

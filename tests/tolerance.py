@@ -143,7 +143,9 @@ def cotangent_tolerance(dtype: torch.dtype) -> Bound:
 
 
 def derivative_error(dtype: torch.dtype, classes: int, rows: int, logit_error: Any, measure_error: Any) -> Any:
-    """What the terms of a row's gradient may be off, relatively; times ``oracles.Derivative.size`` it bounds an entry.
+    """What the terms of a row's gradient may be off, relatively.
+
+    Times ``oracle_derivatives.Derivative.size`` it bounds an entry.
 
     A term is a product: a probability (or p_j over the measure), and sums over classes of products of two of them. Each
     of these two factors has what :func:`tolerance` gives a log, 4e-6 (1e-12), and moves with the logits: by e^d for a
