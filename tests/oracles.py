@@ -26,15 +26,6 @@ DIGITS = 60
 WORKING_DIGITS = DIGITS + 20
 _BITS = 280  # of the probabilities as integers, relative to the largest one in their sum: 84 digits
 ORDS = (1, 2, math.inf)
-LABEL_FREE = (
-    "confidence",
-    "margin",
-    "one_minus_confidence",
-    "feature_norm",
-    "hessian_trace",
-    "layerwise",
-    "neuronwise",
-)
 GRADIENTS = {1: "feature_gradient_norm_1", 2: "feature_gradient_norm", math.inf: "feature_gradient_norm_inf"}
 
 

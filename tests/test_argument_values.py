@@ -24,7 +24,6 @@ from flatcore._engine import paths
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
 
 INF, NAN = math.inf, math.nan
-FLOATS = "float16, bfloat16, float32 or float64"
 
 
 # --------------------------------------------------------------------------------------------------------------- labels

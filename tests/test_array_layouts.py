@@ -3,7 +3,6 @@
 N = 4, D = 3, C = 5 unless a test says otherwise.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,6 @@ import flatcore
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
-
-INF, NAN = math.inf, math.nan
-FLOATS = "float16, bfloat16, float32 or float64"
 
 
 # ---------------------------------------------------------------------------------------------- arrays of other libraries

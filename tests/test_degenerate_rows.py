@@ -20,7 +20,6 @@ import flatcore
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
 
 INF, NAN = math.inf, math.nan
-FLOATS = "float16, bfloat16, float32 or float64"
 
 
 # ------------------------------------------------------------------------------------------------------ the edge rules

@@ -30,12 +30,6 @@ def direct(model: nn.Module, x: Tensor, y: Tensor) -> flatcore.HeadMetrics:
         return flatcore.head_metrics(features, model[-1].weight, y, linear_bias=model[-1].bias)
 
 
-def logs_of(metrics: flatcore.HeadMetrics, measure: str) -> np.ndarray:
-    if measure == "loss":
-        return metrics.loss.double().log().numpy()
-    return getattr(metrics, f"log_{measure}").double().numpy()
-
-
 def check_statistics(found: flatcore.Statistics, logs: np.ndarray) -> None:
     """Against NumPy in float64, relative to the largest."""
     assert (found.rows, found.nan_rows) == (len(logs), 0)
