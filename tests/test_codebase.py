@@ -149,7 +149,7 @@ LINES = 520
 MODULES_IN_FLATCORE = 14
 
 
-@pytest.mark.parametrize("folder", ("flatcore", "csrc", "bench", "examples"))
+@pytest.mark.parametrize("folder", ("flatcore", "csrc", "tests", "bench", "examples"))
 def test_no_file_is_too_long_to_be_read_at_once(folder):
     kinds = (".py", ".pyi", ".h", ".cpp", ".cu")
     lines = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*") if path.suffix in kinds}
