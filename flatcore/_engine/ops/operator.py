@@ -33,7 +33,11 @@ def caller(operator: Operator) -> Callable[..., Any]:
 
     torch.func's transforms take no derivative from torch.library: for them the same declaration is an autograd function.
     """
-    name, run = operator.name, lambda *arguments: getattr(torch.ops.flatcore, operator.name)(*arguments)
+    name = operator.name
+
+    def run(*arguments: Any) -> Any:
+        return getattr(torch.ops.flatcore, name)(*arguments)
+
     function = type(
         f"flatcore::{name}",
         (torch.autograd.Function,),
@@ -48,7 +52,7 @@ def caller(operator: Operator) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return function.apply(*arguments)  # type: ignore[attr-defined]
-        return getattr(torch.ops.flatcore, name)(*arguments)
+        return run(*arguments)
 
     return call
 
