@@ -1,10 +1,10 @@
 // A softmax head with its inputs and outputs, as the kernels of the CPU and of CUDA devices take it.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "element.h"
+#include "math/norms.h"
 #include "math/portable.h"
 
 namespace flatcore {
@@ -26,6 +26,13 @@ enum Field : int {
 };
 constexpr uint32_t kGradientFields = 1U << kLogGradientNorm | 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
 constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
+
+// Of fields with one gradient norm.
+FLATCORE_INLINE math::NormOrder norm_order(uint32_t fields) {
+  return (fields >> kLogGradientNorm & 1U) != 0    ? math::NormOrder::kTwo
+         : (fields >> kLogGradientNorm1 & 1U) != 0 ? math::NormOrder::kOne
+                                                   : math::NormOrder::kInf;
+}
 
 // What every kernel of this stem is asked for.
 struct HeadProblem {
@@ -56,21 +63,6 @@ FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
   const int64_t y = problem.target[n];
   if (y == problem.ignore_index) return Label::kIgnored;
   return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
-}
-
-// Below this a value is given back as 0: 2^-150, half of float32's least number, or 2^-1075. An upstream that is not
-// finite (that of the log of such a value, which the caller has masked) counts as 0 there.
-FLATCORE_INLINE double log_of_least(bool double_result) { return double_result ? -745.133 : -103.972; }
-FLATCORE_INLINE bool counts_as_nothing(double upstream, double log_coefficient, bool double_result) {
-  if (upstream == 0.0 || log_coefficient == -__builtin_inf()) return true;
-  return !(upstream * 0.0 == 0.0) && log_coefficient < log_of_least(double_result);
-}
-
-// upstream exp(log_coefficient), in two steps: exp of -740 has few digits left.
-FLATCORE_INLINE double row_derivative(double upstream, double log_coefficient) {
-  if (log_coefficient == 0.0) return upstream;
-  const double half = exp(0.5 * log_coefficient);
-  return upstream * half * half;
 }
 
 // Large heads: numbers of a row kept between the kernels around the library's products.

@@ -22,7 +22,7 @@ class HeadProblem:
         weight: _Matrix,
         logits: _Matrix | None,
         bias: int,
-        labels: int,
+        target: int,
         N: int,
         D: int,
         C: int,
@@ -174,7 +174,7 @@ def cuda_unmasked_cross_entropy(
     device: int,
     stream: int,
     logits: _Matrix,
-    labels: int,
+    target: int,
     N: int,
     C: int,
     ignore_index: int,
@@ -183,7 +183,7 @@ def cuda_unmasked_cross_entropy(
     cotangent: int,
 ) -> None: ...
 def head_chunk_cotangent(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     first: int,
     rows: int,
@@ -203,7 +203,7 @@ def head_chunk_cotangent(
     scratch: int,
 ) -> None: ...
 def head_chunk_directions(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     first: int,
     rows: int,
@@ -223,7 +223,7 @@ def head_chunk_directions(
 ) -> None: ...
 def head_chunk_scratch(C: int, D: int) -> int: ...
 def head_chunk_statistics(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     first: int,
     rows: int,
@@ -245,7 +245,7 @@ def head_chunk_statistics(
     near_q: int,
 ) -> int: ...
 def head_chunk_weights(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     first: int,
     rows: int,
@@ -261,11 +261,11 @@ def head_chunk_weights(
     scratch: int,
     equal_rows: bool,
 ) -> None: ...
-def head_distances(target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
+def head_distances(cpu_target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
 def head_measure(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
-    weight: int,
+    sample_weights: int,
     reduction: int,
     log: bool,
     count_rows: bool,
@@ -273,9 +273,9 @@ def head_measure(
     double_value: bool,
     log_coefficient: int,
 ) -> int: ...
-def head_metrics(target: str, problem: HeadProblem) -> int: ...
+def head_metrics(cpu_target: str, problem: HeadProblem) -> int: ...
 def head_metrics_backward(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     upstream: int,
     upstream_stride: int,
@@ -286,10 +286,10 @@ def head_metrics_backward(
     d_logits: int,
 ) -> None: ...
 def head_reduction(
-    target: str,
+    cpu_target: str,
     logs: int,
-    weight: int,
-    labels: int,
+    sample_weights: int,
+    target: int,
     N: int,
     ignore_index: int,
     reduction: int,
@@ -300,7 +300,7 @@ def head_reduction(
     log_coefficient: int,
 ) -> None: ...
 def head_repeats(
-    target: str,
+    cpu_target: str,
     problem: HeadProblem,
     exponent: int,
     centered_squares: int,
@@ -311,16 +311,16 @@ def head_repeats(
     near_of: int,
 ) -> tuple[int, int]: ...
 def head_summary(
-    target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
+    cpu_target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
 ) -> None: ...
 def row_norms(
-    target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int
+    cpu_target: str, x: _Matrix, N: int, K: int, threads: int, l1: int, l2: int, linf: int, workspace: int
 ) -> None: ...
 def row_norms_workspace(N: int, K: int) -> int: ...
 def unmasked_cross_entropy(
-    target: str,
+    cpu_target: str,
     logits: _Matrix,
-    labels: int,
+    target: int,
     N: int,
     C: int,
     ignore_index: int,

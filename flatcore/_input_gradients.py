@@ -126,7 +126,7 @@ def input_gradients(
         >>> flatcore.input_gradients(model, x, torch.tensor([0]))
         InputGradients(direction=tensor([[-1.,  1.]]), log_scale=tensor([-300.]))
     """
-    call = _Call(model, inputs, target, ignore_index, chunk_size, allow_train_mode)
+    call = _Passes(model, inputs, target, ignore_index, chunk_size, allow_train_mode)
     found = list(call.chunks())
     if len(found) == 1:
         return found[0]
@@ -182,7 +182,7 @@ def input_gradient_norms(
     """
     orders = check_orders(ord)
     check_flag(log, "log")
-    call = _Call(model, inputs, target, ignore_index, chunk_size, allow_train_mode)
+    call = _Passes(model, inputs, target, ignore_index, chunk_size, allow_train_mode)
     norms = torch.cat([_norms(part, orders, log) for part in call.chunks()], dim=1)
     return norms if isinstance(ord, tuple) else norms[0]
 
@@ -199,7 +199,7 @@ def _norms(found: InputGradients, orders: tuple[float, ...], log: bool) -> Tenso
     return (logs if log else logs.exp()).to(torch.promote_types(norms.dtype, found.log_scale.dtype))
 
 
-class _Call:
+class _Passes:
     """Validated arguments of one call, and the passes through the model."""
 
     def __init__(self, model: Any, inputs: Any, target: Any, ignore_index: Any, chunk_size: Any, allow_train_mode: Any):

@@ -236,9 +236,9 @@ PLANTS = (
     ),
     Plant(
         "CUDA: the top class's share of the variance's cotangent",
-        "csrc/cuda/head_metrics_backward.cu",
-        "(state.eps * row.delta2 * inverse - 1.0)",
-        "(state.eps * row.delta2 * inverse + 1.0)",
+        "csrc/math/centered_rows.h",
+        "(eps * top_mean2 * inverse - 1.0)",
+        "(eps * top_mean2 * inverse + 1.0)",
         ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
 )

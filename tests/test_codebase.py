@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import graphlib
 import importlib
 import itertools
 import os
@@ -101,6 +103,31 @@ def test_the_reference_imports_nothing_else_of_flatcore():
         )
 
 
+def imported_modules(name):
+    """What a module takes of flatcore when it is imported itself, as far as those are modules."""
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    package = name if not path.is_file() else name.rpartition(".")[0]
+    path = path if path.is_file() else ROOT / name.replace(".", "/") / "__init__.py"
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parts, *(node.module or "").split(".")]).strip(".")
+            found |= {f"{source}.{item.name}" for item in node.names} | {source}
+        elif isinstance(node, ast.Import):
+            found |= {item.name for item in node.names}
+    return {module for module in found if module in MODULES and module not in (name, "flatcore")}
+
+
+def test_no_module_is_imported_by_what_it_imports():
+    graph = {name: imported_modules(name) for name in MODULES}
+    assert "flatcore._engine.backend" in graph["flatcore.cuda"], "the pattern finds nothing"
+    # a package's own page names its parts, which may name one another
+    order = graphlib.TopologicalSorter({name: {n for n in of if n + "." not in name} for name, of in graph.items()})
+    order.prepare()
+    assert not graph["flatcore._arguments.checks"], "the checks of one argument lie below everything but torch"
+
+
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 BELOW = {"csrc": ("", "math"), "math": ("math",), "cpu": ("", "math", "cpu"), "cuda": ("", "math", "cuda")}
 """Whose headers a folder of csrc may include, csrc/bind aside; "" has the plain ones that lie in csrc itself."""
@@ -162,20 +189,21 @@ def test_few_modules_lie_flat_in_the_package():
 
 
 def thresholds(source):
-    """The literals of C++ that are 0.01 or 0.05, however they are written, by line; comments are left out."""
-    number = re.compile(r"(?<![\w.])(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+    """The literals of C++ that are 0.01, 0.05 or a power of two below rounding, by line; comments are left out."""
+    number = re.compile(r"(?<![\w.])(?:0x1p-(?:15|40|140)|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
     code = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), source, flags=re.DOTALL)
     found = []
     for line, text in enumerate(code.splitlines(), 1):
-        found += [(line, n) for n in number.findall(text.partition("//")[0]) if float(n) in (0.01, 0.05)]
+        found += [(line, n) for n in number.findall(text.partition("//")[0]) if "p" in n or float(n) in (0.01, 0.05)]
     return found
 
 
 def test_a_threshold_of_the_mathematics_is_named_in_csrc_math():
     written = (
-        "a < 1e-2 || b > .05 * c // 0.05\n/* 0.01\n */ if (d < 0.010F) x = 0.051 + 1.05 + v0.01 + 0x1p-10 + 10.01;"
+        "a < 1e-2 || b > .05 * c // 0.05\n/* 0.01\n */ if (d < 0.010F) x = 0.051 + 1.05 + v0.01 + 0x1p-10 + 10.01;\n"
+        "y > 0x1p-140"
     )
-    assert thresholds(written) == [(1, "1e-2"), (1, ".05"), (3, "0.010")]
+    assert thresholds(written) == [(1, "1e-2"), (1, ".05"), (3, "0.010"), (4, "0x1p-140")]
     bare = {str(path.relative_to(ROOT)): thresholds(path.read_text()) for path in SOURCES if path.parent.name != "math"}
     assert not {path: found for path, found in bare.items() if found}
 

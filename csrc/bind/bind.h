@@ -45,7 +45,7 @@ inline Matrix matrix(const py::object& value) {
   return out;
 }
 
-inline const cpu::Target& target(const std::string& name) {
+inline const cpu::Target& kernels_of(const std::string& name) {
   const cpu::Target* found = cpu::find_target(name);
   if (found == nullptr) throw std::invalid_argument("CPU target '" + name + "' is not usable here");
   return *found;

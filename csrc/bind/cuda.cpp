@@ -40,14 +40,14 @@ void register_cuda(py::module_& module) {
       py::arg("linf"), py::arg("workspace"), "row_norms on a CUDA device, on the stream, without waiting for it.");
   module.def(
       "cuda_unmasked_cross_entropy",
-      [](int device, uintptr_t stream, const py::object& logits, uintptr_t labels, int64_t N, int64_t C,
+      [](int device, uintptr_t stream, const py::object& logits, uintptr_t target, int64_t N, int64_t C,
          int64_t ignore_index, uintptr_t loss, uintptr_t log_scale, uintptr_t cotangent) {
         check_size("N", N, 0);
         check_size("C", C, 1);
         cuda::UnmaskedCrossEntropy call;
         call.logits = matrix(logits);
         if (call.logits.column_stride != 1 && C > 1) throw std::invalid_argument("logits need a column stride of 1");
-        call.target = pointer<const int64_t>(labels);
+        call.target = pointer<const int64_t>(target);
         call.N = N;
         call.C = C;
         call.ignore_index = ignore_index;
@@ -58,7 +58,7 @@ void register_cuda(py::module_& module) {
         call.cotangent = pointer<void>(cotangent);
         run_released([&] { return cuda::unmasked_cross_entropy(call); });
       },
-      py::arg("device"), py::arg("stream"), py::arg("logits"), py::arg("labels"), py::arg("N"), py::arg("C"),
+      py::arg("device"), py::arg("stream"), py::arg("logits"), py::arg("target"), py::arg("N"), py::arg("C"),
       py::arg("ignore_index"), py::arg("loss"), py::arg("log_scale"), py::arg("cotangent"),
       "unmasked_cross_entropy on a CUDA device; a row with a label that is no class is NaN.");
 }

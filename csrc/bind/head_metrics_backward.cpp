@@ -5,7 +5,7 @@ namespace flatcore::bind {
 void register_head_metrics_backward(py::module_& module) {
   module.def(
       "head_metrics_backward",
-      [](const std::string& target_name, const Problem& problem, uintptr_t upstream, int64_t upstream_stride,
+      [](const std::string& cpu_target, const Problem& problem, uintptr_t upstream, int64_t upstream_stride,
          uintptr_t log_coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits) {
         cpu::HeadMetricsBackward call;
         static_cast<HeadProblem&>(call) = problem;
@@ -18,11 +18,11 @@ void register_head_metrics_backward(py::module_& module) {
         call.d_logits = pointer<void>(d_logits);
         const Workspace workspace(cpu::head_metrics_backward_workspace(problem));
         call.workspace = workspace.data();
-        const cpu::Target& kernels = target(target_name);
+        const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.head_metrics_backward(call);
       },
-      py::arg("target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
+      py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
       py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"));
   const auto chunk = [](const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
                         uintptr_t log_coefficient, uintptr_t q, uintptr_t summary, uintptr_t center,
@@ -47,7 +47,7 @@ void register_head_metrics_backward(py::module_& module) {
   };
   module.def(
       "head_chunk_directions",
-      [chunk](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
+      [chunk](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
               uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
               uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top,
               bool equal_rows) {
@@ -58,17 +58,17 @@ void register_head_metrics_backward(py::module_& module) {
         call.top_bias = pointer<double>(top_bias);
         call.top = pointer<int64_t>(top);
         call.equal_rows = equal_rows;
-        const cpu::Target& kernels = target(target_name);
+        const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.head_chunk_directions(call);
       },
-      py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
+      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
       py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
       py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
       py::arg("equal_rows"));
   module.def(
       "head_chunk_cotangent",
-      [chunk](const std::string& target_name, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
+      [chunk](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
               uintptr_t log_coefficient, uintptr_t q, uintptr_t g, int64_t g_stride, uintptr_t summary,
               uintptr_t center, uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers,
               uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t scratch) {
@@ -80,11 +80,11 @@ void register_head_metrics_backward(py::module_& module) {
         call.d_weight = pointer<void>(d_weight);
         call.d_bias = pointer<double>(d_bias);
         call.scratch = pointer<double>(scratch);
-        const cpu::Target& kernels = target(target_name);
+        const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.head_chunk_cotangent(call);
       },
-      py::arg("target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
+      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
       py::arg("log_coefficient"), py::arg("q"), py::arg("g"), py::arg("g_stride"), py::arg("summary"),
       py::arg("center"), py::arg("centered_squares"), py::arg("row_state"), py::arg("numbers"), py::arg("d_features"),
       py::arg("d_weight"), py::arg("d_bias"), py::arg("scratch"));

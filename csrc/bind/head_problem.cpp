@@ -7,7 +7,7 @@ namespace {
 
 // `head`: the record of flatcore/_engine/head.py, read by name; its tensors come as addresses.
 Problem make_problem(const py::object& head, const py::object& features, const py::object& weight,
-                     const py::object& logits, uintptr_t bias, uintptr_t labels, int64_t N, int64_t D, int64_t C,
+                     const py::object& logits, uintptr_t bias, uintptr_t target, int64_t N, int64_t D, int64_t C,
                      uint32_t fields, bool double_compute, int threads) {
   check_size("N", N, 0);
   check_size("D", D, 0);
@@ -19,7 +19,7 @@ Problem make_problem(const py::object& head, const py::object& features, const p
   problem.weight = matrix(weight);
   problem.logits = matrix(logits);
   problem.bias = pointer<const double>(bias);
-  problem.target = pointer<const int64_t>(labels);
+  problem.target = pointer<const int64_t>(target);
   problem.N = N;
   problem.D = D;
   problem.C = C;
@@ -52,7 +52,7 @@ void register_head_problem(py::module_& module) {
   module.attr("POISONED_ROW") = static_cast<int64_t>(kPoisoned);
   py::class_<Problem>(module, "HeadProblem", py::module_local())
       .def(py::init(&make_problem), py::arg("head"), py::arg("features"), py::arg("weight"), py::arg("logits"),
-           py::arg("bias"), py::arg("labels"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("fields"),
+           py::arg("bias"), py::arg("target"), py::arg("N"), py::arg("D"), py::arg("C"), py::arg("fields"),
            py::arg("double_compute"), py::arg("threads"))
       .def("write_to", &write_to, py::arg("values"), py::arg("double_values"), py::arg("prediction"));
 }

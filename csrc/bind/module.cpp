@@ -14,7 +14,8 @@ PYBIND11_MODULE(_core, module) {
     for (const auto* target : flatcore::cpu::usable_targets()) names.append(target->name);
     return py::tuple(names);
   });
-  module.def("cpu_target", [](const std::string& name) { return flatcore::bind::target(name).name; }, py::arg("name"));
+  module.def(
+      "cpu_target", [](const std::string& name) { return flatcore::bind::kernels_of(name).name; }, py::arg("name"));
   flatcore::bind::register_head_problem(module);
   flatcore::bind::register_head_metrics(module);
   flatcore::bind::register_head_metrics_backward(module);

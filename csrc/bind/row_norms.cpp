@@ -7,7 +7,7 @@ void register_row_norms(py::module_& module) {
              "Doubles of workspace that row_norms needs.");
   module.def(
       "row_norms",
-      [](const std::string& target_name, const py::object& x, int64_t N, int64_t K, int threads, uintptr_t l1,
+      [](const std::string& cpu_target, const py::object& x, int64_t N, int64_t K, int threads, uintptr_t l1,
          uintptr_t l2, uintptr_t linf, uintptr_t workspace) {
         check_size("N", N, 0);
         check_size("K", K, 0);
@@ -20,11 +20,11 @@ void register_row_norms(py::module_& module) {
         call.l2 = pointer<void>(l2);
         call.linf = pointer<void>(linf);
         call.workspace = pointer<double>(workspace);
-        const cpu::Target& kernels = target(target_name);
+        const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.row_norms(call);
       },
-      py::arg("target"), py::arg("x"), py::arg("N"), py::arg("K"), py::arg("threads"), py::arg("l1"), py::arg("l2"),
+      py::arg("cpu_target"), py::arg("x"), py::arg("N"), py::arg("K"), py::arg("threads"), py::arg("l1"), py::arg("l2"),
       py::arg("linf"), py::arg("workspace"), "Norms of every row, written to the addresses that are not 0.");
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/head_metrics_backward.h"
 #include "cpu/head_rows.h"
+#include "math/explicit_rows.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 
@@ -108,7 +109,6 @@ bool explicit_variance(const ExplicitRow<W>& row, C* g) {
   const double* direction = row.direction;
   const int64_t D = row.D;
   const double share = row.share, norm2 = row.norm2, total = row.total, c = row.c;
-  // as log_variance (cpu/head_rows.h): the spread about the mean of those that differ, and that mean's distance
   double spread = row.square_mean - norm2 / total;
   if (!math::spread_may_be_a_difference(row.group)) {
     spread = 0.0;
@@ -123,14 +123,14 @@ bool explicit_variance(const ExplicitRow<W>& row, C* g) {
       spread += u[j] * square;
     }
   }
-  const double inner = (spread > 0.0 ? spread : 0.0) + row.group * norm2 / total;
+  const double inner = math::explicit_variance(spread > 0.0 ? spread : 0.0, row.group, norm2, total);
   if (!(inner > 0.0)) return false;
-  const double inverse = 1.0 / inner;
+  const math::ExplicitVarianceCotangent form{c * row.inverse_temperature, share, norm2, inner};
   C* d_weight = static_cast<C*>(call.d_weight);
   for (int64_t j = 0; j < row.classes; ++j) {
     const double p = u[j] < 0.0 ? row.probability(j) : 0.0;
     if (u[j] < 0.0) {
-      g[j] = static_cast<C>(c * row.inverse_temperature * p * (share * norm2 * inverse - 1.0));
+      g[j] = static_cast<C>(form.twin(p));
     } else {
       if (u[j] == 0.0) continue;
       double square = 0.0, dot = 0.0;
@@ -142,10 +142,9 @@ bool explicit_variance(const ExplicitRow<W>& row, C* g) {
       const double value = row.bias_difference(j);
       square += value * value;
       dot += value * direction[D];
-      const double distance = square - 2.0 * share * dot + share * share * norm2;
-      g[j] = static_cast<C>(c * row.inverse_temperature * u[j] * (distance - share * inner) * inverse);
+      g[j] = static_cast<C>(form.other(u[j], square, dot));
     }
-    const double k = 2.0 * c * inverse * row.scale;
+    const double k = 2.0 * c / inner * row.scale;
     if (d_weight != nullptr) {
       for (int64_t d = 0; d < D; ++d) {
         const double part = u[j] < 0.0 ? -p * direction[d] : u[j] * (row.difference(j, d) - share * direction[d]);
@@ -168,14 +167,13 @@ bool explicit_gradient_norm(const ExplicitRow<W>& row, C* g) {
   double* direction = row.direction;
   const int64_t D = row.D, m = row.state.m;
   const double c = row.c, inverse_temperature = row.inverse_temperature, scale = row.scale;
-  const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
-  const double norm = l2 ? std::sqrt(row.norm2) : l1 ? row.norm1 : row.largest;
+  const math::NormOrder order = norm_order(call.fields);
+  const double norm = order == math::NormOrder::kTwo   ? std::sqrt(row.norm2)
+                      : order == math::NormOrder::kOne ? row.norm1
+                                                       : row.largest;
   if (!(norm > 0.0)) return false;
-  for (int64_t d = 0; d < D; ++d) {
-    const double x = direction[d], sign = x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0;
-    // ties over D: the entry behind the last column is 0 and never the largest
-    direction[d] = l2 ? x / norm : l1 ? sign : std::fabs(x) == row.largest ? sign / row.ties : 0.0;
-  }
+  // ties over D: the entry behind the last column is 0 and never the largest
+  for (int64_t d = 0; d < D; ++d) direction[d] = math::dual_entry(order, direction[d], norm, row.ties);
   C* d_weight = static_cast<C*>(call.d_weight);
   double own = 0.0, others = 0.0;
   const auto add = [&](int64_t j, double factor) {
@@ -192,12 +190,14 @@ bool explicit_gradient_norm(const ExplicitRow<W>& row, C* g) {
       if (u[j] > 0.0) {
         for (int64_t d = 0; d < D; ++d) dot += row.difference(j, d) * direction[d];
       }
-      g[j] = static_cast<C>(c * inverse_temperature * u[j] * (dot - row.share * norm) / norm);
+      g[j] = static_cast<C>(math::explicit_norm_cotangent(c * inverse_temperature, u[j], dot, row.share, norm));
       factor = c * u[j] / norm;
     } else {
       const double log_p = (z[j] - z[m]) * inverse_temperature - row.state.log1p_tau;
       g[j] = static_cast<C>(-c * inverse_temperature * std::exp(log_p));
-      if (j != row.anchor) factor = twin_factor(row.upstream, log_p, row.log_share, norm);
+      if (j != row.anchor) {
+        factor = math::twin_factor(row.upstream.upstream, row.upstream.log_coefficient, log_p, row.log_share, norm);
+      }
     }
     if (j != m) others += static_cast<double>(g[j]);
     own -= factor;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/head_backward_group.h"
+#include "math/explicit_rows.h"
 #include "math/measure_cotangent.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
@@ -38,30 +39,23 @@ bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shar
       store_unaligned(direction + d, load_unaligned<DoubleV>(direction + d) + u[j] * difference);
     }
   }
+  const math::NormOrder order = norm_order(1U << shared.field);
   double norm = 0.0, ties = 0.0;
   for (int64_t d = 0; d < call.D; ++d) {
     const double a = std::fabs(direction[d]);
-    if (shared.field == kLogGradientNorm) {
+    if (order == math::NormOrder::kTwo) {
       norm += a * a;
-    } else if (shared.field == kLogGradientNorm1) {
+    } else if (order == math::NormOrder::kOne) {
       norm += a;
     } else if (a > norm) {
       norm = a;
     }
   }
-  if (shared.field == kLogGradientNorm) norm = std::sqrt(norm);
+  if (order == math::NormOrder::kTwo) norm = std::sqrt(norm);
   if (!(norm > 0.0)) return false;
   for (int64_t d = 0; d < call.D; ++d) ties += std::fabs(direction[d]) == norm ? 1.0 : 0.0;
   for (int64_t d = 0; d < call.D; ++d) {
-    const double x = direction[d];
-    const double sign = x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0;
-    if (shared.field == kLogGradientNorm) {
-      direction[d] = x / norm;
-    } else if (shared.field == kLogGradientNorm1) {
-      direction[d] = sign;
-    } else {
-      direction[d] = std::fabs(x) == norm ? sign / ties : 0.0;
-    }
+    direction[d] = math::dual_entry(order, direction[d], norm, ties);
     group.dual[i * stride + d] = static_cast<C>(direction[d]);
   }
   // exp(rho)/T ||.||: F; the label's group has p_j of its own
@@ -86,12 +80,13 @@ bool gradient_norm_of_row(const HeadProblem& call, const SharedBackward<C>& shar
         dots +=
             (Load<double>::from(wj + d) - Load<double>::from(wy + d)) * scale * load_unaligned<DoubleV>(direction + d);
       }
-      group.g[j * kTile + i] = c * inverse_temperature * u[j] * (sum_lanes(dots) - share * norm) / norm;
+      group.g[j * kTile + i] =
+          math::explicit_norm_cotangent(c * inverse_temperature, u[j], sum_lanes(dots), share, norm);
       factor = c * u[j] / norm;
     } else {
       const double log_p = (z[j * kTile + i] - t) * inverse_temperature + std::log(confidence);
       group.g[j * kTile + i] = -c * inverse_temperature * std::exp(log_p);
-      if (j != y) factor = twin_factor(upstream, log_p, log_share, norm);
+      if (j != y) factor = math::twin_factor(upstream.upstream, upstream.log_coefficient, log_p, log_share, norm);
     }
     if (j != top) others += group.g[j * kTile + i];
     own -= factor;

@@ -3,6 +3,7 @@
 
 #include "cpu/head_backward_group.h"
 #include "math/measure_cotangent.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 
@@ -36,7 +37,7 @@ bool variance_of_row(const HeadProblem& call, const SharedBackward<C>& shared, G
     s[j] = sum;
     pairs += 0.5 * u[j] * sum;
   }
-  const double inner = group_share * s[top] + share * pairs;
+  const double inner = math::table_variance(group_share, s[top], share, pairs);
   if (!(inner > 0.0)) return false;
   auto form = math::variance_cotangent<double>(group_share, share, inner);
   double* left = group.left + i * classes_stride;

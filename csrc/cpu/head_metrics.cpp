@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "cpu/head_tile.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cpu {
 
@@ -175,7 +176,7 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     for (int i = 0; i < kTile; ++i) {
       const double s_top = m[i] >= 0 ? s[static_cast<int64_t>(m[i]) * kTile + i] : kNan;
       const double inverse = u1[i] > 0 ? 1.0 / u1[i] : 0.0;
-      inner[i] = confidence[i] * s_top * inverse + eps[i] * pairs[i] * inverse * inverse;
+      inner[i] = math::table_variance(confidence[i], s_top * inverse, eps[i], pairs[i] * inverse * inverse);
     }
     for (int v = 0; v < kTile; v += kDoubles) {
       const DoubleV logs = math::log_nonnegative(load_unaligned<DoubleV>(inner + v));
@@ -211,14 +212,10 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     const int64_t top = static_cast<int64_t>(m[i]);
     const double inverse = u1[i] > 0 ? 1.0 / u1[i] : 0.0;
     const double pairs = us[i] * inverse * inverse;
-    if (y[i] == top) {
-      total[i] = s[top * kTile + i] * inverse;
-      square[i] = total[i] - pairs;
-    } else {
-      const double s_top = s[top * kTile + i] * inverse;
-      total[i] = confidence[i] * shared.distances[top * C + y[i]] + eps[i] * s[y[i] * kTile + i] * inverse;
-      square[i] = total[i] - eps[i] * (confidence[i] * s_top + eps[i] * pairs);
-    }
+    const auto found = math::table_gradient(y[i] == top, confidence[i], eps[i], s[top * kTile + i] * inverse,
+                                            s[y[i] * kTile + i] * inverse, shared.distances[top * C + y[i]], pairs);
+    total[i] = found.total;
+    square[i] = found.square;
   }
   for (int v = 0; v < kTile; v += kDoubles) {
     store_unaligned(out + v, 0.5 * math::log_nonnegative(load_unaligned<DoubleV>(square + v)));

@@ -19,6 +19,7 @@
 #include "cpu/head_backward_gradient_norm.h"
 #include "cpu/head_backward_variance.h"
 #include "math/measure_cotangent.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cpu {
 namespace FLATCORE_TARGET {
@@ -186,7 +187,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
         if (!up.live[i]) continue;
         const int64_t top = static_cast<int64_t>(softmax.m[i]);
         const double share = softmax.eps[i] / softmax.u1[i];
-        const double inner = softmax.confidence[i] * group.s[top * kTile + i] + share * pairs[i];
+        const double inner = math::table_variance(softmax.confidence[i], group.s[top * kTile + i], share, pairs[i]);
         double* left = group.left + i * layout.classes_stride;
         double* right = group.right + i * layout.classes_stride;
         // below this the classes that differ from the top one may have underflowed in u

@@ -5,6 +5,7 @@
 
 #include "cpu/head_metrics.h"
 #include "math/exp_log.h"
+#include "math/upstream.h"
 
 namespace flatcore::cpu {
 
@@ -19,7 +20,7 @@ struct HeadBackwardProblem : HeadProblem {
 };
 
 // c of a row. `live` where it adds something: of a gradient norm's e^-760 the row itself adds nothing that float64
-// holds, but a class whose row of W equals the label's gets c p_j over the norm, which it does (see twin_factor).
+// holds, but a class whose row of W equals the label's gets c p_j over the norm, which it does (math::twin_factor).
 struct RowUpstream {
   double upstream = 0.0, log_coefficient = 0.0, c = 0.0;
   bool live = false;
@@ -29,16 +30,11 @@ FLATCORE_INLINE RowUpstream row_upstream(const HeadBackwardProblem& call, int64_
   RowUpstream row;
   row.upstream = call.upstream[n * call.upstream_stride];
   if (call.log_coefficient != nullptr) row.log_coefficient = call.log_coefficient[n];
-  if (counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
+  if (math::counts_as_nothing(row.upstream, row.log_coefficient, call.double_compute)) return row;
   if (gradient && label_of(call, n) == Label::kIgnored) return row;
-  row.c = row_derivative(row.upstream, row.log_coefficient);
+  row.c = math::row_derivative(row.upstream, row.log_coefficient);
   row.live = row.c != 0.0 || gradient;
   return row;
-}
-// c p_j/(exp(log_share) norm) of a class j whose row of W equals the label's: in one exponent, as p_j over the norm may
-// leave the range where c is as small.
-FLATCORE_INLINE double twin_factor(const RowUpstream& row, double log_p, double log_share, double norm) {
-  return row.upstream * exp(row.log_coefficient + log_p - log_share) / norm;
 }
 
 // Small heads: every gradient from one fused read of the features. Outputs are of the compute type (float64 if

@@ -138,8 +138,8 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     row.kind = kExplicit;
     return clear();
   }
-  const bool l2 = (call.fields >> kLogGradientNorm & 1U) != 0, l1 = (call.fields >> kLogGradientNorm1 & 1U) != 0;
-  if (l2) {
+  const math::NormOrder order = norm_order(call.fields);
+  if (order == math::NormOrder::kTwo) {
     row.inner = std::sqrt(norm2);
     for (int64_t d = 0; d < D; ++d) direction[d] = static_cast<C>(gradient(d) / row.inner);
     return;
@@ -157,18 +157,17 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
     }
     return sum * scale;
   };
-  constexpr double noise = sizeof(C) == 4 ? 0x1p-15 : 0x1p-40;  // of the terms: 512 roundings, and as many of float64's
   const auto unsure = [&](int64_t d, double from_value) {
     const double terms =
         std::fabs(mix.top * centered(w_top, d)) + std::fabs(mix.rest * x(d)) + std::fabs(centered(w_label, d));
-    return terms != 0.0 && !(from_value > noise * terms);  // a column that is one number has terms of 0, and is 0
+    return math::component_is_unsure(from_value, terms, sizeof(C) == 8);
   };
-  if (l1) {
+  if (order == math::NormOrder::kOne) {
     row.inner = norm1;
     for (int64_t d = 0; d < D; ++d) {
       double value = gradient(d);
       if (unsure(d, std::fabs(value))) value = exact(d);
-      direction[d] = static_cast<C>(value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0);
+      direction[d] = static_cast<C>(math::sign_of(value));
     }
     return;
   }
@@ -180,15 +179,20 @@ void direction_of_row(const HeadBackwardChunk& call, int64_t i) {
   for (int64_t d = 0; candidates > 1 && d < D; ++d) {
     if (!is_candidate(d)) continue;
     const double a = std::fabs(exact(d));
-    ties = a == found ? ties + 1.0 : a > found ? 1.0 : ties;
     found = a > found ? a : found;
+  }
+  if (candidates > 1) {
+    ties = 0.0;
+    for (int64_t d = 0; d < D; ++d) {
+      if (is_candidate(d)) ties += math::is_among_largest(std::fabs(exact(d)), found) ? 1.0 : 0.0;
+    }
   }
   row.inner = candidates > 1 ? found : largest;
   for (int64_t d = 0; d < D; ++d) {
     const bool among = is_candidate(d);
     const double value = !among ? 0.0 : candidates > 1 ? exact(d) : gradient(d);
-    const double sign = value > 0.0 ? 1.0 : value < 0.0 ? -1.0 : 0.0;
-    direction[d] = static_cast<C>(candidates > 1 && std::fabs(value) != found ? 0.0 : sign / ties);
+    const bool is_largest = candidates <= 1 || math::is_among_largest(std::fabs(value), found);
+    direction[d] = static_cast<C>(is_largest ? math::sign_of(value) / ties : 0.0);
   }
 }
 
@@ -247,20 +251,17 @@ void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
     return;
   }
   if ((call.fields & kGradientFields) == 0) {
-    const double inverse = 1.0 / row.inner, variance = state.eps * row.inner;
+    const auto form = math::centered_variance_cotangent(scale, state.eps, row.inner);
     const double w_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
-    const double factor = 2.0 * row.c * inverse * w_scale;
+    const double factor = 2.0 * row.c * form.inverse * w_scale;
     for (int64_t j = 0; j < classes; ++j) {
       const double share = static_cast<double>(q[j]);
       double dot = static_cast<double>(g[j]);
       if (call.include_bias) dot += row.bias * (call.bias[j] * w_scale - call.center[call.D]);
-      const double distance = call.centered_squares[j] - 2.0 * dot + row.direction2;
-      // by select: the bias of a masked class is -inf
-      g[j] =
-          share == 0.0 ? C{} : static_cast<C>(scale * share * ((distance > 0.0 ? distance : 0.0) - variance) * inverse);
+      g[j] = static_cast<C>(form.rest(share, call.centered_squares[j], dot, row.direction2));
       q[j] = static_cast<C>(factor * share);
     }
-    g[state.m] = static_cast<C>(scale * state.confidence * (state.eps * row.delta2 * inverse - 1.0));
+    g[state.m] = static_cast<C>(form.top(state.confidence, row.delta2));
     return;
   }
   const int64_t y = call.target[call.first + i];
@@ -274,7 +275,7 @@ void cotangent_of_row(const HeadBackwardChunk& call, int64_t i) {
   double others = 0.0;
   for (int64_t j = 0; j < classes; ++j) {
     const double share = mix.share(j == state.m, static_cast<double>(q[j]));
-    double value = share == 0.0 ? 0.0 : scale * share * (static_cast<double>(g[j]) - own - norm) * inverse;
+    double value = math::centered_norm_cotangent(scale, share, static_cast<double>(g[j]), own, norm, inverse);
     if (j == y) value = -scale * p_y;
     if (j != state.m) others += value;
     g[j] = static_cast<C>(value);

@@ -19,6 +19,7 @@
 #include "cpu/parallel.h"
 #include "math/cancellation.h"
 #include "math/centered_rows.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
@@ -359,7 +360,8 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     for (; j + kDoubles <= call.C; j += kDoubles) sums += Load<double>::from(s + j) * Load<double>::from(q + j);
     double pairs = sum_lanes(sums);
     for (; j < call.C; ++j) pairs += static_cast<double>(s[j]) * static_cast<double>(q[j]);
-    const double inner = state.confidence * static_cast<double>(s[state.m]) + 0.5 * state.eps * pairs;
+    const double inner =
+        math::table_variance(state.confidence, static_cast<double>(s[state.m]), state.eps, 0.5 * pairs);
     // below this, terms may have underflowed in the compute type
     const bool safe = math::table_variance_is_in_range(inner, sizeof(C) == 4) || inner != inner;
     if (state.log_eps == -math::kInfinity) {

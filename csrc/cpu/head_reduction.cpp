@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kBlock = 4096;
 
-double weight_of(const HeadReduction& call, int64_t n) {
-  if (call.weight != nullptr) return call.weight[n];
+double sample_weight_of(const HeadReduction& call, int64_t n) {
+  if (call.sample_weights != nullptr) return call.sample_weights[n];
   return call.target == nullptr || call.target[n] != call.ignore_index ? 1.0 : 0.0;
 }
 
@@ -38,16 +38,16 @@ void scaled_block(const HeadReduction& call, int64_t first, int count, double to
     store_unaligned(out + i, math::exp_nonpositive(load_unaligned<DoubleV>(call.logs + first + i) - top));
   }
   for (; i < count; ++i) out[i] = math::exp_nonpositive(call.logs[first + i] - top);
-  if (call.weight == nullptr && call.target == nullptr) return;
+  if (call.sample_weights == nullptr && call.target == nullptr) return;
   for (i = 0; i < count; ++i) {
-    const double s = weight_of(call, first + i);
+    const double s = sample_weight_of(call, first + i);
     out[i] = s == 0.0 ? 0.0 : s * out[i];
   }
 }
 
 void without_reduction(const HeadReduction& call) {
   for (int64_t n = 0; n < call.N; ++n) {
-    const double s = weight_of(call, n);
+    const double s = sample_weight_of(call, n);
     const double log_value = s == 0.0 ? -math::kInfinity : s == 1.0 ? call.logs[n] : call.logs[n] + std::log(s);
     const double value = call.log ? log_value : std::exp(log_value);
     put(call, n, value);
@@ -62,7 +62,7 @@ void head_reduction(const HeadReduction& call) {
   if (call.reduction == Reduction::kNone) return without_reduction(call);
   double top = -math::kInfinity, divisor = 0.0;
   for (int64_t n = 0; n < call.N; ++n) {
-    const double s = weight_of(call, n);
+    const double s = sample_weight_of(call, n);
     divisor += s;
     if (s != 0.0 && call.logs[n] > top) top = call.logs[n];
   }
@@ -86,7 +86,7 @@ void head_reduction(const HeadReduction& call) {
   if (call.log_coefficient == nullptr) return;
   const double log_slope = call.log ? -anchor - std::log(sum) : mean ? -std::log(divisor) : 0.0;
   for (int64_t n = 0; n < call.N; ++n) {
-    const double s = weight_of(call, n);
+    const double s = sample_weight_of(call, n);
     const bool none = s == 0.0 || call.logs[n] == -math::kInfinity || sum == 0.0;
     call.log_coefficient[n] = none ? -math::kInfinity : call.logs[n] + (s == 1.0 ? 0.0 : std::log(s)) + log_slope;
   }

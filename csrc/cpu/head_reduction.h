@@ -7,12 +7,13 @@ namespace flatcore::cpu {
 
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
-// s_n: weight_n; without weights 1 for a valid label or without labels, 0 for an ignored one. Linear: s_n exp(log_n),
-// their sum, or that over the divisor; log: the log of the same. A row with s_n = 0 counts as 0 by select, NaN or not.
+// s_n: sample_weights_n; without weights 1 for a valid label or without labels, 0 for an ignored one. Linear: s_n
+// exp(log_n), their sum, or that over the divisor; log: the log of the same. A row with s_n = 0 counts as 0 by select,
+// NaN or not.
 struct HeadReduction {
-  const double* logs = nullptr;     // (N,)
-  const double* weight = nullptr;   // (N,) or null
-  const int64_t* target = nullptr;  // (N,) or null; read without weights only
+  const double* logs = nullptr;            // (N,)
+  const double* sample_weights = nullptr;  // (N,) or null
+  const int64_t* target = nullptr;         // (N,) or null; read without weights only
   int64_t N = 0;
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::kMean;

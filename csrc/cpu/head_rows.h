@@ -11,6 +11,7 @@
 #include "cpu/simd.h"
 #include "math/cancellation.h"
 #include "math/epsilon_split.h"
+#include "math/explicit_rows.h"
 #include "math/norms.h"
 #include "math/softmax_tail.h"
 
@@ -168,8 +169,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
     for (int64_t j = 0; j < problem.C; ++j) {
       if (u[j] == -math::kInfinity) continue;
       const double uj = u[j] = math::exp_nonpositive((u[j] - top) * inverse_temperature);
-      // 2^-140 of the largest term: below any digit of the sums kept here
-      if (uj < 0x1p-140) {
+      if (!math::explicit_share_counts(uj)) {
         u[j] = -math::kInfinity;
         continue;
       }
@@ -222,13 +222,12 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
   return out;
 }
 
-// log Var_p(w): the spread of the classes that differ from the top class, and their mean's distance to it. The
-// difference sum_j p_j ||d_j||^2 - ||sum_j p_j d_j||^2 about the top class's row would lose a factor of 1/p_m, which is
-// C for a flat row: 1.7e-11 of float64's digits at C = 40,000.
+// log Var_p(w).
 FLATCORE_INLINE double log_variance(const ExplicitSum& sum, int exponent) {
   if (sum.log_scale == -math::kInfinity) return -math::kInfinity;
-  const double mean2 = (sum.norm2_squared + sum.bias_sum * sum.bias_sum) / sum.total;
-  return sum.log_scale + std::log(sum.spread + sum.group * mean2) - 2.0 * exponent * kLn2;
+  const double norm2 = sum.norm2_squared + sum.bias_sum * sum.bias_sum;
+  const double inner = math::explicit_variance(sum.spread, sum.group, norm2, sum.total);
+  return sum.log_scale + std::log(inner) - 2.0 * exponent * kLn2;
 }
 
 // Writes the gradient norms of row n from the explicit sum about the target's row.

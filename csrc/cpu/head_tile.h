@@ -374,7 +374,7 @@ int pack_weight(const HeadProblem& call, int64_t packed_stride, C* packed, doubl
       if (a > largest && a < math::kInfinity) largest = a;
     }
   }
-  return scaling_exponent(largest, 1000);
+  return scaling_exponent(largest, true);
 }
 
 // ||scale W||_F^2, with the bias as a column if it counts as one.

@@ -70,7 +70,7 @@ void summarise(const HeadSummary& call) {
     const double b = call.bias != nullptr ? std::fabs(call.bias[j]) : 0.0;
     if (b > largest && b < math::kInfinity) largest = b;
   }
-  const int exponent = scaling_exponent(largest, call.double_compute ? 1000 : 100);
+  const int exponent = scaling_exponent(largest, call.double_compute);
   const double scale = std::scalbn(1.0, exponent);
   if (exponent != 0) {
     parallel_for(threads, C, [&](int64_t j, int) {

@@ -13,8 +13,8 @@ FLATCORE_INLINE float widened(BHalf x) { return math::bit_cast<float>(static_cas
 // subnormals too; exponent 31 is infinity or NaN.
 FLATCORE_INLINE float widened(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
-  const uint32_t special = magnitude >= 0x0f800000U ? 0x70000000U : 0U;
-  const float value = math::bit_cast<float>(magnitude | special) * (special != 0U ? 1.0F : 0x1p112F);
+  const uint32_t not_finite = magnitude >= 0x0f800000U ? 0x70000000U : 0U;
+  const float value = math::bit_cast<float>(magnitude | not_finite) * (not_finite != 0U ? 1.0F : 0x1p112F);
   return (x.bits & 0x8000U) != 0U ? -value : value;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/head_rows.h"
+#include "math/explicit_rows.h"
 
 namespace flatcore::cuda {
 
@@ -72,9 +73,8 @@ __device__ __forceinline__ double explicit_group(const HeadProblem& call, const 
 struct ExplicitSum {
   double spread, total, norm1, norm2_squared, norm_inf;
 
-  // Var_p(w) over the largest p_j that differs; as log_variance, csrc/cpu/head_rows.h
   __device__ __forceinline__ double variance(double group) const {
-    return total > 0.0 ? spread + group * norm2_squared / total : 0.0;
+    return math::explicit_variance(spread, group, norm2_squared, total);
   }
 };
 struct MergeExplicit {
@@ -94,13 +94,13 @@ __device__ __forceinline__ ExplicitSum explicit_sum(const HeadProblem& call, boo
     };
     double value = 0.0, total = 0.0;  // the total is the same for every d
     for (int64_t j = 0; j < call.C; ++j) {
-      if (!(u[j] >= 0x1p-140)) continue;  // equal to `about`, or below any digit of the sums
+      if (!math::explicit_share_counts(u[j])) continue;
       value += u[j] * difference(j);
       total += u[j];
     }
     const double mean = total > 0.0 ? value / total : 0.0;
     for (int64_t j = 0; j < call.C; ++j) {
-      if (!(u[j] >= 0x1p-140)) continue;
+      if (!math::explicit_share_counts(u[j])) continue;
       const double apart = difference(j) - mean;
       sum.spread += u[j] * apart * apart;
     }

@@ -12,6 +12,7 @@
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -198,7 +199,7 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   double pairs = 0.0, from_top = 0.0, from_label = 0.0;
   if (values.wants(kLogNeuronwise)) {
     sums_over(call.include_bias ? call.bias_distances : call.distances, pairs, from_top, from_label);
-    const double inner = split.confidence * from_top + split.eps * pairs;
+    const double inner = math::table_variance(split.confidence, from_top, split.eps, pairs);
     const double log_n_head = math::log_head_norm(log_n, call.include_bias);
     double value = log_n_head + split.log_eps + math::log_nonnegative(inner) - two_log_t - 2.0 * log_scale;
     if (log_n_head == -math::kInfinity || split.log_eps == -math::kInfinity) {
@@ -219,10 +220,8 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
       }
       // ||sum_j p_j (w_j - w_y)||^2 from the table; `total` is what the difference was taken from
       const bool top_label = y == tail.m;
-      const double total =
-          top_label ? from_top : split.confidence * call.distances[tail.m * classes + y] + split.eps * from_label;
-      const double square =
-          top_label ? total - pairs : total - split.eps * (split.confidence * from_top + split.eps * pairs);
+      const auto [total, square] = math::table_gradient(top_label, split.confidence, split.eps, from_top, from_label,
+                                                        call.distances[tail.m * classes + y], pairs);
       const bool only_l2 = (call.fields & kGradientFields) == 1U << kLogGradientNorm;
       if (only_l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
         values.put(

@@ -17,6 +17,7 @@
 #include "math/cancellation.h"
 #include "math/centered_rows.h"
 #include "math/measure_cotangent.h"
+#include "math/upstream.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -36,9 +37,9 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   HeadBackwardRow row{0.0, 1.0, 0.0, 0.0, 0.0, kOrdinary};
   const double upstream = call.upstream[n];
   const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
-  if (counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
+  if (math::counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
   if (is_gradient(call) && label_of(call, n) == Label::kIgnored) return row;
-  row.c = row_derivative(upstream, log_coefficient);
+  row.c = math::row_derivative(upstream, log_coefficient);
   if (row.c == 0.0 && !is_gradient(call)) return row;
   if (state.m == math::kNoClass || row.c != row.c || (is_gradient(call) && label_of(call, n) != Label::kValid)) {
     row.kind = kPoisoned;
@@ -74,11 +75,8 @@ struct MergeDirections {
   }
 };
 
-__device__ __forceinline__ double sign_of(double x) { return x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : 0.0; }
-
 // Component d of sum_j p_j (w_j - w_y), from differences, in the scale of the row's direction: where a sign, or which
-// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp). Two
-// are equal within 2^-40: inlined twice, the same sum may be contracted in two ways.
+// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp).
 template <class V>
 __device__ __forceinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
   const HeadRow& state = call.row_state[i];
@@ -125,10 +123,9 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       }
     }
     sums = Block::merged(sums, MergeDirections{});
-    constexpr double noise = sizeof(V) == 4 ? 0x1p-15 : 0x1p-40;  // of a component's terms
     const auto unsure = [&](int64_t d, double distance) {
       const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
-      return terms != 0.0 && !(distance > noise * terms);  // a column that is one number has terms of 0, and is 0
+      return math::component_is_unsure(distance, terms, sizeof(V) == 8);
     };
     const double found = sums.largest;
     const auto is_candidate = [&](int64_t d) { return unsure(d, (found - fabs(value_at(d))) * 0.5); };
@@ -146,7 +143,8 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
         sums.largest = Block::merged(most, LargerOf{});
         count.at[0] = 0.0;
         for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-          count.at[0] += is_candidate(d) && !(fabs(exact_component<V>(call, i, y, d)) < sums.largest * (1.0 - 0x1p-40));
+          count.at[0] +=
+              is_candidate(d) && math::is_among_largest(fabs(exact_component<V>(call, i, y, d)), sums.largest);
         }
         ties = Block::merged(count, AddSums{}).at[0];
       }
@@ -154,11 +152,11 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
     const auto sign_at = [&](int64_t d) {  // of a component for l1; over the ties for the largest
       if (asks_for(call, kLogGradientNorm1)) {
         const double value = value_at(d);
-        return sign_of(unsure(d, fabs(value)) ? exact_component<V>(call, i, y, d) : value);
+        return math::sign_of(unsure(d, fabs(value)) ? exact_component<V>(call, i, y, d) : value);
       }
       if (!is_candidate(d)) return 0.0;
       const double value = several ? exact_component<V>(call, i, y, d) : value_at(d);
-      return several && fabs(value) < sums.largest * (1.0 - 0x1p-40) ? 0.0 : sign_of(value) / ties;
+      return several && !math::is_among_largest(fabs(value), sums.largest) ? 0.0 : math::sign_of(value) / ties;
     };
     double bias_delta = 0.0;
     if (live && !gradient) {
@@ -258,17 +256,14 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk
         g[j] = static_cast<V>(scale * (j == state.m ? form.top : form.rest(static_cast<double>(q[j]))));
       }
     } else if (!is_gradient(call)) {
-      const double inverse = 1.0 / row.inner, variance = state.eps * row.inner;
-      const double factor = 2.0 * row.c * inverse * w_scale;
+      const auto form = math::centered_variance_cotangent(scale, state.eps, row.inner);
+      const double factor = 2.0 * row.c * form.inverse * w_scale;
       for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
         const double share = static_cast<double>(q[j]);
         double dot = static_cast<double>(g[j]);
         if (call.include_bias) dot += row.bias * (call.bias[j] * w_scale - call.center[call.D]);
-        const double distance = call.centered_squares[j] - 2.0 * dot + row.direction2;
-        double value = scale * share * ((distance > 0.0 ? distance : 0.0) - variance) * inverse;
-        if (share == 0.0) value = 0.0;  // by select: the bias of a masked class is -inf
-        if (j == state.m) value = scale * state.confidence * (state.eps * row.delta2 * inverse - 1.0);
-        g[j] = static_cast<V>(value);
+        g[j] = static_cast<V>(j == state.m ? form.top(state.confidence, row.delta2)
+                                           : form.rest(share, call.centered_squares[j], dot, row.direction2));
         q[j] = static_cast<V>(factor * share);
       }
     } else {
@@ -281,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk
       __syncthreads();                                                    // g_y and q_y are overwritten
       for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
         const double share = mix.share(j == state.m, static_cast<double>(q[j]));
-        double value = share == 0.0 ? 0.0 : scale * share * (static_cast<double>(g[j]) - own - norm) * inverse;
+        double value = math::centered_norm_cotangent(scale, share, static_cast<double>(g[j]), own, norm, inverse);
         if (j == y) value = -scale * p_y;
         if (j != state.m) sum.at[0] += value;
         g[j] = static_cast<V>(value);
@@ -331,11 +326,7 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
     for (int64_t d = threadIdx.x; d < D; d += kExplicitThreads) count.at[0] += fabs(direction[d]) == sum.norm_inf;
     const double ties = ExplicitBlock::merged(count, AddSums{}).at[0];
     for (int64_t d = threadIdx.x; d < D; d += kExplicitThreads) {
-      const double x = direction[d];
-      direction[d] = asks_for(call, kLogGradientNorm)    ? x / norm
-                     : asks_for(call, kLogGradientNorm1) ? sign_of(x)
-                     : fabs(x) == sum.norm_inf           ? sign_of(x) / ties
-                                                         : 0.0;
+      direction[d] = math::dual_entry(norm_order(call.fields), direction[d], norm, ties);
     }
   }
   __syncthreads();
@@ -344,12 +335,12 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
                  : (call.bias[j] - call.bias[anchor]) * scale;
   };
   const auto log_probability = [&](int64_t j) { return (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau; };
-  // c p_j/(exp(log_share) norm) of a class whose row equals the label's, in one exponent: p_j over the norm may leave
-  // the range where c is as small
   const auto twin_factor = [&](int64_t j) {
     const double log_c = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
-    return z[j] == -math::kInfinity ? 0.0 : call.upstream[n] * exp(log_c + log_probability(j) - log_share) / norm;
+    return z[j] == -math::kInfinity ? 0.0
+                                    : math::twin_factor(call.upstream[n], log_c, log_probability(j), log_share, norm);
   };
+  const math::ExplicitVarianceCotangent form{c * inverse_temperature, share, sum.norm2_squared, inner};
   // A warp per class: dL/dz. Masked classes have logit -inf, and no share.
   using Warp = Team<kWarp>;
   Sums<2> totals{};  // of dL/dz apart from the top class; of the factors of the direction
@@ -365,18 +356,16 @@ __device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int6
     double value = 0.0;
     if (u[j] < 0.0) {
       const double p = z[j] == -math::kInfinity ? 0.0 : exp(log_probability(j));
-      value = gradient ? -p : p * (share * sum.norm2_squared / inner - 1.0);
+      value = gradient ? -c * inverse_temperature * p : form.twin(p);
       if (gradient && j != anchor) totals.at[1] += twin_factor(j);
     } else if (u[j] > 0.0) {
       if (gradient) {
-        value = u[j] * (dots.at[1] - share * norm) / norm;
+        value = math::explicit_norm_cotangent(form.scale, u[j], dots.at[1], share, norm);
         totals.at[1] += c * u[j] / norm;
       } else {
-        const double distance = dots.at[0] - 2.0 * share * dots.at[1] + share * share * sum.norm2_squared;
-        value = u[j] * (distance - share * inner) / inner;
+        value = form.other(u[j], dots.at[0], dots.at[1]);
       }
     }
-    value *= c * inverse_temperature;
     g[j] = static_cast<V>(value);
     if (j != state.m) totals.at[0] += value;
   }

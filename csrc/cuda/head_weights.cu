@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
     if (b > most && b < math::kInfinity) most = b;
   }
   most = Block::merged(most, LargerOf{});
-  const int exponent = math::scaling_exponent(most, call.double_compute ? 1000 : 100);
+  const int exponent = math::scaling_exponent(most, call.double_compute);
   const double scale = scalbn(1.0, exponent);
   Sums<1> total{};
   for (int64_t j = Block::lane(); j < call.C; j += kThreads) {

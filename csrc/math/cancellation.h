@@ -33,8 +33,15 @@ FLATCORE_INLINE bool table_gradient_is_left(double square, double total, bool do
 // the product loses 2^-22 of that length, so 5e-6 of a tenth of it.
 FLATCORE_INLINE double least_beside_common_row(double common2) { return 0.01 * common2; }
 
-// Explicit rows: where the classes whose row is the anchor's have this share, what sum u ||d||^2 - ||sum u d||^2/sum u
-// loses by the difference is small beside the other part of the variance.
-FLATCORE_INLINE bool spread_may_be_a_difference(double anchor_share) { return anchor_share > 0.25; }
+// Whether a component of a gradient, or half the distance of two, may be the rounding of a product: 2^-15 of its terms'
+// magnitudes is 512 roundings in float32, 2^-40 as many in float64. A column that is one number has terms of 0, and is
+// 0.
+FLATCORE_INLINE bool component_is_unsure(double distance, double terms, bool double_compute) {
+  return terms != 0.0 && !(distance > (double_compute ? 0x1p-40 : 0x1p-15) * terms);
+}
+
+// Whether a component summed from differences is one of the largest: inlined twice, the same sum may be contracted in
+// two ways, so equal means within 2^-40.
+FLATCORE_INLINE bool is_among_largest(double a, double largest) { return !(a < largest * (1.0 - 0x1p-40)); }
 
 }  // namespace flatcore::math

@@ -36,4 +36,30 @@ FLATCORE_INLINE GradientMix gradient_mix(bool top_label, double confidence, doub
   return {top_label, top_label ? 0.0 : confidence, top_label ? 1.0 : eps};
 }
 
+// d log Var_p(w)/dz, inner = Var_p(w)/eps: of the top class by its row's distance to the mean of q, of another by its
+// row's distance to the mean row under p, taken apart about the center. Times `scale`.
+struct CenteredVarianceCotangent {
+  double scale, eps, inner, inverse;
+
+  FLATCORE_METHOD double top(double confidence, double top_mean2) const {
+    return scale * confidence * (eps * top_mean2 * inverse - 1.0);
+  }
+  // By select: the bias of a masked class is -inf.
+  FLATCORE_METHOD double rest(double q, double square, double dot, double mean_square) const {
+    const double distance = square - 2.0 * dot + mean_square;
+    return q == 0.0 ? 0.0 : scale * q * ((distance > 0.0 ? distance : 0.0) - eps * inner) * inverse;
+  }
+};
+FLATCORE_INLINE CenteredVarianceCotangent centered_variance_cotangent(double scale, double eps, double inner) {
+  return {scale, eps, inner, 1.0 / inner};
+}
+
+// d log ||sum_j p_j w_j - w_y||/dz of a class that is not y, by the products of its row and of w_y with the norm's dual
+// direction; `norm` is the norm itself, `inverse` that of the norm in the shares' scale. Times
+// `scale`.
+FLATCORE_INLINE double centered_norm_cotangent(double scale, double share, double dot, double own, double norm,
+                                               double inverse) {
+  return share == 0.0 ? 0.0 : scale * share * (dot - own - norm) * inverse;
+}
+
 }  // namespace flatcore::math

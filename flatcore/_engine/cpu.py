@@ -18,7 +18,7 @@ from .threads import threads
 _CPU = torch.device("cpu")
 
 
-class _Call(HeadCall):
+class _CpuCall(HeadCall):
     """A head as the CPU's kernels take it, for the target and on the path that are chosen here, once."""
 
     def __init__(self, head: Head, fields: int):
@@ -47,7 +47,7 @@ class _Call(HeadCall):
 
 def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem; arguments and results as in ``reference.head_metrics``."""
-    return _Call(head, fields).run(wide_result)
+    return _CpuCall(head, fields).run(wide_result)
 
 
 def head_measure(
@@ -57,7 +57,7 @@ def head_measure(
 
     One call of the extension where the head is small, for it takes no longer than 10 us.
     """
-    call = _Call(head, 1 << field)
+    call = _CpuCall(head, 1 << field)
     if call.path != "fused":
         values, _ = call.run(True)
         return *head_reduction(values[0], how, with_coefficient), call.prepared
@@ -88,7 +88,7 @@ def head_metrics_backward(
     upstream = as_dtype(readable(upstream), torch.float64).contiguous()
     if log_coefficient is not None:
         log_coefficient = readable(log_coefficient).contiguous()
-    call = _Call(head, 1 << field)
+    call = _CpuCall(head, 1 << field)
     call.prepared = prepared
     N, D, C, dtype = call.N, call.D, call.C, call.dtype
     of_features, of_weight, of_bias, of_logits = wanted

@@ -105,7 +105,7 @@ class Distribution:
         """Summary over some groups, or all."""
         index, (rows, values, squares) = self.bins(groups)
         N = float(rows.sum())
-        nan_rows, infinite = (float(rows[index == special].sum()) for special in (_NAN, _INFINITE))
+        nan_rows, infinite = (float(rows[index == place].sum()) for place in (_NAN, _INFINITE))
         if N == 0 or nan_rows:
             return Statistics(int(N), int(nan_rows), *[math.nan] * 4)
         order = np.cumsum(rows)

@@ -24,18 +24,18 @@ _CLASSES = 4096  # up to here the largest distance of two weight rows is searche
 _ELEMENTS = 1 << 22  # of one (rows, C) block in float64: 32 MiB
 
 
-class _Head(NamedTuple):
+class _Given(NamedTuple):
     """Validated arguments in float64, the weight and bias over the temperature."""
 
     features: Tensor  # (N, D)
-    weight: Tensor  # (C, D)
+    linear_weight: Tensor  # (C, D)
     target: Tensor  # (N,)
     logits: Tensor  # (N, C)
     error: Tensor  # (N,), at most so far is a logit from the real number
     give: Any  # (N,) float64 -> the caller's kind and leading shape
 
 
-def _head(features: Any, linear_weight: Any, target: Any, linear_bias: Any, temperature: Any) -> _Head:
+def _given(features: Any, linear_weight: Any, target: Any, linear_bias: Any, temperature: Any) -> _Given:
     if target is None:
         raise ValueError("target must hold integer class labels, got None")
     inputs = checked_inputs(features, linear_weight, target, linear_bias, None, temperature, -100, soft=False)
@@ -52,7 +52,7 @@ def _head(features: Any, linear_weight: Any, target: Any, linear_bias: Any, temp
         size = size + torch.where(bias == -math.inf, 0, bias).abs()
     error = (phi.shape[1] + 3) * 2.0**-53 * (size.amax(dim=1) if size.numel() else size.sum(dim=1))
     give = returner(features)
-    return _Head(phi, w, head.target, logits, error, lambda values: give(values.reshape(inputs.leading)))
+    return _Given(phi, w, head.target, logits, error, lambda values: give(values.reshape(inputs.leading)))
 
 
 def _distances(weight: Tensor, rows: Tensor) -> Tensor:
@@ -60,11 +60,11 @@ def _distances(weight: Tensor, rows: Tensor) -> Tensor:
     return torch.cdist(weight[rows], weight, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _reach(head: _Head) -> Tensor:
+def _reach(given: _Given) -> Tensor:
     """max_j ||w_j - w_y||, (N,)."""
-    labels, place = head.target.unique(return_inverse=True)
-    rows = max(_ELEMENTS // len(head.weight), 1)
-    return torch.cat([_distances(head.weight, part).amax(dim=1) for part in labels.split(rows)])[place]
+    labels, place = given.target.unique(return_inverse=True)
+    rows = max(_ELEMENTS // len(given.linear_weight), 1)
+    return torch.cat([_distances(given.linear_weight, part).amax(dim=1) for part in labels.split(rows)])[place]
 
 
 def _spread(weight: Tensor) -> Tensor:
@@ -82,37 +82,37 @@ def _exp_up(log: Tensor) -> Tensor:
     return torch.where((value == 0) & (log > -math.inf), 5e-324, value)
 
 
-def _coefficients(head: _Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _coefficients(given: _Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rounded up: g, lambda and R^3 / (36 sqrt 3) of the cubic, and the reach; (N,) each."""
-    metrics = head_metrics(head.features, head.weight, head.target, logits=head.logits)
-    reach = _reach(head) * (1 + _PAD)
+    metrics = head_metrics(given.features, given.linear_weight, given.target, logits=given.logits)
+    reach = _reach(given) * (1 + _PAD)
     # p moves by a factor of exp(2 error) at most, and with it a variance, which is the least mean square about any point
-    moved = (2 * head.error).expm1()
+    moved = (2 * given.error).expm1()
     gradient = _exp_up(metrics.log_feature_gradient_norm) + moved * -(-metrics.loss).expm1() * reach
-    if head.features.shape[1]:
-        unit = torch.zeros_like(head.features)
+    if given.features.shape[1]:
+        unit = torch.zeros_like(given.features)
         unit[:, 0] = 1  # ||phi||^2 Var_p(w) at ||phi|| = 1
-        curvature = _exp_up(head_metrics(unit, head.weight, logits=head.logits).log_neuronwise) * (1 + moved)
+        curvature = _exp_up(head_metrics(unit, given.linear_weight, logits=given.logits).log_neuronwise) * (1 + moved)
     else:
         curvature = torch.zeros_like(reach)
-    cubic = (_spread(head.weight) * (1 + _PAD)) ** 3 / (36 * math.sqrt(3))
+    cubic = (_spread(given.linear_weight) * (1 + _PAD)) ** 3 / (36 * math.sqrt(3))
     return gradient, curvature, cubic.expand_as(reach), reach
 
 
 def _paper(
     features: Any, linear_weight: Any, target: Any, linear_bias: Any, temperature: Any, feature_norm: Any
-) -> tuple[_Head, Tensor, Tensor, Tensor]:
+) -> tuple[_Given, Tensor, Tensor, Tensor]:
     """0, kappa/r^2 and C D/(24 r^3): the paper's cubic in L delta, but for its L^3."""
-    head = _head(features, linear_weight, target, linear_bias, temperature)
-    metrics = head_metrics(head.features, head.weight, head.target, logits=head.logits)
-    C, D = head.weight.shape
+    given = _given(features, linear_weight, target, linear_bias, temperature)
+    metrics = head_metrics(given.features, given.linear_weight, given.target, logits=given.logits)
+    C, D = given.linear_weight.shape
     if feature_norm is None:
         r = metrics.log_feature_norm.exp()
     else:
         r = torch.full_like(metrics.loss, check_number(feature_norm, "feature_norm"))
         if not 0 < r.new_tensor(feature_norm) < math.inf:
             raise ValueError(f"feature_norm must be finite and above 0, got {feature_norm!r}")
-    return head, torch.zeros_like(r), metrics.log_layerwise.exp() / r**2, C * D / (24 * r**3)
+    return given, torch.zeros_like(r), metrics.log_layerwise.exp() / r**2, C * D / (24 * r**3)
 
 
 def _lipschitz(value: Any) -> float:
@@ -185,11 +185,11 @@ def loss_change_bound(
         raise ValueError(f"radius must be finite and at least 0, got {radius!r}")
     h = L * delta
     if kind == "paper":
-        head, _, second, third = _paper(features, linear_weight, target, linear_bias, temperature, feature_norm)
-        return head.give(second * h**2 / 2 + third * L**3 * h**3)
-    head = _head(features, linear_weight, target, linear_bias, temperature)
-    a, b, c, reach = _coefficients(head)
-    return head.give(torch.minimum(a * h + b * h**2 / 2 + c * h**3, reach * h) * (1 + _PAD))
+        given, _, second, third = _paper(features, linear_weight, target, linear_bias, temperature, feature_norm)
+        return given.give(second * h**2 / 2 + third * L**3 * h**3)
+    given = _given(features, linear_weight, target, linear_bias, temperature)
+    a, b, c, reach = _coefficients(given)
+    return given.give(torch.minimum(a * h + b * h**2 / 2 + c * h**3, reach * h) * (1 + _PAD))
 
 
 def loss_change_radius(
@@ -236,14 +236,14 @@ def loss_change_radius(
     if math.isnan(e):
         raise ValueError("increase must be a number, got NaN")
     if kind == "paper":
-        head, a, b, c = _paper(features, linear_weight, target, linear_bias, temperature, feature_norm)
+        given, a, b, c = _paper(features, linear_weight, target, linear_bias, temperature, feature_norm)
         linear, c = torch.zeros_like(a), c * L**3
     else:
-        head = _head(features, linear_weight, target, linear_bias, temperature)
-        a, b, c, reach = _coefficients(head)
+        given = _given(features, linear_weight, target, linear_bias, temperature)
+        a, b, c, reach = _coefficients(given)
         linear = e / reach
     if e <= 0:
-        return head.give(torch.where(a.isnan() | b.isnan(), math.nan, torch.zeros_like(a)))
+        return given.give(torch.where(a.isnan() | b.isnan(), math.nan, torch.zeros_like(a)))
     # each term alone is e at `high` or later, and all three together are e at a third of it or later
     high = torch.minimum(torch.minimum(e / a, (2 * e / b).sqrt()), (e / c) ** (1 / 3))
     low = high / 3 * (1 - _PAD)
@@ -255,7 +255,7 @@ def loss_change_radius(
     radius = (
         torch.maximum(low, linear) / L * (1 - 2 * _PAD)
     )  # one for the pad of the bound, one for this line's rounding
-    return head.give(torch.where(a.isnan() | b.isnan(), math.nan, radius))
+    return given.give(torch.where(a.isnan() | b.isnan(), math.nan, radius))
 
 
 def margin_radius(
@@ -293,19 +293,21 @@ def margin_radius(
         [1.4142, 0.0]
     """
     L = _lipschitz(lipschitz)
-    head = _head(features, linear_weight, target, linear_bias, temperature)
+    given = _given(features, linear_weight, target, linear_bias, temperature)
     parts = []
-    for rows in torch.arange(len(head.target), device=head.target.device).split(max(_ELEMENTS // len(head.weight), 1)):
-        z, y = head.logits[rows], head.target[rows]
+    for rows in torch.arange(len(given.target), device=given.target.device).split(
+        max(_ELEMENTS // len(given.linear_weight), 1)
+    ):
+        z, y = given.logits[rows], given.target[rows]
         labels, place = y.unique(return_inverse=True)
-        distance = _distances(head.weight, labels)[place]
+        distance = _distances(given.linear_weight, labels)[place]
         margin = z.gather(1, y.unsqueeze(1)) - z
         wrong = (margin < 0).any(dim=1)
-        ratio = (margin - 2 * head.error[rows].unsqueeze(1)).clamp_min(0) / (distance * L)
+        ratio = (margin - 2 * given.error[rows].unsqueeze(1)).clamp_min(0) / (distance * L)
         ratio = torch.where(distance == 0, math.inf, ratio).amin(dim=1) * (1 - _PAD)
         bad = (z.isnan() | (z == math.inf)).any(dim=1)
         parts.append(torch.where(bad, math.nan, torch.where(wrong, 0, ratio)))
-    return head.give(torch.cat(parts) if parts else head.error)
+    return given.give(torch.cat(parts) if parts else given.error)
 
 
 def lipschitz_lower_estimate(

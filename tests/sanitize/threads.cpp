@@ -146,7 +146,7 @@ Written fused(const Target& kernels, const Inputs& in) {
       HeadReduction reduce;
       std::vector<double> value(1), coefficient(index(kRows));
       reduce.logs = values.data() + kLogHessianTrace * kRows;
-      reduce.weight = log ? in.row_weight.data() : nullptr;
+      reduce.sample_weights = log ? in.row_weight.data() : nullptr;
       reduce.target = in.target.data();
       reduce.N = kRows;
       reduce.log = log;
