@@ -1,4 +1,4 @@
-// What a kernel reports instead of throwing, exiting or printing; csrc/bind/status.h maps it to an exception.
+// What a kernel reports instead of throwing, exiting or printing; the binding gives the row to Python, which raises.
 #pragma once
 
 #include <cstdint>

@@ -191,9 +191,9 @@ class _HeadMetric(Metric):
         counted = torch.ones_like(logs)
         s = counted
         if inputs.soft_target is not None:
-            s = sample_weights(inputs.soft_target, weight, self.ignore_index).to(logs.device)
+            s = sample_weights(inputs.soft_target, weight, self.ignore_index, inputs.head.C).to(logs.device)
         elif inputs.head.target is not None:
-            s = counted = sample_weights(inputs.head.target, weight, self.ignore_index).to(logs.device)
+            s = counted = sample_weights(inputs.head.target, weight, self.ignore_index, inputs.head.C).to(logs.device)
         here = s != 0  # a row of weight 0 stays out, whatever it holds
         nan = here & logs.isnan()
         kept = here & ~nan

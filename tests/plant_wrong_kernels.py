@@ -125,8 +125,8 @@ PLANTS = (
     Plant(
         "temperature forgotten in the trace",
         "csrc/cpu/head_metrics.cpp",
-        "out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t;",
-        "out[i] = log_n_head[i] + log_sum_p2[i];",
+        "out[i] = log_n_head[i] + log_one_minus_sum_p2[i] - two_log_t;",
+        "out[i] = log_n_head[i] + log_one_minus_sum_p2[i];",
         _FUSED,
     ),
     Plant(
@@ -139,7 +139,7 @@ PLANTS = (
     Plant(
         "class weight forgotten",
         "flatcore/_engine/reduction.py",
-        "s = torch.where(valid, weight.double()[label], 0.0)",
+        "s = valid.double() if weight is None else torch.where(valid, weight.double()[label], 0.0)",
         "s = valid.double()",
         (*_VALUES, "-k", "mean or weights"),
     ),

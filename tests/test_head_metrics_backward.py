@@ -309,8 +309,8 @@ def test_the_native_reduction_is_that_of_the_formula(kind: str, reduction: str, 
         logs[1] = -3.0
     target, weight = given["target"], given["weight"]
     soft = kind == "soft"
-    s = reductions.sample_weights(target, weight, -100) if soft or weight is not None else None
-    how = reductions.Reduction(reduction, log, dtype, None if soft else target, -100, s, count_rows=soft)
+    s = reductions.sample_weights(target, weight, -100, C) if soft or weight is not None else None
+    how = reductions.Reduction(reduction, log, dtype, None if soft else target, -100, C, s, count_rows=soft)
     want, slope = reductions.reduce_with_log_coefficient(logs, how)
     got, log_coefficient = _native.head_reduction(logs, how, True)
     unit = torch.finfo(dtype).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +174,25 @@ def test_numpy_labels(name: str) -> None:
     features, weight = np.random.default_rng(0).normal(size=(3, 4)), np.random.default_rng(1).normal(size=(200, 4))
     want = flatcore.feature_gradient_norms(features, weight, labels)
     assert (flatcore.feature_gradient_norms(features, weight, labels.astype(name)) == want).all() and (want > 0).all()
+
+
+@pytest.mark.parametrize("bad", (-1, C, 2**40, -(2**63)))
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("name", ("hessian_trace", "relative_flatness"))
+def test_where_a_look_would_wait_a_row_of_no_class_is_nan(
+    monkeypatch: pytest.MonkeyPatch, name: str, weighted: bool, bad: int
+) -> None:
+    """As on a device: nobody looks at the labels before, and these measures need none of their own."""
+    head_measure = importlib.import_module(
+        "flatcore._engine.ops.head_measure"
+    )  # the package has the function by its name
+    monkeypatch.setattr(head_measure, "refuse_bad_labels", lambda *arguments: None)
+    features, weight, target = _head(torch.int64, -100)
+    target[1], target[2] = bad, -100
+    classes = torch.arange(1.0, C + 1) if weighted else None
+    with flatcore.backend("reference"):
+        rows = getattr(flatcore, name)(features, weight, target, weight=classes, reduction="none")
+        mean = getattr(flatcore, name)(features, weight, target, weight=classes, log=True)
+        alone = getattr(flatcore, name)(features[2:], weight, target[2:], weight=classes)
+    assert rows.isnan().tolist() == [n == 1 for n in range(len(target))] and rows[2] == 0
+    assert mean.isnan() and alone.isfinite()

@@ -103,7 +103,7 @@ struct ExplicitRow {
 
 // Neuronwise. False where Var_p(w) is 0: the row has no gradient.
 template <class C, class W>
-bool explicit_variance(const ExplicitRow<W>& row, C* g) {
+bool explicit_variance_gradient(const ExplicitRow<W>& row, C* g) {
   const HeadBackwardChunk& call = row.call;
   const double* u = row.u;
   const double* direction = row.direction;
@@ -216,7 +216,8 @@ void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
   const ExplicitRow<W> row(call, i, gradient);
   C* g = static_cast<C*>(call.g) + i * call.g_stride;
   for (int64_t j = 0; j < call.C; ++j) g[j] = C{};
-  if (row.differs && (gradient ? explicit_gradient_norm<C, W>(row, g) : explicit_variance<C, W>(row, g))) return;
+  if (row.differs && (gradient ? explicit_gradient_norm<C, W>(row, g) : explicit_variance_gradient<C, W>(row, g)))
+    return;
   if (call.d_features == nullptr) return;
   C* to = static_cast<C*>(call.d_features) + i * call.D;
   for (int64_t d = 0; d < call.D; ++d) to[d] = C{};

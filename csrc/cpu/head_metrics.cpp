@@ -93,14 +93,14 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
   alignas(64) double us[kTile], us_bias[kTile];
   TileSoftmax softmax;
   tile_softmax(call, buffers, tile, softmax);
-  const auto& [t, m, r, u1, u2, margin, confidence, eps, log_eps, log1p_tau, log_sum_p2] = softmax;
+  const auto& [t, m, r, u1, u2, margin, confidence, eps, log_eps, log1p_tau, log_one_minus_sum_p2] = softmax;
 
   const int64_t n0 = tile.first;
   const int count = tile.count;
   const Values& values = shared.values;
   alignas(64) double log_n_head[kTile], out[kTile];
   for (int i = 0; i < kTile; ++i) {
-    log_n_head[i] = log_head_norm(tile.log_n[i], call.include_bias);
+    log_n_head[i] = log_head_square(tile.log_n[i], call.include_bias);
   }
   const auto put = [&](Field field) {
     for (int i = 0; i < count; ++i) out[i] = tile.bad[i] ? kNan : out[i];
@@ -119,11 +119,11 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
     put(kLogFeatureNorm);
   }
   if (values.wants(kLogHessianTrace)) {
-    for (int i = 0; i < kTile; ++i) out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t;
+    for (int i = 0; i < kTile; ++i) out[i] = log_n_head[i] + log_one_minus_sum_p2[i] - two_log_t;
     put(kLogHessianTrace);
   }
   if (values.wants(kLogLayerwise)) {
-    for (int i = 0; i < kTile; ++i) out[i] = log_n_head[i] + log_sum_p2[i] - two_log_t + shared.log_layer;
+    for (int i = 0; i < kTile; ++i) out[i] = log_n_head[i] + log_one_minus_sum_p2[i] - two_log_t + shared.log_layer;
     put(kLogLayerwise);
   }
   if (call.prediction != nullptr) {
@@ -156,10 +156,10 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
       store_unaligned(total + v, 0.5 * sum);
     }
   };
-  const auto explicit_row = [&](int i, int64_t about, bool with_bias, bool with_spread) {
+  const auto explicit_row = [&](int i, int64_t anchor, bool with_bias, bool with_spread) {
     double* z = buffers.row;
     for (int64_t j = 0; j < C; ++j) z[j] = buffers.z[j * kTile + i];
-    return explicit_sum(call, with_bias, about, shared.exponent, z, t[i], log1p_tau[i], with_spread,
+    return explicit_sum(call, with_bias, anchor, shared.exponent, z, t[i], log1p_tau[i], with_spread,
                         buffers.row + 2 * C, buffers.row + C);
   };
   const bool gradients = (call.fields & kGradientFields) != 0 && call.target != nullptr;

@@ -157,7 +157,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
 
     alignas(64) double log_n[kTile];
     for (int i = 0; i < kTile; ++i) {
-      log_n[i] = log_head_norm(tile.log_n[i], call.include_bias);
+      log_n[i] = log_head_square(tile.log_n[i], call.include_bias);
       if (!up.live[i]) continue;
       up.poisoned[i] = tile.bad[i] || up.c[i] != up.c[i];
       if (is_gradient && label_of(call, first + i) != Label::kValid) up.poisoned[i] = true;
@@ -256,7 +256,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
       const C small = plain ? static_cast<C>(factor[i]) : C{};
       for (int64_t d = 0; d < stride; ++d) out[i * stride + d] = small * group.rows[i * stride + d];
       if (plain) continue;
-      const double log_n = log_head_norm(tile.log_n[i], call.include_bias);
+      const double log_n = log_head_square(tile.log_n[i], call.include_bias);
       const double half = std::exp(-0.5 * log_n);
       for (int64_t d = 0; d < call.D; ++d) {
         out[i * stride + d] =

@@ -40,7 +40,7 @@ HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
     return row;
   }
   const bool no_weight = (call.fields >> kLogLayerwise & 1U) != 0 && call.summary[0] == -math::kInfinity;
-  if (state.log_eps == -math::kInfinity || log_head_norm(state.log_n, call.include_bias) == -math::kInfinity ||
+  if (state.log_eps == -math::kInfinity || log_head_square(state.log_n, call.include_bias) == -math::kInfinity ||
       no_weight) {
     row.c = 0.0;
   }
@@ -209,7 +209,7 @@ void norm_part(const HeadBackwardChunk& call, int64_t i) {
     return;
   }
   // in two steps: ||phi||^-2 alone may leave the range
-  const double half = std::exp(-0.5 * log_head_norm(call.row_state[i].log_n, call.include_bias));
+  const double half = std::exp(-0.5 * log_head_square(call.row_state[i].log_n, call.include_bias));
   const double factor = 2.0 * row.c * half;
   for (int64_t d = 0; d < call.D; ++d) {
     to[d] = static_cast<C>(factor * (half * static_cast<double>(widen(x[d * call.features.column_stride]))));

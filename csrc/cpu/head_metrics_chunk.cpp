@@ -109,11 +109,11 @@ template <class C>
 QSums write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
               const double* squares, const double* bias, double bias_scale, double bias_center, C* q) {
   const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
-  const double anchor = tail.r == -math::kInfinity ? 0.0 : tail.r;
+  const double base = tail.r == -math::kInfinity ? 0.0 : tail.r;
   DoubleV sum = {}, square_sum = {}, bias_sum = {};
   int64_t j = 0;
   for (; j + kDoubles <= classes; j += kDoubles) {
-    DoubleV value = math::exp_nonpositive((row.vector_at(j) - anchor) * inverse_temperature) * inverse;
+    DoubleV value = math::exp_nonpositive((row.vector_at(j) - base) * inverse_temperature) * inverse;
     if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;
     if constexpr (sizeof(C) == 8) {
       store_unaligned(q + j, value);
@@ -129,9 +129,8 @@ QSums write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& 
   QSums sums{sum_lanes(sum), sum_lanes(square_sum), sum_lanes(bias_sum)};
   for (; j < classes; ++j) {
     const double z = row.at(j);
-    q[j] = static_cast<C>(j == tail.m || z == -math::kInfinity
-                              ? 0.0
-                              : math::exp_nonpositive((z - anchor) * inverse_temperature) * inverse);
+    q[j] = static_cast<C>(
+        j == tail.m || z == -math::kInfinity ? 0.0 : math::exp_nonpositive((z - base) * inverse_temperature) * inverse);
     const double value = static_cast<double>(q[j]);
     sums.one += value;
     if (squares) sums.square += value * squares[j];
@@ -224,7 +223,7 @@ void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, F
   const double loss_of_target =
       label == Label::kValid ? (tail.t - row.at(call.target[n])) * inverse_temperature + split.log1p_tau : kNan;
   const double log_trace =
-      log_head_norm(log_n, call.include_bias) + split.log_one_minus_sum_p2 - 2.0 * std::log(call.temperature);
+      log_head_square(log_n, call.include_bias) + split.log_one_minus_sum_p2 - 2.0 * std::log(call.temperature);
   const auto put = [&](Field field, double value) { values.put(field, n, bad ? kNan : value); };
   put(kConfidence, split.confidence);
   put(kMargin, split.margin);
@@ -337,18 +336,18 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
   }
   const int exponent = static_cast<int>(call.summary[1]);
   const double log_t = std::log(call.temperature);
-  const double log_n = log_head_norm(state.log_n, call.include_bias);
+  const double log_n = log_head_square(state.log_n, call.include_bias);
   double* z = call.scratch + thread * head_chunk_scratch(call.C, call.D);
   bool z_known = false;
-  const auto explicit_row = [&](int64_t about, bool with_bias, bool with_spread) {
+  const auto explicit_row = [&](int64_t anchor, bool with_bias, bool with_spread) {
     if (!z_known) explicit_logits(call, n, z);
     z_known = true;
-    return explicit_sum(call, with_bias, about, exponent, z, z[state.m], state.log1p_tau, with_spread, z + 2 * call.C,
+    return explicit_sum(call, with_bias, anchor, exponent, z, z[state.m], state.log1p_tau, with_spread, z + 2 * call.C,
                         z + call.C);
   };
-  const auto put_neuronwise = [&](double log_variance_of_p) {
+  const auto put_neuronwise = [&](double log_var_p) {
     const bool zero = log_n == -math::kInfinity;
-    values.put(kLogNeuronwise, n, zero ? log_n : log_n + log_variance_of_p - 2.0 * log_t);
+    values.put(kLogNeuronwise, n, zero ? log_n : log_n + log_var_p - 2.0 * log_t);
   };
 
   if (call.distance != nullptr) {

@@ -67,24 +67,24 @@ void head_reduction(const HeadReduction& call) {
     if (s != 0.0 && call.logs[n] > top) top = call.logs[n];
   }
   if (call.count_rows) divisor = static_cast<double>(call.N);
-  const double anchor = top == -math::kInfinity ? 0.0 : top;
+  const double base = top == -math::kInfinity ? 0.0 : top;
   alignas(64) double block[kBlock];
   double sum = 0.0;
   for (int64_t first = 0; first < call.N; first += kBlock) {
     const int count = static_cast<int>(call.N - first < kBlock ? call.N - first : kBlock);
-    scaled_block(call, first, count, anchor, block);
+    scaled_block(call, first, count, base, block);
     double part = 0.0;
     for (int i = 0; i < count; ++i) part += block[i];
     sum += part;
   }
   const bool mean = call.reduction == Reduction::kMean;
   const double scale = mean ? 1.0 / divisor : 1.0;
-  double value = call.log ? anchor + std::log(sum) - (mean ? std::log(divisor) : 0.0) : std::exp(anchor) * sum * scale;
+  double value = call.log ? base + std::log(sum) - (mean ? std::log(divisor) : 0.0) : std::exp(base) * sum * scale;
   if (sum == 0.0) value = call.log ? -math::kInfinity : 0.0;
   if (mean && divisor == 0.0) value = __builtin_nan("");
   put(call, 0, value);
   if (call.log_coefficient == nullptr) return;
-  const double log_slope = call.log ? -anchor - std::log(sum) : mean ? -std::log(divisor) : 0.0;
+  const double log_slope = call.log ? -base - std::log(sum) : mean ? -std::log(divisor) : 0.0;
   for (int64_t n = 0; n < call.N; ++n) {
     const double s = sample_weight_of(call, n);
     const bool none = s == 0.0 || call.logs[n] == -math::kInfinity || sum == 0.0;

@@ -19,7 +19,7 @@ namespace flatcore::cpu::FLATCORE_TARGET {
 
 constexpr double kNan = __builtin_nan("");
 using math::kLn2;
-using math::log_head_norm;
+using math::log_head_square;
 using math::scaling_exponent;
 
 template <class Pointer>
@@ -137,22 +137,22 @@ struct ExplicitSum {
   double norm1, norm2_squared, norm_inf;  // of sum_j u_j (w_j - w_a), times 2^exponent (its square for norm2_squared)
   double bias_sum;                        // sum_j u_j (b_j - b_a), times 2^exponent
 };
-inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int64_t a, int exponent, const double* z,
-                                double t, double log1p_tau, bool with_spread, double* sum, double* u) {
+inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int64_t anchor, int exponent,
+                                const double* z, double t, double log1p_tau, bool with_spread, double* sum, double* u) {
   ExplicitSum out{-math::kInfinity, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
   const double inverse_temperature = 1.0 / problem.temperature;
   with_element(problem.weight.dtype, [&](auto* type) {
     using T = ElementOf<decltype(type)>;
     const T* w = static_cast<const T*>(problem.weight.data);
     const int64_t step = problem.weight.column_stride;
-    const T* wa = w + a * problem.weight.row_stride;
+    const T* wa = w + anchor * problem.weight.row_stride;
     double top = -math::kInfinity;
     for (int64_t j = 0; j < problem.C; ++j) {
       u[j] = -math::kInfinity;
       const double logit = z[j];
       if (logit == -math::kInfinity) continue;
       const T* wj = w + j * problem.weight.row_stride;
-      bool differs = with_bias && problem.bias[j] != problem.bias[a];
+      bool differs = with_bias && problem.bias[j] != problem.bias[anchor];
       for (int64_t d = 0; d < problem.D && !differs; ++d) differs = widen(wj[d * step]) != widen(wa[d * step]);
       if (!differs) {
         out.group += std::exp((logit - t) * inverse_temperature - log1p_tau);
@@ -182,7 +182,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
         square += difference * difference;
       }
       if (with_bias) {
-        const double difference = (problem.bias[j] - problem.bias[a]) * scale;
+        const double difference = (problem.bias[j] - problem.bias[anchor]) * scale;
         out.bias_sum += uj * difference;
         square += difference * difference;
       }
@@ -213,7 +213,7 @@ inline ExplicitSum explicit_sum(const HeadProblem& problem, bool with_bias, int6
         square += difference * difference;
       }
       if (with_bias) {
-        const double difference = (problem.bias[j] - problem.bias[a]) * scale - out.bias_sum / out.total;
+        const double difference = (problem.bias[j] - problem.bias[anchor]) * scale - out.bias_sum / out.total;
         square += difference * difference;
       }
       out.spread += u[j] * square;

@@ -221,7 +221,8 @@ inline void tile_given_logits(const HeadProblem& call, const TileBuffers& buffer
 // The softmax of a tile, rows across lanes: u_j = exp((z_j - r)/T), 0 for the top class, and what is made of its sums.
 struct TileSoftmax {
   alignas(64) double t[kTile], m[kTile], r[kTile], u1[kTile], u2[kTile];
-  alignas(64) double margin[kTile], confidence[kTile], eps[kTile], log_eps[kTile], log1p_tau[kTile], log_sum_p2[kTile];
+  alignas(64) double margin[kTile], confidence[kTile], eps[kTile], log_eps[kTile], log1p_tau[kTile],
+      log_one_minus_sum_p2[kTile];
 };
 inline void tile_softmax(const HeadProblem& call, const TileBuffers& buffers, TileRows& tile, TileSoftmax& s) {
   const int64_t C = call.C;
@@ -246,11 +247,11 @@ inline void tile_softmax(const HeadProblem& call, const TileBuffers& buffers, Ti
       top = higher ? z : top;
     }
     poison = top == -math::kInfinity ? DoubleV{} + kNan : poison;
-    const DoubleV anchor = rest == -math::kInfinity ? DoubleV{} : rest;
+    const DoubleV base = rest == -math::kInfinity ? DoubleV{} : rest;
     DoubleV sum = {}, squares = {};
     for (int64_t j = 0; j < C; ++j) {
       const DoubleV z = load_unaligned<DoubleV>(buffers.z + j * kTile + v);
-      const DoubleV e = math::exp_nonpositive((z - anchor) * inverse_temperature);
+      const DoubleV e = math::exp_nonpositive((z - base) * inverse_temperature);
       const DoubleV uj = index == static_cast<double>(j) ? DoubleV{} : e;
       store_unaligned(buffers.u + j * kTile + v, uj);
       sum += uj;
@@ -267,7 +268,7 @@ inline void tile_softmax(const HeadProblem& call, const TileBuffers& buffers, Ti
     store_unaligned(s.eps + v, split.eps);
     store_unaligned(s.log_eps + v, split.log_eps);
     store_unaligned(s.log1p_tau + v, split.log1p_tau);
-    store_unaligned(s.log_sum_p2 + v, split.log_one_minus_sum_p2);
+    store_unaligned(s.log_one_minus_sum_p2 + v, split.log_one_minus_sum_p2);
     for (int lane = 0; lane < kDoubles; ++lane) tile.bad[v + lane] |= poison[lane] != poison[lane];
   }
 }

@@ -35,16 +35,16 @@ __device__ __forceinline__ math::SoftmaxTail explicit_tail(const HeadProblem& ca
   return ExplicitBlock::merged(tail, combine);
 }
 
-// u_j = exp((z_j - top)/T) of the classes whose row of W differs from row `about` (the largest is 1), -1 for the
+// u_j = exp((z_j - top)/T) of the classes whose row of W differs from the anchor's (the largest is 1), -1 for the
 // others; returns top, -inf if no class differs.
-__device__ __forceinline__ double explicit_shares(const HeadProblem& call, bool with_bias, int64_t about,
+__device__ __forceinline__ double explicit_shares(const HeadProblem& call, bool with_bias, int64_t anchor,
                                                   const double* z, double* u) {
   using Warp = Team<kWarp>;
   double top = -math::kInfinity;
   for (int64_t j = threadIdx.x / kWarp; j < call.C; j += kExplicitThreads / kWarp) {
-    int differs = with_bias && call.bias[j] != call.bias[about];
+    int differs = with_bias && call.bias[j] != call.bias[anchor];
     for (int64_t d = Warp::lane(); d < call.D && differs == 0; d += kWarp) {
-      differs = element(call.weight, j, d) != element(call.weight, about, d);
+      differs = element(call.weight, j, d) != element(call.weight, anchor, d);
     }
     const bool any = __any_sync(kAllLanes, differs) != 0;
     if (Warp::lane() == 0) u[j] = any ? 1.0 : -1.0;
@@ -83,12 +83,12 @@ struct MergeExplicit {
             LargerOf{}(a.norm_inf, b.norm_inf)};
   }
 };
-__device__ __forceinline__ ExplicitSum explicit_sum(const HeadProblem& call, bool with_bias, int64_t about,
+__device__ __forceinline__ ExplicitSum explicit_sum(const HeadProblem& call, bool with_bias, int64_t anchor,
                                                     double scale, const double* u, double* direction) {
   ExplicitSum sum{};
   for (int64_t d = threadIdx.x; d < call.D + (with_bias ? 1 : 0); d += kExplicitThreads) {
     const bool is_bias = d == call.D;
-    const double own = is_bias ? call.bias[about] : element(call.weight, about, d);
+    const double own = is_bias ? call.bias[anchor] : element(call.weight, anchor, d);
     const auto difference = [&](int64_t j) {
       return ((is_bias ? call.bias[j] : element(call.weight, j, d)) - own) * scale;
     };

@@ -23,7 +23,7 @@ __device__ __forceinline__ void explicit_row(const HeadExplicit& call, int64_t n
     const double top = explicit_shares(call, call.include_bias, tail.m, z, u);
     const ExplicitSum sum = explicit_sum(call, call.include_bias, tail.m, scale, u, nullptr);
     const double group = explicit_group(call, z, u, tail.t, split.log1p_tau);
-    const double log_n = math::log_head_norm(log_feature_squares<kExplicitThreads>(call, n), call.include_bias);
+    const double log_n = math::log_head_square(log_feature_squares<kExplicitThreads>(call, n), call.include_bias);
     if (threadIdx.x == 0) {
       const double log_share = (top - tail.t) * inverse_temperature - split.log1p_tau;
       const double inner = sum.variance(group);

@@ -166,9 +166,9 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   const Label label = label_of(call, n);
   const int y = label == Label::kValid ? static_cast<int>(call.target[n]) : 0;
   const double own = tile[y][lane];
-  const double anchor = tail.r == -math::kInfinity ? 0.0 : tail.r;
+  const double base = tail.r == -math::kInfinity ? 0.0 : tail.r;
   for (int j = 0; j < classes; ++j) {
-    const double u = j == tail.m ? 0.0 : math::exp_nonpositive((tile[j][lane] - anchor) * inverse_temperature);
+    const double u = j == tail.m ? 0.0 : math::exp_nonpositive((tile[j][lane] - base) * inverse_temperature);
     tile[j][lane] = u;
     tail.u1 += u;
     tail.u2 += u * u;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   if (values.wants(kLogNeuronwise)) {
     sums_over(call.include_bias ? call.bias_distances : call.distances, pairs, from_top, from_label);
     const double inner = math::table_variance(split.confidence, from_top, split.eps, pairs);
-    const double log_n_head = math::log_head_norm(log_n, call.include_bias);
+    const double log_n_head = math::log_head_square(log_n, call.include_bias);
     double value = log_n_head + split.log_eps + math::log_nonnegative(inner) - two_log_t - 2.0 * log_scale;
     if (log_n_head == -math::kInfinity || split.log_eps == -math::kInfinity) {
       value = -math::kInfinity;

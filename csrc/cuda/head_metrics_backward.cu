@@ -51,7 +51,7 @@ __device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& ca
   }
   const bool no_weight = asks_for(call, kLogLayerwise) && call.summary[0] == -math::kInfinity;
   if (state.log_eps == -math::kInfinity || no_weight ||
-      math::log_head_norm(state.log_n, call.include_bias) == -math::kInfinity) {
+      math::log_head_square(state.log_n, call.include_bias) == -math::kInfinity) {
     row.c = 0.0;
   }
   return row;
@@ -216,7 +216,7 @@ __device__ __forceinline__ void norm_part(const HeadBackwardChunk& call, int64_t
   V* to = static_cast<V*>(call.d_features) + i * call.D;
   const bool none = row.c == 0.0 || row.kind == kPoisoned || is_gradient(call);
   // in two steps: ||phi||^-2 alone may leave the range
-  const double half = none ? 0.0 : exp(-0.5 * math::log_head_norm(call.row_state[i].log_n, call.include_bias));
+  const double half = none ? 0.0 : exp(-0.5 * math::log_head_square(call.row_state[i].log_n, call.include_bias));
   const double factor = 2.0 * row.c * half;
   for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
     to[d] = none ? static_cast<V>(row.kind == kPoisoned ? kNan : 0.0)

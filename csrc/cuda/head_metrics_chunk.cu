@@ -2,7 +2,7 @@
 //
 // Order of calls: head_weights once; then for each chunk the library forms z = W phi, head_chunk_statistics turns it
 // into row statistics and q, the library forms q (W - center), head_chunk_weights finishes the fields that need it, and
-// head_explicit the rows that it marks. flatcore/_engine/chunked_cpu.py is the loop.
+// head_explicit the rows that it marks. flatcore/_engine/chunked_cuda.py is the loop.
 //
 // Buffers: as cuda/head_metrics.h says; q may be z itself. Does not synchronise.
 // Numerics: a lane walks its classes once, online, with float64 sums relative to its best logit but one; lanes merge by
@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_statistics(HeadChunk call) 
     Sums<3> means{};  // of the centred squares, the centred bias, and of 1 (q as stored)
     if (call.q != nullptr || call.q_pieces != nullptr) {
       const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
-      const V anchor = tail.r == -math::kInfinity ? V{} : static_cast<V>(tail.r);
+      const V base = tail.r == -math::kInfinity ? V{} : static_cast<V>(tail.r);
       const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
       Z* q = call.q != nullptr ? static_cast<Z*>(call.q) + i * call.C : nullptr;
       for (int64_t j = Group::lane(); j < call.C; j += width) {
         // a poisoned row's values are NaN already; zeros keep it out of the product's other rows on every library
         const V z = row.at(j);
         const bool none = bad || j == tail.m || !(z > -static_cast<V>(math::kInfinity));
-        double value = none ? 0.0 : row.share(z, anchor) * inverse;
+        double value = none ? 0.0 : row.share(z, base) * inverse;
         if (q != nullptr) q[j] = static_cast<Z>(value);
         if (call.q_pieces != nullptr) {
           const int64_t at = i * call.C + j, step_between = call.rows * call.C;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) chunk_weights(HeadChunk call) {
       if (call.include_bias) variance.add_column(call.bias[state.m] * scale - call.center[call.D], state.bias_mean);
       const double inner = variance.inner(state.confidence, state.square_mean);
       const double magnitude = variance.magnitude(state.square_mean);
-      const double log_n = math::log_head_norm(state.log_n, call.include_bias);
+      const double log_n = math::log_head_square(state.log_n, call.include_bias);
       double value = log_n + state.log_eps + math::log_nonnegative(inner) - 2.0 * (log_scale + log_t);
       if (state.log_eps == -math::kInfinity || call.runs[0] == call.C || log_n == -math::kInfinity) {
         value = -math::kInfinity;

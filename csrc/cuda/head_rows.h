@@ -79,7 +79,7 @@ __device__ __forceinline__ void put_softmax_fields(const HeadProblem& call, cons
                                                    const math::EpsilonSplit<double>& split, double log_n,
                                                    double log_weight, Label label, double own) {
   const auto put = [&](Field field, double value) { values.put(field, n, bad ? kNan : value); };
-  const double log_trace = math::log_head_norm(log_n, call.include_bias) + split.log_one_minus_sum_p2 -
+  const double log_trace = math::log_head_square(log_n, call.include_bias) + split.log_one_minus_sum_p2 -
                            2.0 * math::log_nonnegative(call.temperature);
   put(kConfidence, split.confidence);
   put(kMargin, split.margin);

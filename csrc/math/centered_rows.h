@@ -1,5 +1,5 @@
-// Large heads: what a row's sums about the mean row of W are put together to. One place for the CPU and CUDA, forward
-// and backward; math/cancellation.h says when enough digits are left of it.
+// Large heads (neuronwise and gradient norms): what a row's sums about the mean row of W are put together to. One place
+// for the CPU and CUDA, forward and backward; math/cancellation.h says when enough digits are left of it.
 #pragma once
 
 #include "math/portable.h"

@@ -1,6 +1,6 @@
-// A row done again from differences w_j - w_a to the row of W of an anchor a, the top class or the label: u_j =
-// exp((z_j - best)/T) over the classes whose row is not the anchor's, p_j = share u_j; for the CPU and CUDA, forward
-// and backward.
+// Neuronwise and gradient norms of a row done again from differences w_j - w_a to the row of W of an anchor a, the top
+// class or the label: u_j = exp((z_j - best)/T) over the classes whose row is not the anchor's, p_j = share u_j; for
+// the CPU and CUDA, forward and backward.
 #pragma once
 
 #include "math/portable.h"

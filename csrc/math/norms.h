@@ -7,8 +7,8 @@
 
 namespace flatcore::math {
 
-// log of ||phi||^2, or of ||phi||^2 + 1, without leaving the range.
-FLATCORE_INLINE double log_head_norm(double log_n, bool include_bias) {
+// log of ||phi||^2, or with the bias as a column of ||phi||^2 + 1, without leaving the range.
+FLATCORE_INLINE double log_head_square(double log_n, bool include_bias) {
   if (!include_bias) return log_n;
   return log_n > 0 ? log_n + log1p(exp(-log_n)) : log1p(exp(log_n));
 }

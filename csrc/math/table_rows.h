@@ -1,5 +1,6 @@
-// Small heads: what a row's sums over the table of squared distances D_jk between rows of W are put together to; for
-// the CPU and CUDA, forward and backward. math/cancellation.h says when enough digits are left of it.
+// Small heads (neuronwise and gradient norms): what a row's sums over the table of squared distances D_jk between rows
+// of W are put together to; for the CPU and CUDA, forward and backward. math/cancellation.h says when enough digits are
+// left of it.
 #pragma once
 
 #include "math/portable.h"

@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
         if self.soft_target is None and weight is None:
             return None
         target = self.head.target if self.soft_target is None else self.soft_target
-        return None if target is None else _sample_weights(target, weight, self.head.ignore_index)
+        return None if target is None else _sample_weights(target, weight, self.head.ignore_index, self.head.C)
 
 
 _sample_weights = alone_after_fork(sample_weights)

@@ -16,7 +16,9 @@ except ImportError as error:
     _core = None  # type: ignore[assignment]
 
 ABI = 6
-"""Counts the changes of the extension's call signatures; the build reads it here, for the binary must agree."""
+"""Counts the changes of what Python hands the extension: call signatures, and the options that it reads of a head by name.
+
+The build reads it here, for the binary must agree."""
 if _core is not None and _core.ABI != ABI:
     raise ImportError(
         f"flatcore: the compiled extension {_core.__file__} speaks ABI {_core.ABI}, these sources ABI {ABI}: "

@@ -35,14 +35,14 @@ LAYERWISE = 1 << FIELDS.index("log_layerwise")
 GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("log_feature_gradient_norm"))
 
 
-def head_metrics(target_name: str, call: HeadCall) -> int:
+def head_metrics(cpu_target: str, call: HeadCall) -> int:
     """Fill the problem's outputs; return the first row with a label that is no class, or -1."""
     N, D, C, dtype, problem, fields = call.N, call.D, call.C, call.dtype, call.problem, call.fields
     features, linear_weight, logits, double = call.head.features, call.head.linear_weight, call.head.logits, call.double
     itemsize = dtype.itemsize
     weights = bool(fields & (NEURONWISE | GRADIENT))
     direct = linear_weight.dtype == dtype
-    known = call.prepared = call.prepared or _Weights(target_name, call)
+    known = call.prepared = call.prepared or _Weights(cpu_target, call)
     summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
     exponent = int(summary[1])
     # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
@@ -60,7 +60,7 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
         distances = torch.empty(C, C, dtype=dtype)
         code = 3 if double else 2
         _core.head_distances(
-            target_name, problem, (packed.data_ptr(), packed.stride(0), 1, code), exponent, distances.data_ptr()
+            cpu_target, problem, (packed.data_ptr(), packed.stride(0), 1, code), exponent, distances.data_ptr()
         )
         fixed += C * C * itemsize
         del packed
@@ -103,7 +103,7 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
                 _logits_into(source, features[first : first + rows], linear_weight, tile, dtype)
             q: Any = z[:rows] if weights else None
             bad = _core.head_chunk_statistics(
-                target_name, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
+                cpu_target, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
                 summary.data_ptr(), address(center), address(squares), state.data_ptr(), *repeats.arguments(q, near_q),
             )  # fmt: skip
             if bad >= 0 and first_bad < 0:
@@ -116,14 +116,14 @@ def head_metrics(target_name: str, call: HeadCall) -> int:
                 _product_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
                 repeats.add_near(mean[:rows], near_q, linear_weight, 2.0**exponent, tile)
             _core.head_chunk_weights(
-                target_name, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
+                cpu_target, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
                 address(mean), D, address(spread), C, scratch.data_ptr(), repeats.equal_rows,
             )  # fmt: skip
     return first_bad
 
 
 def head_metrics_backward(
-    target_name: str,
+    cpu_target: str,
     call: HeadCall,
     upstream: Tensor,
     log_coefficient: Tensor | None,
@@ -145,7 +145,7 @@ def head_metrics_backward(
     c = derivative(upstream, log_coefficient, call.double)
     weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
     layerwise = bool(bit & LAYERWISE)
-    known = call.prepared or _Weights(target_name, call)
+    known = call.prepared or _Weights(cpu_target, call)
     summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
     scale = 2.0 ** int(summary[1])
     shift = None if center is None else center[:D].to(dtype)
@@ -187,7 +187,7 @@ def head_metrics_backward(
             else:
                 _logits_into(z, features[here], linear_weight, tile, dtype)
             _core.head_chunk_statistics(
-                target_name, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), address(center),
+                cpu_target, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), address(center),
                 address(squares), state.data_ptr(), *repeats.arguments(merged, near_q),
             )  # fmt: skip
             g = z
@@ -197,7 +197,7 @@ def head_metrics_backward(
                 _product_into(sums[:rows], part[:rows], shares, linear_weight, shift, scale, tile)
                 repeats.add_near(sums[:rows], near_q, linear_weight, scale, tile)
                 _core.head_chunk_directions(
-                    target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
+                    cpu_target, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
                     address(center), state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(),
                     z.data_ptr(), address(top_row), address(top_bias), address(top), repeats.equal_rows,
                 )  # fmt: skip
@@ -205,7 +205,7 @@ def head_metrics_backward(
                     g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
             mine = None if d_features is None else d_features[here]
             _core.head_chunk_cotangent(
-                target_name, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(),
+                cpu_target, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(),
                 g.data_ptr(), C, summary.data_ptr(), address(center), address(squares), state.data_ptr(),
                 numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
             )  # fmt: skip
@@ -259,7 +259,7 @@ class _Weights:
     rows about it, and ``repeats``, where the fields ask for more than norms.
     """
 
-    def __init__(self, target_name: str, call: HeadCall):
+    def __init__(self, cpu_target: str, call: HeadCall):
         D, C, fields = call.D, call.C, call.fields
         weights = bool(fields & (NEURONWISE | GRADIENT))
         self.center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
@@ -268,16 +268,16 @@ class _Weights:
         if weights or fields & LAYERWISE:
             row_workspace = torch.empty(2 * C, dtype=torch.float64)
             _core.head_summary(
-                target_name, call.problem, row_workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
+                cpu_target, call.problem, row_workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
                 address(self.squares),
             )  # fmt: skip
-        self.repeats = _Repeats(target_name, call.problem, C, D, int(self.summary[1]), self.squares)
+        self.repeats = _Repeats(cpu_target, call.problem, C, D, int(self.summary[1]), self.squares)
 
 
 class _Repeats:
     """Classes whose rows of W are equal or nearly so: found once a call, taken together by the products."""
 
-    def __init__(self, target_name: str, problem, C: int, D: int, exponent: int, squares: Tensor | None):
+    def __init__(self, cpu_target: str, problem, C: int, D: int, exponent: int, squares: Tensor | None):
         self.groups = self.near_count = self.nbytes = 0
         self.equal_rows = C == 1
         if squares is None or C < 2:
@@ -286,7 +286,7 @@ class _Repeats:
         self.members, self.near, self.near_of = (torch.empty(C, dtype=torch.int64) for _ in range(3))
         self.starts = torch.empty(C + 1, dtype=torch.int64)
         self.groups, self.near_count = _core.head_repeats(
-            target_name, problem, exponent, squares.data_ptr(), keys.data_ptr(), self.members.data_ptr(),
+            cpu_target, problem, exponent, squares.data_ptr(), keys.data_ptr(), self.members.data_ptr(),
             self.starts.data_ptr(), self.near.data_ptr(), self.near_of.data_ptr(),
         )  # fmt: skip
         if self.groups:

@@ -1,6 +1,7 @@
 """The compiled kernels of a CUDA device, on the caller's current stream: nothing here waits for the device.
 
-The functions are those of ``cpu``, with the same arguments and results. A row whose label is no class is NaN.
+The functions are those of ``cpu``, with the same arguments and results. Where the label is used, a row whose
+label is no class is NaN (``reduction.sample_weights`` sees to the measures that do not look at it).
 """
 
 from __future__ import annotations

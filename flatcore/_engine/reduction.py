@@ -22,29 +22,30 @@ class Reduction(NamedTuple):
     dtype: torch.dtype
     target: Tensor | None  # labels (N,), or None
     ignore_index: int
+    C: int
     s: Tensor | None = None  # (N,) float64; None: 1, or 0 where the label is ignored
     count_rows: bool = False  # the mean's divisor is N, not the sum of s
 
 
-def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return s_n of soft targets (N, C), or of labels (N,) under class weights."""
+def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int, C: int) -> Tensor:
+    """Return s_n of soft targets (N, C), or of labels (N,) under class weights.
+
+    NaN for a label that is no class, which the CPU's kernels refuse: on a device a look at it would wait.
+    """
     if target.is_floating_point():
         scaled = target.double() if weight is None else target.double() * weight.double()
         return scaled.sum(dim=1)
     valid = target != ignore_index
-    if weight is None:
-        return valid.double()
-    # a label that is no class looks anything up: the kernels refuse it, or make its row NaN
-    label = torch.where(valid, target, 0).clamp(0, weight.shape[0] - 1)
-    s = torch.where(valid, weight.double()[label], 0.0)
-    return torch.where(s < 0, math.nan, s)
+    label = target.clamp(0, C - 1)
+    s = valid.double() if weight is None else torch.where(valid, weight.double()[label], 0.0)
+    return torch.where((s < 0) | (valid & (label != target)), math.nan, s)
 
 
 def _weighed(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor | None]:
     """log(s_n t_n), and s."""
     s = how.s
     if s is None and how.target is not None:
-        s = sample_weights(how.target, None, how.ignore_index)
+        s = sample_weights(how.target, None, how.ignore_index, how.C)
     if s is not None:
         # by select, so that a NaN in a row of weight 0 stays out
         logs = torch.where(s == 0, -math.inf, logs + s.log())
@@ -92,7 +93,7 @@ def reduce_with_log_coefficient(logs: Tensor, how: Reduction) -> tuple[Tensor, T
 def derivative(upstream: Tensor, log_coefficient: Tensor | None, double: bool) -> Tensor:
     """upstream * exp(log_coefficient): 0, by select, where either of them says that a row adds nothing.
 
-    As csrc/head_problem.h has it, ``counts_as_nothing``; ``double``: the value was given back in float64.
+    As csrc/math/upstream.h has it, ``counts_as_nothing``; ``double``: the value was given back in float64.
     """
     if log_coefficient is None:
         return upstream
