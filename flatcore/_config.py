@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import cuda
-from ._engine import backend, chunked_cpu, paths
+from ._engine import backend, paths, tiles
 
 __version__ = metadata.version("flatcore")
 
@@ -40,7 +40,7 @@ def show_config() -> dict[str, Any]:
         "path": paths.forced_path or "auto",
         "last_path": paths.last_path,
         "fused_limits": {"classes": paths.FUSED_CLASSES, "weight_bytes": paths.FUSED_WEIGHT_BYTES},
-        "workspace_bytes": chunked_cpu.WORKSPACE_BYTES,
+        "workspace_bytes": tiles.WORKSPACE_BYTES,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compiler": None if core is None else core.COMPILER,

@@ -5,11 +5,16 @@ VERSION: Final[str]
 COMPILER: Final[str]
 CUDA: Final[bool]
 CUDA_FUSED_CLASSES: Final[int]
+BACKWARD_ROW_BYTES: Final[int]
+BACKWARD_ROW_OTHERS: Final[int]
+EXPLICIT_ROW: Final[int]
 HEAD_BACKWARD_ROW_BIAS: Final[int]
 HEAD_BACKWARD_ROW_BYTES: Final[int]
 HEAD_BACKWARD_ROW_C: Final[int]
 HEAD_BACKWARD_ROW_KIND: Final[int]
 HEAD_ROW_BYTES: Final[int]
+HEAD_TAIL_BYTES: Final[int]
+ORDINARY_ROW: Final[int]
 POISONED_ROW: Final[int]
 
 _Matrix = tuple[int, int, int, int]
@@ -31,6 +36,71 @@ class HeadProblem:
         threads: int,
     ) -> None: ...
     def write_to(self, values: int, double_values: bool, prediction: int) -> None: ...
+
+class HeadLoop:
+    def __init__(
+        self,
+        cpu_target: str,
+        problem: HeadProblem,
+        summary: int,
+        center: int,
+        centered_squares: int,
+        classes: int,
+        positions: int,
+        bias_by_position: int,
+        tails: int,
+        all_tails: bool,
+        row_state: int,
+        mean: int,
+        scratch: int,
+        equal_rows: bool,
+    ) -> None: ...
+    def statistics(
+        self,
+        first: int,
+        rows: int,
+        first_class: int,
+        classes: int,
+        z: int,
+        z_stride: int,
+        starts: int,
+        pieces: int,
+        end: int,
+        near: int,
+        near_of: int,
+        near_count: int,
+        near_shares: int,
+    ) -> int: ...
+    def values(self, first: int, rows: int) -> None: ...
+
+class HeadBackwardLoop:
+    def __init__(
+        self,
+        cpu_target: str,
+        problem: HeadProblem,
+        upstream: int,
+        log_coefficient: int,
+        summary: int,
+        center: int,
+        centered_squares: int,
+        tails: int,
+        all_tails: bool,
+        row_state: int,
+        numbers: int,
+        mean: int,
+        direction: int,
+        top_row: int,
+        top_bias: int,
+        top: int,
+        d_features: int,
+        d_weight: int,
+        d_bias: int,
+        scratch: int,
+        equal_rows: bool,
+    ) -> None: ...
+    def rows(self, first: int, rows: int) -> None: ...
+    def tile(self, first: int, rows: int, first_class: int, classes: int, z: int, g: int, stride: int) -> None: ...
+    def explicit_rows(self, first: int, rows: int, count: int, g: int) -> None: ...
 
 def cpu_target(name: str) -> str: ...
 def cpu_targets() -> tuple[str, ...]: ...
@@ -182,86 +252,7 @@ def cuda_unmasked_cross_entropy(
     log_scale: int,
     cotangent: int,
 ) -> None: ...
-def head_chunk_cotangent(
-    cpu_target: str,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    upstream: int,
-    log_coefficient: int,
-    q: int,
-    g: int,
-    g_stride: int,
-    summary: int,
-    center: int,
-    centered_squares: int,
-    row_state: int,
-    numbers: int,
-    d_features: int,
-    d_weight: int,
-    d_bias: int,
-    scratch: int,
-) -> None: ...
-def head_chunk_directions(
-    cpu_target: str,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    upstream: int,
-    log_coefficient: int,
-    summary: int,
-    center: int,
-    row_state: int,
-    numbers: int,
-    mean: int,
-    direction: int,
-    q: int,
-    top_row: int,
-    top_bias: int,
-    top: int,
-    equal_rows: bool,
-) -> None: ...
 def head_chunk_scratch(C: int, D: int) -> int: ...
-def head_chunk_statistics(
-    cpu_target: str,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    z: int,
-    z_stride: int,
-    q: int,
-    q_stride: int,
-    summary: int,
-    center: int,
-    centered_squares: int,
-    row_state: int,
-    members: int,
-    starts: int,
-    groups: int,
-    near: int,
-    near_of: int,
-    near_count: int,
-    merged: int,
-    near_q: int,
-) -> int: ...
-def head_chunk_weights(
-    cpu_target: str,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    q: int,
-    q_stride: int,
-    summary: int,
-    center: int,
-    row_state: int,
-    mean: int,
-    mean_stride: int,
-    distance: int,
-    distance_stride: int,
-    scratch: int,
-    equal_rows: bool,
-) -> None: ...
-def head_distances(cpu_target: str, problem: HeadProblem, weight: _Matrix, exponent: int, distances: int) -> None: ...
 def head_measure(
     cpu_target: str,
     problem: HeadProblem,

@@ -17,7 +17,7 @@ from checks import LABELLED_LOGS, Problem, bits
 from torch import Tensor
 
 import flatcore
-from flatcore._engine import chunked_cpu, chunked_cuda
+from flatcore._engine import chunked_cuda, paths, tiles
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -100,15 +100,16 @@ def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("rows_per_chunk", (1, 2, 7, 16))
+@pytest.mark.parametrize("rows", (1, 7, 16))
+@pytest.mark.parametrize("classes", (1, 3, 64))
 @pytest.mark.parametrize("name", ("features-142", "logits-142", "features-and-bias-10", "wide-300-15", "wide-17-301"))
-def test_many_chunks(path: str, name: str, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace for a few rows: the last chunk is ragged, and every chunk starts at its own row."""
+def test_many_blocks_and_tiles(path: str, name: str, classes: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows and a few classes at a time: the last block and the last tile are ragged, each starts at its own place."""
     case = BY_NAME[name].at(torch.float32)
-    classes, width = case.weight.shape
-    fixed = 1 << 16 if rows_per_chunk > 1 else 0
-    monkeypatch.setattr(chunked_cpu, "WORKSPACE_BYTES", fixed + rows_per_chunk * 4 * (classes + width))
-    monkeypatch.setattr(chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows_per_chunk))
+    monkeypatch.setattr(tiles, "block_rows", lambda bytes_per_row, fixed: rows)
+    monkeypatch.setattr(tiles, "TILE_CLASSES", classes)
+    monkeypatch.setattr(tiles, "_COPY_BYTES", 1)  # pieces of 64 columns
+    monkeypatch.setattr(chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows))
     problem = Problem(case)
     problem.check_head_metrics()
     problem.check_views()
@@ -359,3 +360,42 @@ def test_cupy_arrays_are_worked_on_in_cupys_stream(address: int, monkeypatch: py
         kind, norms = give()
         assert kind == "cupy" and norms.tolist() == [5, 5]
         assert used == [(1234, 3) if address else ("default", 3), "left"]
+
+
+# --------------------------------------------------------------------------------------------------- batch invariance
+_INVARIANT = {
+    "hessian_trace": {},
+    "relative_flatness": {"measure": "neuronwise"},
+    "feature_gradient_norms": {"ord": 1},
+}
+
+
+@pytest.mark.crossed
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("classes", (3, 300, 2500))
+@pytest.mark.parametrize("kind", ("fused", "chunked"))
+def test_a_row_does_not_depend_on_how_many_come_with_it(
+    kind: str, classes: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Bit for bit. Promised where the head is small; on the tiled path as far as the library's products do not depend on it.
+
+    Formula, tiles and path come from C, D and the dtypes, and the library is given multiples of 16 rows.
+    """
+    if kind == "fused" and classes > 300:
+        classes = 100
+    features, weight = _randn(2100, 48, seed=1).to(dtype), _randn(classes, 48, seed=2).to(dtype)
+    weight[classes // 2 :: 3] = weight[0]  # the order of the classes is another one then
+    target = torch.arange(2100) % classes
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with flatcore.backend("native"), paths.forced(kind):
+            for name, options in _INVARIANT.items():
+                function = getattr(flatcore, name)
+                whole = function(features, weight, target, reduction="none", log=True, **options)
+                for part in (slice(0, 1), slice(0, 19), slice(700, 1029), slice(1, 2099)):
+                    some = function(features[part], weight, target[part], reduction="none", log=True, **options)
+                    assert torch.equal(some, whole[part]), (name, part)
+    finally:
+        torch.set_num_threads(before)

@@ -74,4 +74,10 @@ inline void check_size(const char* name, int64_t value, int64_t least) {
   if (value < least) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value));
 }
 
+inline void check_rows(const HeadProblem& problem, int64_t first, int64_t rows) {
+  check_size("first", first, 0);
+  check_size("rows", rows, 0);
+  if (first + rows > problem.N) throw std::invalid_argument("the block ends behind the last row");
+}
+
 }  // namespace flatcore::bind

@@ -27,25 +27,30 @@ cpu::HeadReduction make_reduction(uintptr_t logs, uintptr_t sample_weights, uint
   return call;
 }
 
-cpu::HeadChunk make_chunk(const Problem& problem, int64_t first, int64_t rows, uintptr_t z, int64_t z_stride,
-                          uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
-                          uintptr_t centered_squares, uintptr_t row_state) {
-  check_size("first", first, 0);
-  check_size("rows", rows, 0);
-  if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
-  cpu::HeadChunk chunk;
-  static_cast<HeadProblem&>(chunk) = problem;
-  chunk.first = first;
-  chunk.rows = rows;
-  chunk.z = pointer<const void>(z);
-  chunk.z_stride = z_stride;
-  chunk.q = pointer<void>(q);
-  chunk.q_stride = q_stride;
-  chunk.summary = pointer<const double>(summary);
-  chunk.center = pointer<const double>(center);
-  chunk.centered_squares = pointer<const double>(centered_squares);
-  chunk.row_state = pointer<HeadRow>(row_state);
-  return chunk;
+// A loop over a large head, built once a call.
+struct Loop {
+  cpu::HeadLoop call;
+  const cpu::Target* kernels;
+};
+Loop make_loop(const std::string& cpu_target, const Problem& problem, uintptr_t summary, uintptr_t center,
+               uintptr_t centered_squares, uintptr_t classes, uintptr_t positions, uintptr_t bias_by_position,
+               uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t mean, uintptr_t scratch,
+               bool equal_rows) {
+  Loop loop{{}, &kernels_of(cpu_target)};
+  static_cast<HeadProblem&>(loop.call) = problem;
+  loop.call.summary = pointer<const double>(summary);
+  loop.call.center = pointer<const double>(center);
+  loop.call.centered_squares = pointer<const double>(centered_squares);
+  loop.call.classes = pointer<const int64_t>(classes);
+  loop.call.positions = pointer<const int64_t>(positions);
+  loop.call.bias_by_position = pointer<const double>(bias_by_position);
+  loop.call.tails = pointer<cpu::HeadTail>(tails);
+  loop.call.all_tails = all_tails;
+  loop.call.row_state = pointer<HeadRow>(row_state);
+  loop.call.mean = pointer<void>(mean);
+  loop.call.scratch = pointer<double>(scratch);
+  loop.call.equal_rows = equal_rows;
+  return loop;
 }
 
 }  // namespace
@@ -146,65 +151,43 @@ void register_head_metrics(py::module_& module) {
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("exponent"), py::arg("centered_squares"), py::arg("keys"),
       py::arg("members"), py::arg("starts"), py::arg("near"), py::arg("near_of"));
-  module.def(
-      "head_distances",
-      [](const std::string& cpu_target, const Problem& problem, const py::object& weight, int exponent,
-         uintptr_t distances) {
-        cpu::HeadDistances call;
-        call.weight = matrix(weight);
-        if (call.weight.column_stride != 1) throw std::invalid_argument("distances need adjacent elements");
-        call.C = problem.C;
-        call.D = problem.D;
-        call.bias = problem.include_bias ? problem.bias : nullptr;
-        call.exponent = exponent;
-        call.threads = problem.threads;
-        call.distances = pointer<void>(distances);
-        const cpu::Target& kernels = kernels_of(cpu_target);
-        py::gil_scoped_release release;
-        kernels.head_distances(call);
-      },
-      py::arg("cpu_target"), py::arg("problem"), py::arg("weight"), py::arg("exponent"), py::arg("distances"));
-  module.def(
-      "head_chunk_statistics",
-      [](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
-         int64_t z_stride, uintptr_t q, int64_t q_stride, uintptr_t summary, uintptr_t center,
-         uintptr_t centered_squares, uintptr_t row_state, uintptr_t members, uintptr_t starts, int64_t groups,
-         uintptr_t near, uintptr_t near_of, int64_t near_count, uintptr_t merged, uintptr_t near_q) {
-        cpu::HeadChunk call =
-            make_chunk(problem, first, rows, z, z_stride, q, q_stride, summary, center, centered_squares, row_state);
-        call.repeats = {pointer<const int64_t>(members), pointer<const int64_t>(starts),  groups,
-                        pointer<const int64_t>(near),    pointer<const int64_t>(near_of), near_count};
-        call.merged = pointer<void>(merged);
-        call.merged_stride = q_stride;
-        call.near_q = pointer<void>(near_q);
-        const cpu::Target& kernels = kernels_of(cpu_target);
-        py::gil_scoped_release release;
-        return bad_row(kernels.head_chunk_statistics(call));
-      },
-      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("z"), py::arg("z_stride"),
-      py::arg("q"), py::arg("q_stride"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
-      py::arg("row_state"), py::arg("members"), py::arg("starts"), py::arg("groups"), py::arg("near"),
-      py::arg("near_of"), py::arg("near_count"), py::arg("merged"), py::arg("near_q"));
-  module.def(
-      "head_chunk_weights",
-      [](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,
-         int64_t q_stride, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean,
-         int64_t mean_stride, uintptr_t distance, int64_t distance_stride, uintptr_t scratch, bool equal_rows) {
-        cpu::HeadChunk call = make_chunk(problem, first, rows, 0, 0, q, q_stride, summary, center, 0, row_state);
-        call.mean = pointer<const double>(mean);
-        call.mean_stride = mean_stride;
-        call.distance = pointer<const void>(distance);
-        call.distance_stride = distance_stride;
-        call.scratch = pointer<double>(scratch);
-        call.equal_rows = equal_rows;
-        if (mean == 0 && distance == 0 && problem.D > 0) throw std::invalid_argument("mean or distance is needed");
-        const cpu::Target& kernels = kernels_of(cpu_target);
-        py::gil_scoped_release release;
-        kernels.head_chunk_weights(call);
-      },
-      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q"), py::arg("q_stride"),
-      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("mean_stride"),
-      py::arg("distance"), py::arg("distance_stride"), py::arg("scratch"), py::arg("equal_rows"));
+  module.attr("HEAD_TAIL_BYTES") = sizeof(cpu::HeadTail);
+  py::class_<Loop>(module, "HeadLoop")
+      .def(py::init(&make_loop), py::arg("cpu_target"), py::arg("problem"), py::arg("summary"), py::arg("center"),
+           py::arg("centered_squares"), py::arg("classes"), py::arg("positions"), py::arg("bias_by_position"),
+           py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("mean"), py::arg("scratch"),
+           py::arg("equal_rows"))
+      .def(
+          "statistics",
+          [](const Loop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes, uintptr_t z,
+             int64_t z_stride, uintptr_t starts, int64_t pieces, int64_t end, uintptr_t near, uintptr_t near_of,
+             int64_t near_count, uintptr_t near_shares) {
+            check_rows(loop.call, first, rows);
+            cpu::HeadTile tile;
+            tile.first = first;
+            tile.rows = rows;
+            tile.first_class = first_class;
+            tile.classes = classes;
+            tile.z = pointer<void>(z);
+            tile.z_stride = z_stride;
+            tile.repeats = {first_class, pointer<const int64_t>(starts), pieces,
+                            end,         pointer<const int64_t>(near),   pointer<const int64_t>(near_of),
+                            near_count};
+            tile.near = pointer<void>(near_shares);
+            py::gil_scoped_release release;
+            return bad_row(loop.kernels->head_loop_statistics(loop.call, tile));
+          },
+          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"),
+          py::arg("z_stride"), py::arg("starts"), py::arg("pieces"), py::arg("end"), py::arg("near"),
+          py::arg("near_of"), py::arg("near_count"), py::arg("near_shares"))
+      .def(
+          "values",
+          [](const Loop& loop, int64_t first, int64_t rows) {
+            check_rows(loop.call, first, rows);
+            py::gil_scoped_release release;
+            loop.kernels->head_loop_values(loop.call, first, rows);
+          },
+          py::arg("first"), py::arg("rows"));
 }
 
 }  // namespace flatcore::bind

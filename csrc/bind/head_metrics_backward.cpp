@@ -1,6 +1,44 @@
 #include "bind/bind.h"
 
 namespace flatcore::bind {
+namespace {
+
+// A gradient's loop over a large head, built once a call.
+struct BackwardLoop {
+  cpu::HeadBackwardLoop call;
+  const cpu::Target* kernels;
+};
+BackwardLoop make_loop(const std::string& cpu_target, const Problem& problem, uintptr_t upstream,
+                       uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t centered_squares,
+                       uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t numbers, uintptr_t mean,
+                       uintptr_t direction, uintptr_t top_row, uintptr_t top_bias, uintptr_t top, uintptr_t d_features,
+                       uintptr_t d_weight, uintptr_t d_bias, uintptr_t scratch, bool equal_rows) {
+  BackwardLoop loop{{}, &kernels_of(cpu_target)};
+  cpu::HeadBackwardLoop& call = loop.call;
+  static_cast<HeadProblem&>(call) = problem;
+  call.upstream = pointer<const double>(upstream);
+  call.log_coefficient = pointer<const double>(log_coefficient);
+  call.summary = pointer<const double>(summary);
+  call.center = pointer<const double>(center);
+  call.centered_squares = pointer<const double>(centered_squares);
+  call.tails = pointer<const cpu::HeadTail>(tails);
+  call.all_tails = all_tails;
+  call.row_state = pointer<const HeadRow>(row_state);
+  call.numbers = pointer<cpu::BackwardRow>(numbers);
+  call.mean = pointer<const void>(mean);
+  call.direction = pointer<void>(direction);
+  call.top_row = pointer<void>(top_row);
+  call.top_bias = pointer<double>(top_bias);
+  call.top = pointer<int64_t>(top);
+  call.d_features = pointer<void>(d_features);
+  call.d_weight = pointer<void>(d_weight);
+  call.d_bias = pointer<double>(d_bias);
+  call.scratch = pointer<double>(scratch);
+  call.equal_rows = equal_rows;
+  return loop;
+}
+
+}  // namespace
 
 void register_head_metrics_backward(py::module_& module) {
   module.def(
@@ -24,70 +62,43 @@ void register_head_metrics_backward(py::module_& module) {
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
       py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"));
-  const auto chunk = [](const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-                        uintptr_t log_coefficient, uintptr_t q, uintptr_t summary, uintptr_t center,
-                        uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers) {
-    check_size("first", first, 0);
-    check_size("rows", rows, 0);
-    if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
-    cpu::HeadBackwardChunk call;
-    static_cast<HeadProblem&>(call) = problem;
-    call.first = first;
-    call.rows = rows;
-    call.upstream = pointer<const double>(upstream);
-    call.log_coefficient = pointer<const double>(log_coefficient);
-    call.q = pointer<void>(q);
-    call.q_stride = problem.C;
-    call.summary = pointer<const double>(summary);
-    call.center = pointer<const double>(center);
-    call.centered_squares = pointer<const double>(centered_squares);
-    call.row_state = pointer<const HeadRow>(row_state);
-    call.numbers = pointer<HeadBackwardRow>(numbers);
-    return call;
-  };
-  module.def(
-      "head_chunk_directions",
-      [chunk](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-              uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
-              uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top,
-              bool equal_rows) {
-        auto call = chunk(problem, first, rows, upstream, log_coefficient, q, summary, center, 0, row_state, numbers);
-        call.mean = pointer<const double>(mean);
-        call.direction = pointer<void>(direction);
-        call.top_row = pointer<void>(top_row);
-        call.top_bias = pointer<double>(top_bias);
-        call.top = pointer<int64_t>(top);
-        call.equal_rows = equal_rows;
-        const cpu::Target& kernels = kernels_of(cpu_target);
-        py::gil_scoped_release release;
-        kernels.head_chunk_directions(call);
-      },
-      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
-      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
-      py::arg("equal_rows"));
-  module.def(
-      "head_chunk_cotangent",
-      [chunk](const std::string& cpu_target, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-              uintptr_t log_coefficient, uintptr_t q, uintptr_t g, int64_t g_stride, uintptr_t summary,
-              uintptr_t center, uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers,
-              uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t scratch) {
-        auto call = chunk(problem, first, rows, upstream, log_coefficient, q, summary, center, centered_squares,
-                          row_state, numbers);
-        call.g = pointer<void>(g);
-        call.g_stride = g_stride;
-        call.d_features = pointer<void>(d_features);
-        call.d_weight = pointer<void>(d_weight);
-        call.d_bias = pointer<double>(d_bias);
-        call.scratch = pointer<double>(scratch);
-        const cpu::Target& kernels = kernels_of(cpu_target);
-        py::gil_scoped_release release;
-        kernels.head_chunk_cotangent(call);
-      },
-      py::arg("cpu_target"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("log_coefficient"), py::arg("q"), py::arg("g"), py::arg("g_stride"), py::arg("summary"),
-      py::arg("center"), py::arg("centered_squares"), py::arg("row_state"), py::arg("numbers"), py::arg("d_features"),
-      py::arg("d_weight"), py::arg("d_bias"), py::arg("scratch"));
+  // a row's numbers begin as HeadBackwardRow; its last two are `own` and `others`
+  module.attr("BACKWARD_ROW_BYTES") = sizeof(cpu::BackwardRow);
+  module.attr("BACKWARD_ROW_OTHERS") = sizeof(cpu::BackwardRow) / 8 - 1;
+  py::class_<BackwardLoop>(module, "HeadBackwardLoop")
+      .def(py::init(&make_loop), py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"),
+           py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
+           py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("numbers"), py::arg("mean"),
+           py::arg("direction"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"), py::arg("d_features"),
+           py::arg("d_weight"), py::arg("d_bias"), py::arg("scratch"), py::arg("equal_rows"))
+      .def(
+          "rows",
+          [](const BackwardLoop& loop, int64_t first, int64_t rows) {
+            check_rows(loop.call, first, rows);
+            py::gil_scoped_release release;
+            loop.kernels->head_backward_rows(loop.call, first, rows);
+          },
+          py::arg("first"), py::arg("rows"))
+      .def(
+          "tile",
+          [](const BackwardLoop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes, uintptr_t z,
+             uintptr_t g, int64_t stride) {
+            check_rows(loop.call, first, rows);
+            const cpu::HeadBackwardTile tile{first, rows, first_class, classes, pointer<void>(z), pointer<void>(g),
+                                             stride};
+            py::gil_scoped_release release;
+            loop.kernels->head_backward_tile(loop.call, tile);
+          },
+          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"), py::arg("g"),
+          py::arg("stride"))
+      .def(
+          "explicit_rows",
+          [](const BackwardLoop& loop, int64_t first, uintptr_t rows, int64_t count, uintptr_t g) {
+            py::gil_scoped_release release;
+            loop.kernels->head_backward_explicit(loop.call, first, pointer<const int64_t>(rows), count,
+                                                 pointer<void>(g));
+          },
+          py::arg("first"), py::arg("rows"), py::arg("count"), py::arg("g"));
 }
 
 }  // namespace flatcore::bind

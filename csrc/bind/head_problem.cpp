@@ -44,7 +44,9 @@ void write_to(Problem& problem, uintptr_t values, bool double_values, uintptr_t 
 
 void register_head_problem(py::module_& module) {
   module.attr("HEAD_ROW_BYTES") = sizeof(HeadRow);
-  module.attr("HEAD_BACKWARD_ROW_BYTES") = sizeof(HeadBackwardRow);
+  module.attr("HEAD_BACKWARD_ROW_BYTES") = sizeof(HeadBackwardRow);  // of CUDA; the CPU's begins with it
+  module.attr("ORDINARY_ROW") = static_cast<int64_t>(kOrdinary);
+  module.attr("EXPLICIT_ROW") = static_cast<int64_t>(kExplicit);
   // where Python finds what it reads of a row, in numbers of 8 bytes
   module.attr("HEAD_BACKWARD_ROW_C") = offsetof(HeadBackwardRow, c) / 8;
   module.attr("HEAD_BACKWARD_ROW_BIAS") = offsetof(HeadBackwardRow, bias) / 8;

@@ -13,7 +13,7 @@ namespace flatcore::cpu::FLATCORE_TARGET {
 // measures need. Costs 6CD operations in float64 with the measure's own part.
 template <class W>
 struct ExplicitRow {
-  const HeadBackwardChunk& call;
+  const HeadBackwardLoop& call;
   const HeadRow& state;
   const RowUpstream upstream;
   const int64_t classes, D, anchor;
@@ -28,13 +28,13 @@ struct ExplicitRow {
   double norm1 = 0.0, norm2 = 0.0, largest = 0.0, ties = 0.0;  // of the direction; norm2 squared
   bool differs = false;                                        // whether any class does
 
-  ExplicitRow(const HeadBackwardChunk& from, int64_t i, bool gradient)
+  ExplicitRow(const HeadBackwardLoop& from, int64_t first, int64_t i, bool gradient)
       : call(from),
         state(from.row_state[i]),
-        upstream(row_upstream(from, from.first + i)),
+        upstream(row_upstream(from, first + i)),
         classes(from.C),
         D(from.D),
-        anchor(gradient ? from.target[from.first + i] : from.row_state[i].m),
+        anchor(gradient ? from.target[first + i] : from.row_state[i].m),
         c(from.numbers[i].c),
         inverse_temperature(1.0 / from.temperature),
         scale(std::scalbn(1.0, static_cast<int>(from.summary[1]))),
@@ -42,7 +42,7 @@ struct ExplicitRow {
         z(from.scratch),
         u(z + from.C),
         direction(u + from.C) {
-    explicit_logits(call, call.first + i, z);
+    explicit_logits(call, first + i, z);
     const double best = compare();
     differs = best != -math::kInfinity;
     if (differs) sum(best);
@@ -104,7 +104,7 @@ struct ExplicitRow {
 // Neuronwise. False where Var_p(w) is 0: the row has no gradient.
 template <class C, class W>
 bool explicit_variance_gradient(const ExplicitRow<W>& row, C* g) {
-  const HeadBackwardChunk& call = row.call;
+  const HeadBackwardLoop& call = row.call;
   const double* u = row.u;
   const double* direction = row.direction;
   const int64_t D = row.D;
@@ -161,7 +161,7 @@ bool explicit_variance_gradient(const ExplicitRow<W>& row, C* g) {
 // Gradient norms. False where the norm is 0.
 template <class C, class W>
 bool explicit_gradient_norm(const ExplicitRow<W>& row, C* g) {
-  const HeadBackwardChunk& call = row.call;
+  const HeadBackwardLoop& call = row.call;
   const double* u = row.u;
   const double* z = row.z;
   double* direction = row.direction;
@@ -211,15 +211,14 @@ bool explicit_gradient_norm(const ExplicitRow<W>& row, C* g) {
 // Writes g, adds to d_weight and d_bias (docs/mathematics.md, "Derivatives"); a row without a gradient has no features'
 // part either.
 template <class C, class W>
-void explicit_backward(const HeadBackwardChunk& call, int64_t i) {
+void explicit_backward(const HeadBackwardLoop& call, int64_t first, int64_t i, C* g) {
   const bool gradient = (call.fields & kGradientFields) != 0;
-  const ExplicitRow<W> row(call, i, gradient);
-  C* g = static_cast<C*>(call.g) + i * call.g_stride;
+  const ExplicitRow<W> row(call, first, i, gradient);
   for (int64_t j = 0; j < call.C; ++j) g[j] = C{};
   if (row.differs && (gradient ? explicit_gradient_norm<C, W>(row, g) : explicit_variance_gradient<C, W>(row, g)))
     return;
   if (call.d_features == nullptr) return;
-  C* to = static_cast<C*>(call.d_features) + i * call.D;
+  C* to = static_cast<C*>(call.d_features) + (first + i) * call.D;
   for (int64_t d = 0; d < call.D; ++d) to[d] = C{};
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu/head_repeats.h"
 #include "head_problem.h"
+#include "math/softmax_tail.h"
 #include "status.h"
 
 namespace flatcore::cpu {
@@ -34,55 +35,64 @@ struct HeadSummary {
   double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2; null if center is
 };
 
-// Squared distances between the rows of W, from differences: D_jk = ||w_j - w_k||^2 times 2^(2 e).
-struct HeadDistances {
-  Matrix weight;  // (C, D), float32 or float64, column stride 1
-  int64_t C = 0;
-  int64_t D = 0;
-  const double* bias = nullptr;  // (C,), null unless it counts as a column of W
-  int exponent = 0;              // e
-  int threads = 1;
-  void* distances = nullptr;  // (C, C), of the type of weight
+// Then tiles of classes outside, blocks of rows inside. A row's statistics over the classes met so far:
+struct HeadTail {
+  math::SoftmaxTail tail;  // u1 is NaN for a row that is not to be trusted
+  double own;              // logit of the label
+  // over the shares as stored, relative to the best logit but one: of u_j, u_j ||2^e w_j - center||^2 and
+  // u_j (2^e b_j - center_b)
+  double share_sum, square_sum, bias_sum;
+  double log_n;
 };
 
-// Second: logits of a chunk of rows -> everything that needs no further product, and q for the product that follows.
-struct HeadChunk : HeadProblem {
-  int64_t first = 0;  // row of the problem that is row 0 of the chunk
-  int64_t rows = 0;
-  const void* z = nullptr;  // (rows, C): the product W phi, or the given logits, in the compute type
-  int64_t z_stride = 0;
-  void* q = nullptr;  // (rows, C): softmax over the classes other than the top one, 0 there; may be z itself; or null
-  int64_t q_stride = 0;
-  // where rows of W repeat, what the products take instead of q:
-  Repeats repeats;
-  void* merged = nullptr;  // (rows, C): the shares of a group in its first class, 0 in the others; may be q; or null
-  int64_t merged_stride = 0;
-  void* near_q = nullptr;                    // (rows, near_count): the shares of repeats.near
+// What does not change from tile to tile. Where rows of W repeat, classes stand in another order, group by group:
+// "position" is the place in that order.
+struct HeadLoop : HeadProblem {
   const double* summary = nullptr;           // (2,)
   const double* center = nullptr;            // (D + 1,)
-  const double* centered_squares = nullptr;  // (C,)
-  HeadRow* row_state = nullptr;              // (rows,)
-  // for the second kernel: either the mean row of q ...
-  const double* mean =
-      nullptr;  // (rows, D): merged (2^e W - center) + near_q (2^e (W_near - the rows of their classes))
-  int64_t mean_stride = 0;
-  // ... or the mean distances
-  const void* distance = nullptr;  // (rows, C): merged times the table of squared distances
-  int64_t distance_stride = 0;
-  double* scratch = nullptr;  // threads * head_chunk_scratch doubles
-  bool equal_rows = false;    // all rows of W are one: every variance is 0, and none has to be summed to see it
+  const double* centered_squares = nullptr;  // (C,), by position; null: no field needs rows of W
+  const int64_t* classes = nullptr;          // (C,): the class of each position; null: the position itself
+  const int64_t* positions = nullptr;        // (C,): the position of each class
+  const double* bias_by_position = nullptr;  // (C,) if there is a bias and an order
+  HeadTail* tails = nullptr;                 // (rows of a block,), or (N,) if all_tails: kept for the gradient
+  bool all_tails = false;
+  HeadRow* row_state = nullptr;  // (rows of a block,)
+  void* mean = nullptr;          // (rows of a block, D), the compute type: shares times 2^e W - center, by the library
+  double* scratch = nullptr;     // threads * head_chunk_scratch doubles
+  bool equal_rows = false;       // all rows of W are one: every variance is 0, and none has to be summed to see it
+};
+
+// Groups of equal or nearly equal rows within a tile, all numbers positions. Their shares are brought together in the
+// first of each piece.
+struct TileRepeats {
+  int64_t first = 0;                // of the tile
+  const int64_t* starts = nullptr;  // (pieces,)
+  int64_t pieces = 0;
+  int64_t end = 0;                   // behind the last piece
+  const int64_t* near = nullptr;     // (near_count,): members whose row differs from the first one's
+  const int64_t* near_of = nullptr;  // (near_count,): that first one
+  int64_t near_count = 0;
+};
+struct HeadTile {
+  int64_t first = 0;  // row of the problem that is row 0 of the block
+  int64_t rows = 0;
+  int64_t first_class = 0;  // position
+  int64_t classes = 0;
+  void* z = nullptr;  // (rows, classes): in, logits in the compute type; out, the shares u if rows of W are needed
+  int64_t z_stride = 0;
+  TileRepeats repeats;
+  void* near = nullptr;  // (rows, near_count): the shares of repeats.near
 };
 
 // Doubles of scratch a thread needs for rows that are summed explicitly.
 inline int64_t head_chunk_scratch(int64_t C, int64_t D) { return 2 * C + D + 8; }
 
-#define FLATCORE_DECLARE(target)                        \
-  namespace target {                                    \
-  Outcome head_metrics(const HeadMetrics& call);        \
-  void head_summary(const HeadSummary& call);           \
-  void head_distances(const HeadDistances& call);       \
-  Outcome head_chunk_statistics(const HeadChunk& call); \
-  void head_chunk_weights(const HeadChunk& call);       \
+#define FLATCORE_DECLARE(target)                                            \
+  namespace target {                                                        \
+  Outcome head_metrics(const HeadMetrics& call);                            \
+  void head_summary(const HeadSummary& call);                               \
+  Outcome head_loop_statistics(const HeadLoop& call, const HeadTile& tile); \
+  void head_loop_values(const HeadLoop& call, int64_t first, int64_t rows); \
   }
 FLATCORE_DECLARE(baseline)
 FLATCORE_DECLARE(avx2)

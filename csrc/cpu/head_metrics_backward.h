@@ -48,38 +48,49 @@ struct HeadMetricsBackward : HeadBackwardProblem {
 };
 int64_t head_metrics_backward_workspace(const HeadProblem& problem);
 
-// Large heads, between the library's products, for a chunk of rows whose q and row_state head_chunk_statistics left.
-struct HeadBackwardChunk : HeadBackwardProblem {
-  int64_t first = 0;
-  int64_t rows = 0;
-  void* q = nullptr;  // (rows, C): in, softmax over the classes other than the top one; out, factors of the directions
-  int64_t q_stride = 0;
+// Large heads, between the library's products: tiles of classes outside, blocks of rows inside.
+struct BackwardRow : HeadBackwardRow {
+  double own;     // a gradient norm's direction times the label's row of W, about the center
+  double others;  // sum of dL/dz over the classes met so far apart from the top one
+};
+struct HeadBackwardLoop : HeadBackwardProblem {
   const double* summary = nullptr;           // (2,)
   const double* center = nullptr;            // (D + 1,)
-  const double* centered_squares = nullptr;  // (C,)
-  const HeadRow* row_state = nullptr;        // (rows,)
-  HeadBackwardRow* numbers = nullptr;        // (rows,)
-  // head_chunk_directions: from the mean row of q to the mean row of p, or to the dual direction of the gradient
-  const double* mean = nullptr;  // (rows, D): q (2^e W - center)
-  void* direction = nullptr;     // (rows, D), compute type
-  void* top_row = nullptr;       // (rows, D), compute type: what row `top` of W's gradient gains; neuronwise only
-  double* top_bias = nullptr;    // (rows,): the same of the bias
-  int64_t* top = nullptr;        // (rows,)
-  // head_chunk_cotangent
-  void* g = nullptr;  // (rows, C), compute type: in, direction (2^e W - center)^T (trace: not read); out, dL/dz
-  int64_t g_stride = 0;
-  void* d_features = nullptr;  // (rows, D), contiguous: the part that does not pass through the logits; or null
+  const double* centered_squares = nullptr;  // (C,), by class
+  const HeadTail* tails = nullptr;           // (rows of a block,), or (N,) if all_tails
+  bool all_tails = false;
+  const HeadRow* row_state = nullptr;  // (rows of a block,)
+  BackwardRow* numbers = nullptr;      // (rows of a block,)
+  const void* mean = nullptr;          // (rows of a block, D), compute type: shares times 2^e W - center
+  // from the mean row of q to the mean row of p, or to the dual direction of the gradient; (rows of a block, ...)
+  void* direction = nullptr;   // (., D), compute type
+  void* top_row = nullptr;     // (., D), compute type: what row `top` of W's gradient gains; neuronwise only
+  double* top_bias = nullptr;  // (.,): the same of the bias
+  int64_t* top = nullptr;      // (.,): the top class; 0 where nothing is to be added to it
+  void* d_features = nullptr;  // (N, D), contiguous: the part that does not pass through the logits; or null
   void* d_weight = nullptr;    // (C, D), contiguous: gains the explicit rows' part; or null
   double* d_bias = nullptr;    // (C,)
-  double* scratch = nullptr;   // head_chunk_scratch doubles
-  bool equal_rows = false;     // as in HeadChunk
+  double* scratch = nullptr;   // threads * head_chunk_scratch doubles
+  bool equal_rows = false;     // as in HeadLoop
+};
+struct HeadBackwardTile {
+  int64_t first = 0;  // row of the problem that is row 0 of the block
+  int64_t rows = 0;
+  int64_t first_class = 0;
+  int64_t classes = 0;
+  void* z = nullptr;   // (rows, classes), compute type: in, logits; out, factors of the directions (trace: dL/dz)
+  void* g = nullptr;   // (rows, classes): in, direction (2^e W - center)^T; out, dL/dz; z itself for the trace
+  int64_t stride = 0;  // of both
 };
 
-#define FLATCORE_DECLARE(target)                          \
-  namespace target {                                      \
-  void head_metrics_backward(const HeadMetricsBackward&); \
-  void head_chunk_directions(const HeadBackwardChunk&);   \
-  void head_chunk_cotangent(const HeadBackwardChunk&);    \
+#define FLATCORE_DECLARE(target)                                                                               \
+  namespace target {                                                                                           \
+  void head_metrics_backward(const HeadMetricsBackward&);                                                      \
+  void head_backward_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows);                          \
+  void head_backward_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile);                         \
+  /* rows: (count,), of the block; g: (count, C), dL/dz */                                                     \
+  void head_backward_explicit(const HeadBackwardLoop& call, int64_t first, const int64_t* rows, int64_t count, \
+                              void* g);                                                                        \
   }
 FLATCORE_DECLARE(baseline)
 FLATCORE_DECLARE(avx2)

@@ -1,17 +1,20 @@
-// head_metrics, large heads: what lies between the library's two matrix products, for a chunk of rows at a time.
+// head_metrics, large heads: what lies between the library's matrix products, for tiles of classes outside and blocks
+// of rows inside.
 //
-// Order of calls: head_summary and perhaps head_distances (head_weights.cpp) once; then for each chunk the library
-// forms z = W phi, head_chunk_statistics turns it into row statistics and q, the library forms q (W - center) or q *
-// distances, and head_chunk_weights finishes the fields that need it. flatcore/_engine/chunked_cpu.py is the loop.
+// Order of calls: head_summary and head_repeats (head_weights.cpp, head_repeats.cpp) once; then for each block of rows
+// and each tile of classes the library forms z = W_tile phi, head_loop_statistics merges the tile into the rows'
+// running statistics and turns z into shares u, and the library adds u (W_tile - center) to the rows' sums; after the
+// last tile head_loop_values finishes. flatcore/_engine/chunked_cpu.py is the loop.
 //
-// Who allocates: the caller; outputs are overwritten; q may be z itself.
+// Who allocates: the caller; outputs are overwritten.
 //
-// Numerics: logits as the product left them, everything else in float64. Classes are read in blocks of 1024 that stay
-// in the first-level cache and are merged by the monoid (math/softmax_tail.h). Where the sum over q (W - center) leaves
-// less than 1/20 of what it was taken from (nearly equal top rows), the row is done again from float64 logits and
-// explicit differences, so large heads are as right as small ones.
+// Numerics: logits as the product left them, everything else in float64. Tiles merge by the monoid
+// (math/softmax_tail.h): shares are u_j = exp((z_j - r)/T), r the best logit but one so far, so that a logit costs one
+// exponential; where r rises, all sums of the row, those of the product too, are multiplied by one common factor. Where
+// the sum over u (W - center) leaves less than 1/20 of what it was taken from (nearly equal top rows), the row is done
+// again from float64 logits and explicit differences, so large heads are as right as small ones.
 //
-// Cost: z is read once for the statistics and once more for q; about 50 operations in float64 per logit.
+// Cost: a tile's logits are read twice from the last-level cache and written once; about 30 operations in float64 each.
 #include <cstring>
 
 #include "cpu/head_metrics.h"
@@ -19,38 +22,34 @@
 #include "cpu/parallel.h"
 #include "math/cancellation.h"
 #include "math/centered_rows.h"
-#include "math/table_rows.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
 
-constexpr int64_t kClassesPerBlock = 1024;
-
-// A row of logits in the compute type, with the bias where it is still to be added.
+// A row's logits of a tile, in the compute type, with the bias where it is still to be added.
 template <class C>
 struct LogitRow {
   const C* z;
   const double* bias;
   bool given;
 
-  double at(int64_t j) const { return static_cast<double>(z[j]) + (bias ? bias[j] : 0.0); }
-  DoubleV vector_at(int64_t j) const {
-    const DoubleV v = Load<double>::from(z + j);
-    return bias ? v + load_unaligned<DoubleV>(bias + j) : v;
+  double at(int64_t k) const { return static_cast<double>(z[k]) + (bias ? bias[k] : 0.0); }
+  DoubleV vector_at(int64_t k) const {
+    const DoubleV v = Load<double>::from(z + k);
+    return bias ? v + load_unaligned<DoubleV>(bias + k) : v;
   }
 };
 
-// Statistics of classes first..last; `poison` becomes NaN if the row is not to be trusted.
+// The top two of a tile, by position in it; `poison` becomes NaN if the row is not to be trusted.
 template <class C>
-math::SoftmaxTail block_tail(const LogitRow<C>& row, int64_t first, int64_t last, double inverse_temperature,
-                             double& poison) {
+math::SoftmaxTail tops_of_tile(const LogitRow<C>& row, int64_t count, double& poison) {
   DoubleV t = DoubleV{} - math::kInfinity, r = t, m = DoubleV{} - 1.0, bad = {};
   DoubleV index = {};
-  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(first + lane);
-  int64_t j = first;
-  for (; j + kDoubles <= last; j += kDoubles) {
-    const DoubleV z = row.vector_at(j);
-    if (!row.given) bad += Load<double>::from(row.z + j) * 0.0;
+  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(lane);
+  int64_t k = 0;
+  for (; k + kDoubles <= count; k += kDoubles) {
+    const DoubleV z = row.vector_at(k);
+    if (!row.given) bad += Load<double>::from(row.z + k) * 0.0;
     bad = z < math::kInfinity ? bad : DoubleV{} + kNan;
     const auto higher = z > t;
     const DoubleV second = z > r ? z : r;
@@ -67,212 +66,278 @@ math::SoftmaxTail block_tail(const LogitRow<C>& row, int64_t first, int64_t last
     if (r[lane] > below) below = r[lane];
     tail = math::combine_tops(tail, math::leaf_tail(static_cast<int64_t>(m[lane]), t[lane]));
   }
-  const int64_t vectors_end = j;
-  for (; j < last; ++j) {
-    const double z = row.at(j);
-    if (!row.given) poison += static_cast<double>(row.z[j]) * 0.0;
+  for (; k < count; ++k) {
+    const double z = row.at(k);
+    if (!row.given) poison += static_cast<double>(row.z[k]) * 0.0;
     if (!(z < math::kInfinity)) poison = kNan;
-    if (z > -math::kInfinity) tail = math::combine_tops(tail, math::leaf_tail(j, z));
+    if (z > -math::kInfinity) tail = math::combine_tops(tail, math::leaf_tail(k, z));
   }
   if (below > tail.r) tail.r = below;
-  // second pass over the block: the sums, relative to its own r
-  tail.u1 = tail.u2 = 0.0;
-  if (tail.r == -math::kInfinity) return tail;
-  DoubleV u1 = {}, u2 = {};
-  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(first + lane);
-  const double top = static_cast<double>(tail.m);
-  for (j = first; j < vectors_end; j += kDoubles) {
-    const DoubleV e = math::exp_nonpositive((row.vector_at(j) - tail.r) * inverse_temperature);
-    const DoubleV u = index == top ? DoubleV{} : e;
-    u1 += u;
-    u2 += u * u;
-    index += static_cast<double>(kDoubles);
-  }
-  tail.u1 = sum_lanes(u1);
-  tail.u2 = sum_lanes(u2);
-  for (; j < last; ++j) {
-    if (j == tail.m) continue;
-    const double u = math::tail_scale(row.at(j), tail.r, inverse_temperature);
-    tail.u1 += u;
-    tail.u2 += u * u;
-  }
   return tail;
 }
 
-// Sums over the shares q_j as they are stored.
-struct QSums {
-  double one = 0.0, square = 0.0, bias = 0.0;  // of q_j, q_j ||2^e w_j - center||^2, q_j (2^e b_j - center_b)
+// Sums over the shares of a tile as they are stored.
+struct ShareSums {
+  double one = 0.0, square = 0.0, bias = 0.0;  // of u_j, u_j ||2^e w_j - center||^2, u_j (2^e b_j - center_b)
 };
 
-// q_j for all classes. squares and bias: null for none.
-template <class C>
-QSums write_q(const LogitRow<C>& row, int64_t classes, const math::SoftmaxTail& tail, double inverse_temperature,
-              const double* squares, const double* bias, double bias_scale, double bias_center, C* q) {
-  const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
-  const double base = tail.r == -math::kInfinity ? 0.0 : tail.r;
-  DoubleV sum = {}, square_sum = {}, bias_sum = {};
-  int64_t j = 0;
-  for (; j + kDoubles <= classes; j += kDoubles) {
-    DoubleV value = math::exp_nonpositive((row.vector_at(j) - base) * inverse_temperature) * inverse;
-    if (tail.m >= j && tail.m < j + kDoubles) value[tail.m - j] = 0.0;
-    if constexpr (sizeof(C) == 8) {
-      store_unaligned(q + j, value);
-    } else {
-      const HalfFloatV stored = to_float(value);
-      store_unaligned(q + j, stored);
-      value = to_double(stored);
-    }
-    sum += value;
-    if (squares) square_sum += value * load_unaligned<DoubleV>(squares + j);
-    if (bias) bias_sum += value * (load_unaligned<DoubleV>(bias + j) * bias_scale - bias_center);
+// What belongs to a tile's classes, from its first position on; null for none.
+struct TileColumns {
+  const double* squares;
+  const double* bias;
+  double bias_scale, bias_center;
+
+  void add(ShareSums& sums, int64_t k, double u) const {
+    sums.one += u;
+    if (squares) sums.square += u * squares[k];
+    if (bias) sums.bias += u * (bias[k] * bias_scale - bias_center);
   }
-  QSums sums{sum_lanes(sum), sum_lanes(square_sum), sum_lanes(bias_sum)};
-  for (; j < classes; ++j) {
-    const double z = row.at(j);
-    q[j] = static_cast<C>(
-        j == tail.m || z == -math::kInfinity ? 0.0 : math::exp_nonpositive((z - base) * inverse_temperature) * inverse);
-    const double value = static_cast<double>(q[j]);
-    sums.one += value;
-    if (squares) sums.square += value * squares[j];
-    if (bias) sums.bias += value * (bias[j] * bias_scale - bias_center);
+};
+
+// Adds exp((z_j - base)/T) of a tile and their squares to u1 and u2, `top` (a position, or -1) left out; stores them in
+// `shares` unless null, and sums what is stored.
+template <class C>
+ShareSums sum_tile(const LogitRow<C>& row, int64_t count, int64_t top, double base, double inverse_temperature,
+                   const TileColumns& columns, C* shares, double& u1, double& u2) {
+  DoubleV sum1 = {}, sum2 = {}, one = {}, square = {}, bias = {};
+  int64_t k = 0;
+  for (; k + kDoubles <= count; k += kDoubles) {
+    DoubleV u = math::exp_nonpositive((row.vector_at(k) - base) * inverse_temperature);
+    if (top >= k && top < k + kDoubles) u[top - k] = 0.0;
+    sum1 += u;
+    sum2 += u * u;
+    if (shares == nullptr) continue;
+    if constexpr (sizeof(C) == 8) {
+      store_unaligned(shares + k, u);
+    } else {
+      const HalfFloatV stored = to_float(math::share_is_kept(u) ? u : DoubleV{});
+      store_unaligned(shares + k, stored);
+      u = to_double(stored);
+    }
+    one += u;
+    if (columns.squares) square += u * load_unaligned<DoubleV>(columns.squares + k);
+    if (columns.bias) {
+      bias += u * (load_unaligned<DoubleV>(columns.bias + k) * columns.bias_scale - columns.bias_center);
+    }
+  }
+  ShareSums sums{sum_lanes(one), sum_lanes(square), sum_lanes(bias)};
+  u1 += sum_lanes(sum1);
+  u2 += sum_lanes(sum2);
+  for (; k < count; ++k) {
+    const double u = k == top ? 0.0 : math::tail_scale(row.at(k), base, inverse_temperature);
+    u1 += u;
+    u2 += u * u;
+    if (shares == nullptr) continue;
+    shares[k] = sizeof(C) == 8 || math::share_is_kept(u) ? static_cast<C>(u) : C{};
+    columns.add(sums, k, static_cast<double>(shares[k]));
   }
   return sums;
 }
 
-// The shares of each group in its first class, and the sums over them. A group's own sum is compensated: 40,000 equal
-// terms would lose 2e-12 of it.
+// The shares of each piece of a group in its first class, and the sums over them. A piece's own sum is compensated:
+// 4,000 equal terms would lose 4e-13 of it.
 template <class C>
-QSums merge_repeats(const Repeats& repeats, int64_t classes, const double* squares, const double* bias,
-                    double bias_scale, double bias_center, const C* q, C* merged, C* near_q) {
-  for (int64_t k = 0; k < repeats.near_count; ++k) near_q[k] = q[repeats.near[k]];
-  if (merged != q) std::memcpy(merged, q, static_cast<size_t>(classes) * sizeof(C));
-  for (int64_t group = 0; group < repeats.groups; ++group) {
+ShareSums merge_repeats(const TileRepeats& repeats, int64_t count, const TileColumns& columns, C* shares, C* near) {
+  for (int64_t k = 0; k < repeats.near_count; ++k) near[k] = shares[repeats.near[k] - repeats.first];
+  for (int64_t piece = 0; piece < repeats.pieces; ++piece) {
+    const int64_t first = repeats.starts[piece] - repeats.first;
+    const int64_t last = (piece + 1 < repeats.pieces ? repeats.starts[piece + 1] : repeats.end) - repeats.first;
     double total = 0.0, lost = 0.0;
-    for (int64_t k = repeats.starts[group]; k < repeats.starts[group + 1]; ++k) {
-      const double value = static_cast<double>(merged[repeats.members[k]]) - lost;
+    for (int64_t k = first; k < last; ++k) {
+      const double value = static_cast<double>(shares[k]) - lost;
       const double sum = total + value;
       lost = (sum - total) - value;
       total = sum;
-      merged[repeats.members[k]] = C{};
+      shares[k] = C{};
     }
-    merged[repeats.members[repeats.starts[group]]] = static_cast<C>(total);
+    shares[first] = static_cast<C>(total);
   }
-  QSums sums;
-  for (int64_t j = 0; j < classes; ++j) {
-    const double value = static_cast<double>(merged[j]);
-    if (value == 0.0) continue;
-    sums.one += value;
-    if (squares) sums.square += value * squares[j];
-    if (bias) sums.bias += value * (bias[j] * bias_scale - bias_center);
+  ShareSums sums;
+  for (int64_t k = 0; k < count; ++k) {
+    if (shares[k] != C{}) columns.add(sums, k, static_cast<double>(shares[k]));
   }
   for (int64_t k = 0; k < repeats.near_count; ++k) {
-    const double value = static_cast<double>(near_q[k]);
+    const double value = static_cast<double>(near[k]);
     if (value == 0.0) continue;
-    const int64_t j = repeats.near[k], first = repeats.near_of[k];
-    if (squares) sums.square += value * (squares[j] - squares[first]);
-    if (bias) sums.bias += value * ((bias[j] - bias[first]) * bias_scale);
+    const int64_t at = repeats.near[k] - repeats.first, head = repeats.near_of[k] - repeats.first;
+    if (columns.squares) sums.square += value * (columns.squares[at] - columns.squares[head]);
+    if (columns.bias) sums.bias += value * ((columns.bias[at] - columns.bias[head]) * columns.bias_scale);
   }
   return sums;
 }
 
-template <class C>
-void statistics_of_row(const HeadChunk& call, const Values& values, int64_t i, FirstBadRow& bad_label) {
-  const int64_t n = call.first + i;
-  const bool given = call.logits.data != nullptr;
-  const double inverse_temperature = 1.0 / call.temperature;
-  const LogitRow<C> row{static_cast<const C*>(call.z) + i * call.z_stride, given ? nullptr : call.bias, given};
-  HeadRow& state = call.row_state[i];
-
+// log ||phi||^2 of a row, NaN if an element is not finite.
+double log_feature_square(const HeadProblem& call, int64_t n) {
   double log_n = 0.0;
   with_element(call.features.dtype, [&](auto* type) {
     using T = ElementOf<decltype(type)>;
     const T* x = static_cast<const T*>(call.features.data) + n * call.features.row_stride;
-    // float32 and narrower squares sum safely in float64; float64 may need scaling
-    double sum = 0.0;
-    if (sizeof(T) < 8 && call.features.column_stride == 1) {
-      DoubleV sums[4] = {};
-      int64_t d = 0;
-      for (; d + 4 * kDoubles <= call.D; d += 4 * kDoubles) {
-        for (int k = 0; k < 4; ++k) {
-          const DoubleV v = Load<double>::from(x + d + k * kDoubles);
-          sums[k] += v * v;
-        }
-      }
-      sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      for (; d < call.D; ++d) sum += static_cast<double>(widen(x[d])) * static_cast<double>(widen(x[d]));
-      log_n = sum < math::kInfinity ? std::log(sum) : kNan;
-    } else {
+    if (sizeof(T) == 8 || call.features.column_stride != 1) {
       log_n = log_sum_squares(x, call.features.column_stride, call.D);
+      return;
     }
+    // squares of float32 and narrower sum safely in float64
+    DoubleV sums[4] = {};
+    int64_t d = 0;
+    for (; d + 4 * kDoubles <= call.D; d += 4 * kDoubles) {
+      for (int k = 0; k < 4; ++k) {
+        const DoubleV v = Load<double>::from(x + d + k * kDoubles);
+        sums[k] += v * v;
+      }
+    }
+    double sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; d < call.D; ++d) sum += static_cast<double>(widen(x[d])) * static_cast<double>(widen(x[d]));
+    log_n = sum < math::kInfinity ? std::log(sum) : kNan;
   });
+  return log_n;
+}
 
-  double poison = log_n * 0.0;
-  if (log_n == -math::kInfinity) poison = 0.0;
-  math::SoftmaxTail tail = math::empty_tail();
-  for (int64_t first = 0; first < call.C; first += kClassesPerBlock) {
-    const int64_t last = call.C - first < kClassesPerBlock ? call.C : first + kClassesPerBlock;
-    tail = math::combine(tail, block_tail(row, first, last, inverse_temperature, poison), inverse_temperature);
+// The sums of a row that the product has, times `factor`, and `share` of a class's row added: its own top class joins
+// the rest.
+template <class C, class W>
+void rescale_mean(const HeadLoop& call, int64_t i, C factor, C share, int64_t joined) {
+  C* mean = static_cast<C*>(call.mean) + i * call.D;
+  if (share == C{}) {
+    for (int64_t d = 0; d < call.D; ++d) mean[d] *= factor;
+    return;
   }
-  const bool bad = poison != poison || tail.m == math::kNoClass;
-  const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
-  state = {tail.t, tail.r, split.log1p_tau,   split.eps, split.log_eps, split.confidence, log_n,
-           0.0,    0.0,    bad ? -1 : tail.m, 1.0};
+  const double scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
+  const W* w = static_cast<const W*>(call.weight.data) + joined * call.weight.row_stride;
+  for (int64_t d = 0; d < call.D; ++d) {
+    const double row = static_cast<double>(widen(w[d * call.weight.column_stride])) * scale - call.center[d];
+    mean[d] = mean[d] * factor + share * static_cast<C>(row);
+  }
+}
 
+template <class C>
+void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, FirstBadRow& bad_label) {
+  const int64_t n = tile.first + i;
+  const double inverse_temperature = 1.0 / call.temperature;
+  HeadTail& state = call.tails[(call.all_tails ? tile.first : 0) + i];
   const Label label = label_of(call, n);
-  if (label == Label::kBad) bad_label.report(n);
-  const double loss_of_target =
-      label == Label::kValid ? (tail.t - row.at(call.target[n])) * inverse_temperature + split.log1p_tau : kNan;
+  if (tile.first_class == 0) {
+    state = {math::empty_tail(), kNan, 0.0, 0.0, 0.0, log_feature_square(call, n)};
+    if (state.log_n != state.log_n) state.tail.u1 = kNan;
+    if (label == Label::kBad) bad_label.report(n);
+  }
+  const C* z = static_cast<const C*>(tile.z) + i * tile.z_stride;
+  C* shares = call.centered_squares != nullptr ? static_cast<C*>(tile.z) + i * tile.z_stride : nullptr;
+  const double* bias = call.bias_by_position != nullptr ? call.bias_by_position : call.bias;
+  const bool given = call.logits.data != nullptr;
+  const LogitRow<C> row{z, given || bias == nullptr ? nullptr : bias + tile.first_class, given};
+  const auto position = [&](int64_t j) { return call.positions != nullptr ? call.positions[j] : j; };
+  if (label == Label::kValid) {
+    const int64_t k = position(call.target[n]) - tile.first_class;
+    if (k >= 0 && k < tile.classes) state.own = row.at(k);
+  }
+  const auto clear = [&] {  // zeros keep the product's other rows free of it on every library
+    if (shares != nullptr) std::memset(static_cast<void*>(shares), 0, static_cast<size_t>(tile.classes) * sizeof(C));
+    for (int64_t k = 0; k < tile.repeats.near_count && shares != nullptr; ++k) {
+      static_cast<C*>(tile.near)[i * tile.repeats.near_count + k] = C{};
+    }
+  };
+
+  double poison = state.tail.u1 * 0.0;
+  math::SoftmaxTail tops = tops_of_tile(row, tile.classes, poison);
+  if (poison != poison) {
+    state.tail.u1 = kNan;
+    return clear();
+  }
+  int64_t top = tops.m;
+  if (top >= 0 && call.classes != nullptr) {  // of equal logits the lowest class, wherever it stands
+    for (int64_t k = top + 1; k < tile.classes && tops.r == tops.t; ++k) {
+      if (row.at(k) == tops.t && call.classes[tile.first_class + k] < call.classes[tile.first_class + top]) top = k;
+    }
+  }
+  if (top >= 0) tops.m = call.classes != nullptr ? call.classes[tile.first_class + top] : tile.first_class + top;
+  const math::SoftmaxTail before = state.tail;
+  const math::SoftmaxTail both = math::combine_tops(before, tops);
+  if (both.m == math::kNoClass) return clear();
+  const bool is_new = both.m != before.m;
+  const double factor = math::tail_scale(before.r, both.r, inverse_temperature);
+  const double joins = is_new ? math::tail_scale(before.t, both.r, inverse_temperature) : 0.0;
+  state.tail = {both.t, both.m, both.r, before.u1 * factor + joins,
+                before.u2 * factor * factor + joins * joins};  // where a factor is 0 too: a NaN must survive
+  const double base = both.r == -math::kInfinity ? 0.0 : both.r;
+  const bool weights = call.centered_squares != nullptr;
+  const double scale = weights ? std::scalbn(1.0, static_cast<int>(call.summary[1])) : 1.0;
+  const TileColumns columns{weights ? call.centered_squares + tile.first_class : nullptr,
+                            weights && call.include_bias ? bias + tile.first_class : nullptr, scale,
+                            weights ? call.center[call.D] : 0.0};
+  ShareSums sums = sum_tile(row, tile.classes, is_new ? top : int64_t{-1}, base, inverse_temperature, columns, shares,
+                            state.tail.u1, state.tail.u2);
+  if (!weights) return;
+  C* near = static_cast<C*>(tile.near) + i * tile.repeats.near_count;
+  if (tile.repeats.pieces > 0) sums = merge_repeats(tile.repeats, tile.classes, columns, shares, near);
+
+  // one factor for all that the product's sums are compared with, so that its rounding does not matter
+  const C common = static_cast<C>(factor);
+  const C share = sizeof(C) == 8 || math::share_is_kept(joins) ? static_cast<C>(joins) : C{};
+  ShareSums kept{state.share_sum * static_cast<double>(common), state.square_sum * static_cast<double>(common),
+                 state.bias_sum * static_cast<double>(common)};
+  if (share != C{}) {
+    const int64_t at = position(before.m) - tile.first_class;  // from the tile's first position on, before it too
+    columns.add(kept, at, static_cast<double>(share));
+  }
+  state.share_sum = kept.one + sums.one;
+  state.square_sum = kept.square + sums.square;
+  state.bias_sum = kept.bias + sums.bias;
+  if (tile.first_class == 0 || (common == C{1} && share == C{})) return;
+  with_element(call.weight.dtype, [&](auto* type) {
+    using W = ElementOf<decltype(type)>;
+    if constexpr (sizeof(W) <= sizeof(C)) rescale_mean<C, W>(call, i, common, share, before.m);
+  });
+}
+
+// What the last tile leaves: everything that needs no rows of W, and the row's numbers for what does.
+void finish_row(const HeadLoop& call, const Values& values, int64_t first, int64_t i) {
+  const int64_t n = first + i;
+  const HeadTail& state = call.tails[(call.all_tails ? first : 0) + i];
+  const math::SoftmaxTail& tail = state.tail;
+  const double inverse_temperature = 1.0 / call.temperature;
+  const bool bad = tail.u1 != tail.u1 || tail.m == math::kNoClass;
+  const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
+  const double sum = state.share_sum > 0.0 ? state.share_sum : 1.0;  // one class
+  if (call.row_state != nullptr) {
+    HeadRow& row = call.row_state[i];
+    row = {};
+    row.t = tail.t;
+    row.r = tail.r;
+    row.log1p_tau = split.log1p_tau;
+    row.eps = split.eps;
+    row.log_eps = split.log_eps;
+    row.confidence = split.confidence;
+    row.log_n = state.log_n;
+    row.square_mean = state.square_sum / sum;
+    row.bias_mean = state.bias_sum / sum;
+    row.m = bad ? math::kNoClass : tail.m;
+    row.q_sum = sum;
+  }
+  const Label label = label_of(call, n);
+  const double loss = label == Label::kValid ? (tail.t - state.own) * inverse_temperature + split.log1p_tau : kNan;
   const double log_trace =
-      log_head_square(log_n, call.include_bias) + split.log_one_minus_sum_p2 - 2.0 * std::log(call.temperature);
+      log_head_square(state.log_n, call.include_bias) + split.log_one_minus_sum_p2 - 2.0 * std::log(call.temperature);
   const auto put = [&](Field field, double value) { values.put(field, n, bad ? kNan : value); };
   put(kConfidence, split.confidence);
   put(kMargin, split.margin);
   put(kLogOneMinusConfidence, split.log_eps);
-  put(kLogFeatureNorm, 0.5 * log_n);
+  put(kLogFeatureNorm, 0.5 * state.log_n);
   put(kLogHessianTrace, log_trace);
   put(kLogLayerwise, log_trace + 0.5 * call.norm_power * call.summary[0]);
-  put(kLoss, loss_of_target);
+  put(kLoss, loss);
   if (label == Label::kIgnored) values.put(kLoss, n, 0.0);
   if (call.prediction != nullptr) call.prediction[n] = bad ? -1 : tail.m;
-
-  if (call.q != nullptr) {
-    C* q = static_cast<C*>(call.q) + i * call.q_stride;
-    if (bad) {
-      // its values are NaN already; zeros keep the product's other rows free of it on every library
-      for (int64_t j = 0; j < call.C; ++j) q[j] = C{};
-      if (call.merged != nullptr) {
-        merge_repeats(call.repeats, call.C, static_cast<double*>(nullptr), static_cast<double*>(nullptr), 1.0, 0.0, q,
-                      static_cast<C*>(call.merged) + i * call.merged_stride,
-                      static_cast<C*>(call.near_q) + i * call.repeats.near_count);
-      }
-      return;
-    }
-    const double* bias = call.include_bias ? call.bias : nullptr;
-    const double bias_scale = std::scalbn(1.0, static_cast<int>(call.summary[1]));
-    const double bias_center = bias != nullptr && call.center != nullptr ? call.center[call.D] : 0.0;
-    QSums sums =
-        write_q(row, call.C, tail, inverse_temperature, call.centered_squares, bias, bias_scale, bias_center, q);
-    if (call.merged != nullptr) {
-      sums = merge_repeats(call.repeats, call.C, call.centered_squares, bias, bias_scale, bias_center, q,
-                           static_cast<C*>(call.merged) + i * call.merged_stride,
-                           static_cast<C*>(call.near_q) + i * call.repeats.near_count);
-    }
-    if (!(sums.one > 0.0)) sums.one = 1.0;  // one class
-    state.square_mean = sums.square / sums.one;
-    state.bias_mean = sums.bias / sums.one;
-    state.q_sum = sums.one;
-  }
 }
 
-// What is needed of q (W - center) and of two rows of W about the same center.
+// What is needed of u (W - center) and of two rows of W about the same center.
 struct MeanSums {
-  double mean2;                    // ||x||^2, x = q (W - center) over the sum of q
+  double mean2;                    // ||x||^2, x = u (W - center) over the sum of u
   double top2, label2;             // ||w_m - center||^2, ||w_y - center||^2
   double top_mean2;                // ||w_m - center - x||^2
   double norm1, norm22, norm_inf;  // of the gradient's mix of them, norm22 squared
 };
-template <class W>
-MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, double scale, int64_t top, int64_t label,
+template <class W, class C>
+MeanSums mean_sums(const HeadLoop& call, const C* x, double inverse, double scale, int64_t top, int64_t label,
                    const math::GradientMix& mix) {
   const W* w = static_cast<const W*>(call.weight.data);
   const int64_t step = call.weight.column_stride;
@@ -284,7 +349,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, doubl
     DoubleV mean2 = {}, top2 = {}, label2 = {}, top_mean2 = {}, norm1 = {}, norm22 = {}, largest = {};
     for (; d + kDoubles <= call.D; d += kDoubles) {
       const DoubleV center = load_unaligned<DoubleV>(call.center + d);
-      const DoubleV mean = load_unaligned<DoubleV>(x + d) * inverse;
+      const DoubleV mean = Load<double>::from(x + d) * inverse;
       const DoubleV a = Load<double>::from(w_top + d) * scale - center;
       const DoubleV b = Load<double>::from(w_label + d) * scale - center;
       const DoubleV gradient = magnitude(mix.top * a + mix.rest * mean - b);
@@ -308,7 +373,7 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, doubl
     }
   }
   for (; d < call.D; ++d) {
-    const double mean = x[d] * inverse;
+    const double mean = static_cast<double>(x[d]) * inverse;
     const double a = static_cast<double>(widen(w_top[d * step])) * scale - call.center[d];
     const double b = static_cast<double>(widen(w_label[d * step])) * scale - call.center[d];
     const double gradient = std::fabs(mix.top * a + mix.rest * mean - b);
@@ -324,8 +389,8 @@ MeanSums mean_sums(const HeadChunk& call, const double* x, double inverse, doubl
 }
 
 template <class C>
-void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int thread) {
-  const int64_t n = call.first + i;
+void weights_of_row(const HeadLoop& call, const Values& values, int64_t first, int64_t i, int thread) {
+  const int64_t n = first + i;
   const HeadRow& state = call.row_state[i];
   const Label label = label_of(call, n);
   const bool gradients = (call.fields & kGradientFields) != 0;
@@ -350,40 +415,17 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
     values.put(kLogNeuronwise, n, zero ? log_n : log_n + log_var_p - 2.0 * log_t);
   };
 
-  if (call.distance != nullptr) {
-    // sum_j q_j D_mj and the pairs, all terms >= 0
-    const C* s = static_cast<const C*>(call.distance) + i * call.distance_stride;
-    const C* q = static_cast<const C*>(call.q) + i * call.q_stride;
-    DoubleV sums = {};
-    int64_t j = 0;
-    for (; j + kDoubles <= call.C; j += kDoubles) sums += Load<double>::from(s + j) * Load<double>::from(q + j);
-    double pairs = sum_lanes(sums);
-    for (; j < call.C; ++j) pairs += static_cast<double>(s[j]) * static_cast<double>(q[j]);
-    const double inner =
-        math::table_variance(state.confidence, static_cast<double>(s[state.m]), state.eps, 0.5 * pairs);
-    // below this, terms may have underflowed in the compute type
-    const bool safe = math::table_variance_is_in_range(inner, sizeof(C) == 4) || inner != inner;
-    if (state.log_eps == -math::kInfinity) {
-      put_neuronwise(-math::kInfinity);
-    } else if (safe) {
-      put_neuronwise(state.log_eps + std::log(inner) - 2.0 * exponent * kLn2);
-    } else {
-      put_neuronwise(log_variance(explicit_row(state.m, call.include_bias, true), exponent));
-    }
-    return;
-  }
-
   const bool valid = label == Label::kValid;
   const int64_t y = valid ? call.target[n] : state.m;
   const bool top_label = y == state.m;
   const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
-  const double* x = call.mean + i * call.mean_stride;
+  const C* x = static_cast<const C*>(call.mean) + i * call.D;
   const double scale = std::scalbn(1.0, exponent);
   const double log_scale = exponent * kLn2;
   MeanSums sums{};
   with_element(call.weight.dtype, [&](auto* type) {
     using W = ElementOf<decltype(type)>;
-    sums = mean_sums<W>(call, x, 1.0 / state.q_sum, scale, state.m, y, mix);
+    sums = mean_sums<W, C>(call, x, 1.0 / state.q_sum, scale, state.m, y, mix);
   });
 
   if (values.wants(kLogNeuronwise)) {
@@ -418,26 +460,28 @@ void weights_of_row(const HeadChunk& call, const Values& values, int64_t i, int 
 
 }  // namespace
 
-Outcome head_chunk_statistics(const HeadChunk& call) {
-  const Values values(call);
+Outcome head_loop_statistics(const HeadLoop& call, const HeadTile& tile) {
   FirstBadRow bad_label;
-  parallel_for(call.rows * call.C < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int) {
+  parallel_for(tile.rows * tile.classes < (1 << 14) ? 1 : call.threads, tile.rows, [&](int64_t i, int) {
     if (call.double_compute) {
-      statistics_of_row<double>(call, values, i, bad_label);
+      statistics_of_row<double>(call, tile, i, bad_label);
     } else {
-      statistics_of_row<float>(call, values, i, bad_label);
+      statistics_of_row<float>(call, tile, i, bad_label);
     }
   });
   return bad_label.outcome();
 }
 
-void head_chunk_weights(const HeadChunk& call) {
+void head_loop_values(const HeadLoop& call, int64_t first, int64_t rows) {
   const Values values(call);
-  parallel_for(call.rows * (call.C + call.D) < (1 << 14) ? 1 : call.threads, call.rows, [&](int64_t i, int thread) {
+  const bool weights = call.centered_squares != nullptr && call.values != nullptr && (call.fields & kWeightFields) != 0;
+  parallel_for(rows * (weights ? call.D : 16) < (1 << 14) ? 1 : call.threads, rows, [&](int64_t i, int thread) {
+    finish_row(call, values, first, i);
+    if (!weights) return;
     if (call.double_compute) {
-      weights_of_row<double>(call, values, i, thread);
+      weights_of_row<double>(call, values, first, i, thread);
     } else {
-      weights_of_row<float>(call, values, i, thread);
+      weights_of_row<float>(call, values, first, i, thread);
     }
   });
 }

@@ -1,11 +1,10 @@
-// What the kernels of large heads need of W alone: norms and center of its rows, and the table of their distances.
+// What the kernels of large heads need of W alone: norms and center of its rows.
 //
 // Who allocates: the caller; outputs are overwritten.
 //
 // Numerics: sums in float64, over values brought into range by a power of two, so that no square over- or underflows.
 #include <cmath>
 
-#include "cpu/head_distances.h"
 #include "cpu/head_metrics.h"
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
@@ -103,6 +102,13 @@ void summarise(const HeadSummary& call) {
       call.center[first + d] = call.double_compute ? mean : static_cast<double>(static_cast<float>(mean));
     }
   });
+  // A center is there to keep a common row's digits out of the product. Where that row is no longer than the rest of a
+  // row it costs less than a digit, and without a center the library multiplies W as it stands.
+  double center2 = 0.0, mean2 = 0.0;
+  for (int64_t d = 0; d < D; ++d) center2 += call.center[d] * call.center[d];
+  for (int64_t j = 0; j < C; ++j) mean2 += call.row_squares[j] / static_cast<double>(C);
+  const bool none = math::common_row_is_small(center2, mean2);
+  for (int64_t d = 0; d < D && none; ++d) call.center[d] = 0.0;
   call.center[D] = 0.0;
   if (call.bias != nullptr) {
     double sum = 0.0;
@@ -111,42 +117,16 @@ void summarise(const HeadSummary& call) {
   }
   parallel_for(threads, C, [&](int64_t j, int) {
     const double b = call.bias != nullptr ? call.bias[j] * scale - call.center[D] : 0.0;
-    call.centered_squares[j] =
-        row_squares(w + j * rows, step, D, call.center, scale, static_cast<double*>(nullptr)) + b * b;
+    const double square = none ? call.row_squares[j]
+                               : row_squares(w + j * rows, step, D, call.center, scale, static_cast<double*>(nullptr));
+    call.centered_squares[j] = square + b * b;
   });
-}
-
-template <class T>
-void distances(const HeadDistances& call) {
-  constexpr int64_t rows = 16;
-  const double scale = std::scalbn(1.0, call.exponent);
-  T* table = static_cast<T*>(call.distances);
-  parallel_for(call.threads, (call.C + rows - 1) / rows, [&](int64_t task, int) {
-    const int64_t first = task * rows, last = call.C - first < rows ? call.C : first + rows;
-    distance_rows<T, T>(static_cast<const T*>(call.weight.data), call.weight.row_stride, call.C, call.D, scale, first,
-                        last, table);
-  });
-  if (call.bias == nullptr) return;
-  for (int64_t j = 0; j < call.C; ++j) {
-    for (int64_t k = 0; k < call.C; ++k) {
-      const double difference = (call.bias[j] - call.bias[k]) * scale;
-      table[j * call.C + k] += static_cast<T>(difference * difference);
-    }
-  }
 }
 
 }  // namespace
 
 void head_summary(const HeadSummary& call) {
   with_element(call.weight.dtype, [&](auto* type) { summarise<ElementOf<decltype(type)>>(call); });
-}
-
-void head_distances(const HeadDistances& call) {
-  if (call.weight.dtype == Dtype::kFloat64) {
-    distances<double>(call);
-  } else {
-    distances<float>(call);
-  }
 }
 
 }  // namespace flatcore::cpu::FLATCORE_TARGET

@@ -19,12 +19,12 @@ struct Target {
   Outcome (*head_metrics)(const HeadMetrics&);
   void (*head_summary)(const HeadSummary&);
   RepeatCounts (*head_repeats)(const HeadRepeats&);
-  void (*head_distances)(const HeadDistances&);
-  Outcome (*head_chunk_statistics)(const HeadChunk&);
-  void (*head_chunk_weights)(const HeadChunk&);
+  Outcome (*head_loop_statistics)(const HeadLoop&, const HeadTile&);
+  void (*head_loop_values)(const HeadLoop&, int64_t, int64_t);
   void (*head_metrics_backward)(const HeadMetricsBackward&);
-  void (*head_chunk_directions)(const HeadBackwardChunk&);
-  void (*head_chunk_cotangent)(const HeadBackwardChunk&);
+  void (*head_backward_rows)(const HeadBackwardLoop&, int64_t, int64_t);
+  void (*head_backward_tile)(const HeadBackwardLoop&, const HeadBackwardTile&);
+  void (*head_backward_explicit)(const HeadBackwardLoop&, int64_t, const int64_t*, int64_t, void*);
   void (*head_reduction)(const HeadReduction&);
   void (*row_norms)(const RowNorms&);
   Outcome (*unmasked_cross_entropy)(const UnmaskedCrossEntropy&);

@@ -29,9 +29,19 @@ FLATCORE_INLINE bool table_gradient_is_left(double square, double total, bool do
   return square > (double_result ? 1e-2 : 1e-6) * total && square > 1e-250;
 }
 
+// Whether a product with W needs no center: the squared length of W's mean row beside the rows' mean square.
+FLATCORE_INLINE bool common_row_is_small(double center2, double mean2) { return center2 < 0.25 * mean2; }
+
 // The least squared length that a product with raw W leaves right where its rows share one of squared length `common2`:
 // the product loses 2^-22 of that length, so 5e-6 of a tenth of it.
 FLATCORE_INLINE double least_beside_common_row(double common2) { return 0.01 * common2; }
+
+// Below 2^-100 of the largest share a float's would meet the denormal numbers in the library's products, where they
+// take a hundred times as long; no digit of a sum that is kept shows them. For vectors a mask.
+template <class V>
+FLATCORE_INLINE auto share_is_kept(V u) {
+  return u > 0x1p-100;
+}
 
 // Whether a component of a gradient, or half the distance of two, may be the rounding of a product: 2^-15 of its terms'
 // magnitudes is 512 roundings in float32, 2^-40 as many in float64. A column that is one number has terms of 0, and is

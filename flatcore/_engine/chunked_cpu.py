@@ -1,34 +1,25 @@
-"""Large heads: chunks of rows around the library's matrix products, at bounded workspace.
+"""Large heads: tiles of classes outside, blocks of rows inside, around the library's matrix products, at bounded workspace.
 
-For a chunk of rows the library forms Z = Phi W^T; a kernel turns Z, in place, into row statistics and q, the softmax over
-the classes other than the top one; the library forms q (W - center), or q times the table of squared distances between
-rows where that is cheaper; a kernel finishes. Never N x C numbers: the chunk is as long as WORKSPACE_BYTES allow.
-Classes that share a row of W are brought together in one of them before the second product (csrc/cpu/head_repeats.cpp).
+For each tile of classes the library forms Z = Phi W_tile^T for a block of rows; a kernel merges it into the rows' running
+statistics and turns it, in place, into shares u; the library adds u (W_tile - center) to the rows' sums. A kernel finishes.
+Never N x C numbers, and W is read once for each product and block. Classes that share a row of W are brought together in one
+of them before the second product (csrc/cpu/head_repeats.cpp); ``chunked_cpu_backward`` is the gradient's loop.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import FIELDS
+from . import tiles
 from .backend import _core
 from .memory import HeadCall, address
 from .precision import full_precision
-from .reduction import derivative
-
-WORKSPACE_BYTES = 64 << 20
-"""Bound of all buffers of one call, in bytes, unless a single row needs more."""
-_LIBRARY_BYTES = (
-    12 << 20
-)  # of these for what the library packs for its products: 9 MB were seen at D = 2048, C = 32,000
-_TILE_BYTES = 8 << 20  # rows of W converted or centred at a time: they stay in the last-level cache for the product
-TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
-_DISTANCE_CLASSES = 2048  # up to here the (C, C) table fits a quarter of the workspace in float32
+from .tiles import Order, Rows, padded
 
 NEURONWISE = 1 << FIELDS.index("log_neuronwise")
 LAYERWISE = 1 << FIELDS.index("log_layerwise")
@@ -37,233 +28,169 @@ GRADIENT = sum(1 << bit for bit, name in enumerate(FIELDS) if name.startswith("l
 
 def head_metrics(cpu_target: str, call: HeadCall) -> int:
     """Fill the problem's outputs; return the first row with a label that is no class, or -1."""
-    N, D, C, dtype, problem, fields = call.N, call.D, call.C, call.dtype, call.problem, call.fields
-    features, linear_weight, logits, double = call.head.features, call.head.linear_weight, call.head.logits, call.double
-    itemsize = dtype.itemsize
-    weights = bool(fields & (NEURONWISE | GRADIENT))
-    direct = linear_weight.dtype == dtype
-    known = call.prepared = call.prepared or _Weights(cpu_target, call)
-    summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
-    exponent = int(summary[1])
-    # The product with the (C, C) table replaces the one with W where forming the table, about C^2 D / 2, leaves a gain.
-    # Nearly equal rows are told apart by the differences of the product with W alone.
-    by_distance = (
-        weights and not fields & GRADIENT and C <= _DISTANCE_CLASSES and 2 * N * C + C * D < 2 * N * D
-        and (direct or C * D * itemsize <= _TILE_BYTES) and not repeats.near_count
-    )  # fmt: skip
-
-    distances = None
-    fixed = 8 * (3 * C + D) + repeats.nbytes
-    if by_distance:
-        center = None
-        packed = linear_weight if direct and linear_weight.stride(1) == 1 else linear_weight.to(dtype).contiguous()
-        distances = torch.empty(C, C, dtype=dtype)
-        code = 3 if double else 2
-        _core.head_distances(
-            cpu_target, problem, (packed.data_ptr(), packed.stride(0), 1, code), exponent, distances.data_ptr()
-        )
-        fixed += C * C * itemsize
-        del packed
-
-    scratch: Any = torch.empty(call.threads * _core.head_chunk_scratch(C, D), dtype=torch.float64) if weights else None
-    fixed += 0 if scratch is None else 8 * scratch.numel()
-    tile = None
-    if (logits is None and not direct) or center is not None:
-        tile_rows = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
-        tile = torch.empty(tile_rows, D, dtype=dtype)
-        fixed += tile.numel() * itemsize
-    borrowed = logits is not None and logits.dtype == dtype and logits.stride(1) == 1
-    convert = logits is None and features.dtype != dtype
-    per_row = _core.HEAD_ROW_BYTES
-    per_row += 0 if borrowed and not weights else C * itemsize
-    per_row += D * (8 + itemsize) if center is not None else 0
-    per_row += C * itemsize if distances is not None else 0
-    per_row += D * itemsize if convert else 0
-    per_row += repeats.near_count * itemsize
-    length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
-    length = -(-N // -(-N // length))  # equal chunks: no short last product
-
-    state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    z: Any = None if borrowed and not weights else torch.empty(length, C, dtype=dtype)
-    mean: Any = torch.empty(length, D, dtype=torch.float64) if center is not None else None
-    part: Any = torch.empty(length, D, dtype=dtype) if center is not None else None
-    spread: Any = torch.empty(length, C, dtype=dtype) if distances is not None else None
-    near_q: Any = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
-    shift = None if center is None else center[:D].to(dtype)
+    forward = Forward(cpu_target, call)
     first_bad = -1
     with full_precision():
-        for first in range(0, N, length):
-            rows = min(length, N - first)
-            if logits is not None and borrowed:
-                source = logits[first : first + rows]
-            elif logits is not None:
-                source = z[:rows].copy_(logits[first : first + rows])
-            else:
-                source = z[:rows]
-                _logits_into(source, features[first : first + rows], linear_weight, tile, dtype)
-            q: Any = z[:rows] if weights else None
-            bad = _core.head_chunk_statistics(
-                cpu_target, problem, first, rows, source.data_ptr(), source.stride(0), address(q), C,
-                summary.data_ptr(), address(center), address(squares), state.data_ptr(), *repeats.arguments(q, near_q),
-            )  # fmt: skip
+        for first, rows in forward.blocks():
+            bad = forward.statistics(first, rows)
             if bad >= 0 and first_bad < 0:
                 first_bad = bad
-            if not weights:
-                continue
-            if distances is not None:
-                torch.mm(q, distances, out=spread[:rows])
-            else:
-                _product_into(mean[:rows], part[:rows], q, linear_weight, shift, 2.0**exponent, tile)
-                repeats.add_near(mean[:rows], near_q, linear_weight, 2.0**exponent, tile)
-            _core.head_chunk_weights(
-                cpu_target, problem, first, rows, address(q), C, summary.data_ptr(), address(center), state.data_ptr(),
-                address(mean), D, address(spread), C, scratch.data_ptr(), repeats.equal_rows,
-            )  # fmt: skip
+            forward.loop.values(first, rows)
+    call.prepared = Kept(forward.known, forward.tails if call.keeps else None, forward.mean, forward.block)
     return first_bad
 
 
-def head_metrics_backward(
-    cpu_target: str,
-    call: HeadCall,
-    upstream: Tensor,
-    log_coefficient: Tensor | None,
-    d_features: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    d_logits: Tensor | None,
-) -> None:
-    """Fill the wanted gradients.
+class Kept(NamedTuple):
+    """What the values' loop leaves for the gradient of its call."""
 
-    A row's derivative with respect to its log is c = ``upstream`` exp(``log_coefficient``), both (N,), float64.
+    known: Weights
+    tails: Tensor | None  # the statistics of all rows, 72 bytes each, if a gradient is to follow
+    mean: Tensor | None  # the last block's sums, which are all where there is one
+    block: int
 
-    Three products for the trace and layerwise, six for neuronwise and the gradient norms: z, q (W - center), directions
-    (W - center)^T, and the gradients of features and weight, the latter in two parts.
-    """
-    N, D, C, dtype, problem, bit = call.N, call.D, call.C, call.dtype, call.problem, call.fields
-    features, linear_weight, logits, column = call.head.features, call.head.linear_weight, call.head.logits, call.column
-    itemsize = dtype.itemsize
-    c = derivative(upstream, log_coefficient, call.double)
-    weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
-    layerwise = bool(bit & LAYERWISE)
-    known = call.prepared or _Weights(cpu_target, call)
-    summary, center, squares, repeats = known.summary, known.center, known.squares, known.repeats
-    scale = 2.0 ** int(summary[1])
-    shift = None if center is None else center[:D].to(dtype)
 
-    scratch = torch.empty(_core.head_chunk_scratch(C, D), dtype=torch.float64)
-    fixed = 8 * (3 * C + D) + 8 * scratch.numel() + repeats.nbytes
-    tile_rows = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * itemsize)))
-    tile = torch.empty(tile_rows, D, dtype=dtype)
-    fixed += tile.numel() * itemsize
-    per_row = _core.HEAD_ROW_BYTES + _core.HEAD_BACKWARD_ROW_BYTES + (2 if weights else 1) * C * itemsize
-    per_row += 2 * D * itemsize + 8 * D + (2 * D * itemsize if weights else 0)
-    per_row += ((C if repeats else 0) + repeats.near_count) * itemsize
-    length = max(1, min(N, (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // per_row))
-    length = -(-N // -(-N // length)) if N else 1
+class Forward:
+    """The tiled loop of a call: buffers, and the products around head_loop_statistics."""
 
-    state = torch.empty(length * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    numbers = torch.empty(length * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
-    q = torch.empty(length, C, dtype=dtype)
-    cotangent: Any = torch.empty(length, C, dtype=dtype) if weights else None
-    merged = torch.empty(length, C, dtype=dtype) if repeats else None
-    near_q: Any = torch.empty(length, repeats.near_count, dtype=dtype) if repeats.near_count else None
-    sums, part = torch.empty(length, D, dtype=torch.float64), torch.empty(length, D, dtype=dtype)
-    direction: Any = torch.empty(length, D, dtype=dtype) if weights else None
-    top_row: Any = torch.empty(length, D, dtype=dtype) if neuronwise else None
-    top_bias: Any = torch.empty(length, dtype=torch.float64) if neuronwise else None
-    top: Any = torch.empty(length, dtype=torch.int64) if neuronwise else None
-    rows_of_weight: Any = torch.zeros(C, dtype=torch.float64) if neuronwise else None
-    for gradient in (d_weight, d_bias):
-        if gradient is not None:
-            gradient.zero_()
-    poisoned, share = False, torch.zeros((), dtype=torch.float64)  # share: sum of c
-    with full_precision():
-        for first in range(0, N, length):
-            rows = min(length, N - first)
-            here = slice(first, first + rows)
-            z = q[:rows]
-            if logits is not None:
-                z.copy_(logits[here])
+    def __init__(self, cpu_target: str, call: HeadCall, also_per_row: int = 0, kept: Kept | None = None):
+        """``also_per_row``: bytes of the caller's own buffers. ``kept``: the values' loop, for the gradient of its call."""
+        self.call, self.N, self.D = call, call.N, call.D
+        self.known = kept.known if kept is not None else Weights(cpu_target, call)
+        dtype, known = call.dtype, self.known
+        head: Any = call.head
+        itemsize, order = dtype.itemsize, known.order
+        scale = 2.0 ** int(known.summary[1])
+        self.weights = known.center is not None
+        shift = known.center[: self.D] if self.weights and bool(known.center[: self.D].any()) else None
+        self.plain = Rows(head.linear_weight, dtype, order, 1.0, None)
+        self.centered = (
+            Rows(head.linear_weight, dtype, order, scale, shift) if scale != 1 or shift is not None else self.plain
+        )
+        self.borrowed = head.logits is not None and head.logits.dtype == dtype and head.logits.stride(1) == 1
+        self.borrowed &= not self.weights and order.classes is None
+        scratch = call.threads * _core.head_chunk_scratch(call.C, self.D) if self.weights else 0
+        fixed = known.nbytes + 8 * scratch + self.centered.nbytes
+        fixed += self.plain.nbytes if self.plain is not self.centered else 0
+        per_row = _core.HEAD_ROW_BYTES + _core.HEAD_TAIL_BYTES + itemsize * (order.near_count + self.D)
+        per_row += 0 if self.borrowed else itemsize * order.width
+        per_row += itemsize * self.D if self.weights else 0
+        self.block = tiles.block_rows(per_row + also_per_row, fixed)
+        rows = padded(min(self.N, self.block))
+        self.z: Any = None if self.borrowed else torch.empty(rows * order.width, dtype=dtype)
+        # taken over: the statistics of all rows, and the sums, if the field needs any, where one block had them all
+        of_values = kept is not None and (not self.weights or min(self.block, kept.block) >= self.N)
+        tails = kept.tails if kept is not None and of_values else None
+        self.is_known, self.all_tails = tails is not None, tails is not None or call.keeps
+        self.mean: Any = None
+        if self.weights:
+            self.mean = kept.mean if kept is not None and self.is_known else torch.empty(rows, self.D, dtype=dtype)
+        self.near: Any = torch.empty(rows * order.near_count, dtype=dtype) if order.near_count else None
+        self._features: Tensor | None = None
+        self._scratch = torch.empty(scratch, dtype=torch.float64)
+        length = (self.N if self.all_tails else rows) * _core.HEAD_TAIL_BYTES
+        self.tails = tails if tails is not None else torch.empty(length, dtype=torch.uint8)
+        self.state = torch.empty(rows * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
+        self.loop = _core.HeadLoop(
+            cpu_target, call.problem, known.summary.data_ptr(), address(known.center), address(known.squares),
+            address(order.classes), address(order.positions), address(known.bias), self.tails.data_ptr(), self.all_tails,
+            self.state.data_ptr(), address(self.mean), self._scratch.data_ptr(), known.equal_rows,
+        )  # fmt: skip
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First row and rows of each block."""
+        return ((first, min(self.block, self.N - first)) for first in range(0, self.N, self.block))
+
+    def features(self, first: int, rows: int) -> Tensor:
+        """The block's features in the compute type, rows of zeros behind them up to what the library is given."""
+        features, dtype, count = self.call.head.features, self.call.dtype, padded(rows)
+        if features.dtype == dtype and count == rows:
+            return features[first : first + rows]
+        if self._features is None or len(self._features) < count:
+            self._features = torch.empty(count, self.D, dtype=dtype)
+        block = self._features[:count]
+        block[:rows].copy_(features[first : first + rows])
+        block[rows:].zero_()
+        return block
+
+    def statistics(self, first: int, rows: int) -> int:
+        """Run all tiles over a block; returns a row whose label is no class, or -1."""
+        order: Any = self.known.order
+        bad = -1
+        x = self.features(first, rows) if self.call.head.logits is None else None
+        for start, stop in order.tiles():
+            at: tuple[int, int, int, int, int, int]
+            at, near_first, near_last = order.repeats(start, stop)
+            z = self.logits(x, first, rows, start, stop)
+            near: Any = None
+            if near_last > near_first:
+                near = self.near[: padded(rows) * (near_last - near_first)].view(padded(rows), near_last - near_first)
+            found = self.loop.statistics(
+                first, rows, start, stop - start, z.data_ptr(), z.stride(0), *at, address(near)
+            )
+            bad = found if bad < 0 else bad
+            if self.weights:
+                self._add(self.mean[: padded(rows)], z, start, stop)
+                if near is not None:
+                    self._add_near(self.mean[:rows], near[:rows], near_first, near_last)
+        return bad
+
+    def logits(self, x: Any, first: int, rows: int, start: int, stop: int) -> Tensor:
+        """A tile of logits: borrowed from the caller, copied from there, or multiplied."""
+        if self.borrowed:
+            given: Any = self.call.head.logits
+            return given[first : first + rows, start:stop]
+        count = padded(rows)
+        z = self.z[: count * (stop - start)].view(count, stop - start)
+        self.logits_into(z, x, first, rows, start, stop, self.plain)
+        return z
+
+    def logits_into(self, z: Tensor, x: Any, first: int, rows: int, start: int, stop: int, weight: Rows) -> None:
+        """z = features W_tile^T, or what was given of it."""
+        if x is None:
+            logits: Any = self.call.head.logits
+            given = logits[first : first + rows]
+            z[:rows].copy_(given[:, start:stop] if weight.classes is None else given[:, weight.classes[start:stop]])
+            z[rows:].zero_()
+            return
+        for low, high, block in weight.pieces(start, stop):
+            if low == 0:
+                torch.mm(x[:, low:high], block.T, out=z)
             else:
-                _logits_into(z, features[here], linear_weight, tile, dtype)
-            _core.head_chunk_statistics(
-                cpu_target, problem, first, rows, z.data_ptr(), C, z.data_ptr(), C, summary.data_ptr(), address(center),
-                address(squares), state.data_ptr(), *repeats.arguments(merged, near_q),
-            )  # fmt: skip
-            g = z
-            if weights:
-                g = cotangent[:rows]
-                shares = z if merged is None else merged[:rows]
-                _product_into(sums[:rows], part[:rows], shares, linear_weight, shift, scale, tile)
-                repeats.add_near(sums[:rows], near_q, linear_weight, scale, tile)
-                _core.head_chunk_directions(
-                    cpu_target, problem, first, rows, upstream.data_ptr(), address(log_coefficient), summary.data_ptr(),
-                    address(center), state.data_ptr(), numbers.data_ptr(), sums.data_ptr(), direction.data_ptr(),
-                    z.data_ptr(), address(top_row), address(top_bias), address(top), repeats.equal_rows,
-                )  # fmt: skip
-                for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
-                    g[:, start : start + centered.shape[0]] = direction[:rows] @ centered.T
-            mine = None if d_features is None else d_features[here]
-            _core.head_chunk_cotangent(
-                cpu_target, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(),
-                g.data_ptr(), C, summary.data_ptr(), address(center), address(squares), state.data_ptr(),
-                numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
-            )  # fmt: skip
-            numbers_here = numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
-            kinds = numbers_here[:, _core.HEAD_BACKWARD_ROW_KIND].view(torch.int64)
-            poisoned |= bool((kinds == _core.POISONED_ROW).any())
-            share += numbers_here[:, _core.HEAD_BACKWARD_ROW_C].sum()
-            if logits is None:
-                if mine is not None:
-                    _product_into(sums[:rows], part[:rows], g, linear_weight, None, 1.0, tile)
-                    mine += sums[:rows]
-                if d_weight is not None:
-                    d_weight.addmm_(g.T, _kept(features[here], c[here], part[:rows]))
-                if d_bias is not None:
-                    d_bias += g.sum(dim=0, dtype=torch.float64)
-            elif d_logits is not None:
-                d_logits[here] = g
-            if d_weight is not None and weights:
-                d_weight.addmm_(z.T, direction[:rows], alpha=-1 if neuronwise else 1)
-            if neuronwise:
-                rows_of_weight += z.sum(dim=0, dtype=torch.float64)
-                if d_weight is not None:
-                    d_weight.index_add_(0, top[:rows], top_row[:rows])
-                if column is not None and d_bias is not None:
-                    d_bias.index_add_(0, top[:rows], top_bias[:rows])
-                    d_bias -= numbers_here[:, _core.HEAD_BACKWARD_ROW_BIAS] @ z.to(torch.float64)
-    if neuronwise and d_weight is not None:
-        for start, centered in _tiles(linear_weight, shift, scale, tile, dtype):
-            factor = rows_of_weight[start : start + centered.shape[0]].to(dtype).unsqueeze(1)
-            d_weight[start : start + centered.shape[0]].addcmul_(factor, centered)
-    if neuronwise and column is not None and d_bias is not None:
-        d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * (column * scale - center[D]))
-    if layerwise and float(summary[0]) > -math.inf:
-        half = (-0.5 * summary[0]).exp()  # in two steps: ||W||_F^-2 alone may leave the range
-        factor = call.head.norm_power * share * half
-        if d_weight is not None:
-            for start, block in _tiles(linear_weight, None, 1.0, tile, dtype):
-                d_weight[start : start + block.shape[0]] += block * float(half) * float(factor)
-        if column is not None and d_bias is not None:
-            d_bias += column * half * factor
-    if poisoned:
-        for gradient in (d_weight, d_bias):
-            if gradient is not None:
-                gradient.fill_(math.nan)
+                z.addmm_(x[:, low:high], block.T)
+
+    def _add(self, mean: Tensor, shares: Tensor, start: int, stop: int) -> None:
+        """mean += shares (scale W_tile - center)."""
+        for low, high, block in self.centered.pieces(start, stop):
+            if start == 0:
+                torch.mm(shares, block, out=mean[:, low:high])
+            else:
+                mean[:, low:high].addmm_(shares, block)
+
+    def _add_near(self, mean: Tensor, near: Tensor, first: int, last: int) -> None:
+        """Add what the first rows of groups leave out, from differences of rows."""
+        order: Any = self.known.order
+        weight, scale = self.call.head.linear_weight, self.centered.scale
+        # an eighth of a tile: what is taken out of W twice, in float64, once more and in the compute type
+        for low in range(first, last, tiles.TILE_CLASSES // 8):
+            high = min(low + tiles.TILE_CLASSES // 8, last)
+            difference = weight[order.classes[order.near[low:high]]].to(torch.float64)
+            difference -= weight[order.classes[order.near_of[low:high]]]
+            difference *= scale
+            mean.addmm_(near[:, low - first : high - first], difference.to(near.dtype))
 
 
-class _Weights:
+class Weights:
     """What the kernels need of W alone, found once; a gradient takes it over from its forward pass.
 
     ``summary``: log ||W||_F^2 and the power of two that brings W into range; ``center`` (D + 1,) and ``squares`` (C,) of the
-    rows about it, and ``repeats``, where the fields ask for more than norms.
+    rows about it, by position in ``order`` and by class, where the fields ask for more than norms.
     """
 
     def __init__(self, cpu_target: str, call: HeadCall):
         D, C, fields = call.D, call.C, call.fields
         weights = bool(fields & (NEURONWISE | GRADIENT))
         self.center: Any = torch.empty(D + 1, dtype=torch.float64) if weights else None
-        self.squares = torch.empty(C, dtype=torch.float64) if weights else None
+        self.squares: Any = torch.empty(C, dtype=torch.float64) if weights else None
         self.summary = torch.zeros(2, dtype=torch.float64)
         if weights or fields & LAYERWISE:
             row_workspace = torch.empty(2 * C, dtype=torch.float64)
@@ -271,102 +198,29 @@ class _Weights:
                 cpu_target, call.problem, row_workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
                 address(self.squares),
             )  # fmt: skip
-        self.repeats = _Repeats(cpu_target, call.problem, C, D, int(self.summary[1]), self.squares)
+        self.order, self.equal_rows = _order(cpu_target, call, int(self.summary[1]), self.squares)
+        self.bias: Tensor | None = None
+        self.squares_by_class = self.squares
+        if self.squares_by_class is not None and self.order.classes is not None:
+            self.squares = self.squares_by_class[self.order.classes]
+            bias = call.head.linear_bias
+            self.bias = None if bias is None else bias[self.order.classes]
+        self.nbytes = self.order.nbytes + 8 * (3 * C + D)
 
 
-class _Repeats:
-    """Classes whose rows of W are equal or nearly so: found once a call, taken together by the products."""
-
-    def __init__(self, cpu_target: str, problem, C: int, D: int, exponent: int, squares: Tensor | None):
-        self.groups = self.near_count = self.nbytes = 0
-        self.equal_rows = C == 1
-        if squares is None or C < 2:
-            return
-        keys = torch.empty(C + D + 1, dtype=torch.float64)
-        self.members, self.near, self.near_of = (torch.empty(C, dtype=torch.int64) for _ in range(3))
-        self.starts = torch.empty(C + 1, dtype=torch.int64)
-        self.groups, self.near_count = _core.head_repeats(
-            cpu_target, problem, exponent, squares.data_ptr(), keys.data_ptr(), self.members.data_ptr(),
-            self.starts.data_ptr(), self.near.data_ptr(), self.near_of.data_ptr(),
-        )  # fmt: skip
-        if self.groups:
-            self.nbytes = 8 * (4 * C + 1) + (2 * _TILE_BYTES if self.near_count else 0)
-            self.equal_rows = self.near_count == 0 and int(self.starts[1]) == C
-        else:
-            del self.members, self.near, self.near_of, self.starts
-
-    def __bool__(self) -> bool:
-        return self.groups > 0
-
-    def arguments(self, merged: Tensor | None, near_q: Tensor | None) -> tuple[int, ...]:
-        """What head_chunk_statistics takes to write the shares of groups and of nearly equal rows."""
-        if not self.groups:
-            return (0,) * 8
-        return (
-            self.members.data_ptr(), self.starts.data_ptr(), self.groups, self.near.data_ptr(),
-            self.near_of.data_ptr(), self.near_count, address(merged), address(near_q),
-        )  # fmt: skip
-
-    def add_near(self, mean: Tensor, near_q: Tensor | None, weight: Tensor, scale: float, tile: Tensor | None) -> None:
-        """Add to the mean rows what their groups' first rows leave out, from differences of rows."""
-        if near_q is None:
-            return
-        # an eighth of a tile's rows: what is taken out of W twice, in float64, once more and in the compute type fits a tile
-        length = max(1, (TILE_CLASSES if tile is None else tile.shape[0]) // 8)
-        for start in range(0, self.near_count, length):
-            here = slice(start, min(start + length, self.near_count))
-            difference = weight[self.near[here]].to(torch.float64)
-            difference -= weight[self.near_of[here]]
-            difference *= scale
-            mean += near_q[: mean.shape[0], here] @ difference.to(near_q.dtype)
-
-
-def _logits_into(out: Tensor, features: Tensor, weight: Tensor, tile: Tensor | None, dtype: torch.dtype) -> None:
-    """out = features W^T, both in the compute type."""
-    features = features.to(dtype)
-    if weight.dtype == dtype:
-        torch.mm(features, weight.T, out=out)
-        return
-    for start, rows in _tiles(weight, None, 1.0, tile, dtype):
-        out[:, start : start + rows.shape[0]] = features @ rows.T
-
-
-def _kept(features: Tensor, c: Tensor, buffer: Tensor) -> Tensor:
-    """The features of a chunk in the compute type, zero in the rows that add nothing: a NaN there must stay out."""
-    none = c == 0
-    if features.dtype == buffer.dtype and not none.any():
-        return features
-    return buffer.copy_(features).masked_fill_(none.unsqueeze(1), 0)
-
-
-def _product_into(
-    out: Tensor, part: Tensor, q: Tensor, weight: Tensor, center: Tensor | None, scale: float, tile: Tensor | None
-) -> None:
-    """out = q (scale W - center), a tile of W at a time, so that no second W exists and a large common row costs no digits.
-
-    A tile's product is in the compute type, their sum in float64: over 200,000 classes float32 alone loses 1e-4.
-    """
-    out.zero_()
-    for start, rows in _tiles(weight, center, scale, tile, part.dtype):
-        out += torch.mm(q[:, start : start + rows.shape[0]], rows, out=part)
-
-
-def _tiles(
-    weight: Tensor, center: Tensor | None, scale: float, tile: Any, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of rows of scale W - center (center None: of W) in the compute type, each with its first row's index."""
-    length = TILE_CLASSES if tile is None else tile.shape[0]
-    for start in range(0, weight.shape[0], length):
-        rows = weight[start : start + length]
-        if center is None and weight.dtype == dtype:
-            yield start, rows
-            continue
-        block = tile[: rows.shape[0]]
-        if center is None:
-            block.copy_(rows)
-        elif scale == 1:
-            torch.sub(rows, center, out=block)
-        else:
-            torch.mul(rows, scale, out=block)
-            block.sub_(center)
-        yield start, block
+def _order(cpu_target: str, call: HeadCall, exponent: int, squares: Tensor | None) -> tuple[tiles.Order, bool]:
+    """The order of the classes, those together whose rows of W are equal or nearly so, and whether all rows are one."""
+    D, C = call.D, call.C
+    if squares is None or C < 2:
+        return Order(C, tiles.TILE_CLASSES, None, None, None), C == 1
+    keys = torch.empty(C + D + 1, dtype=torch.float64)
+    members, near, near_of = (torch.empty(C, dtype=torch.int64) for _ in range(3))
+    starts = torch.empty(C + 1, dtype=torch.int64)
+    groups, near_count = _core.head_repeats(
+        cpu_target, call.problem, exponent, squares.data_ptr(), keys.data_ptr(), members.data_ptr(), starts.data_ptr(),
+        near.data_ptr(), near_of.data_ptr(),
+    )  # fmt: skip
+    if not groups:
+        return Order(C, tiles.TILE_CLASSES, None, None, None), False
+    equal = near_count == 0 and int(starts[1]) == C
+    return Order(C, tiles.TILE_CLASSES, members[: int(starts[groups])], starts[:groups], near[:near_count]), equal

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE, TILE_CLASSES
+from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE
 from .memory import HeadCall, address
 from .precision import full_precision
 from .reduction import derivative
@@ -22,6 +22,7 @@ WORKSPACE_BYTES = 256 << 20
 """Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
 has some 200 rows, so that its product takes longer than reading W for it."""
 _TILE_BYTES = 16 << 20  # rows of W converted or centred at a time
+TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
 _SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
 _MOST_SLOTS = 1024  # such blocks
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backend, chunked_cpu, paths
+from . import backend, chunked_cpu, chunked_cpu_backward, paths
 from .backend import _core
 from .head import Head
 from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
@@ -58,6 +58,7 @@ def head_measure(
     One call of the extension where the head is small, for it takes no longer than 10 us.
     """
     call = _CpuCall(head, 1 << field)
+    call.keeps = with_coefficient
     if call.path != "fused":
         values, _ = call.run(True)
         return *head_reduction(values[0], how, with_coefficient), call.prepared
@@ -103,7 +104,7 @@ def head_metrics_backward(
             address(d_features), address(d_weight), address(d_bias), address(d_logits),
         )  # fmt: skip
     else:
-        chunked_cpu.head_metrics_backward(
+        chunked_cpu_backward.head_metrics_backward(
             call.cpu_target,
             call,
             upstream.expand(N).contiguous(),

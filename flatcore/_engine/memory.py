@@ -57,7 +57,8 @@ class HeadCall:
         features, weight, logits = head.features, head.linear_weight, head.logits
         bias, target = head.linear_bias, head.target
         self.fields, self.threads, self.double = fields, threads, is_double(head)
-        self.prepared: Any = None  # what a chunked loop has found out about W alone; a gradient takes it over
+        self.prepared: Any = None  # what a chunked loop has found out that a gradient can take over
+        self.keeps = False  # whether a gradient will
         self.head = head = Head.of(
             (
                 readable(features),

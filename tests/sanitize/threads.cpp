@@ -1,6 +1,7 @@
 // Eight threads that call the kernels of csrc/cpu at once, each kernel on one thread: inputs shared and read only,
 // outputs and workspaces each thread's own, on every CPU target that this processor has. Each result has to be that of
 // a lone call, bit for bit, and ThreadSanitizer, with which this is built, has to see no race. Without Python.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -225,36 +226,18 @@ struct LargeHead {
     scale = std::scalbn(1.0, found.exponent);
   }
 
+  // W_tile phi, the classes of the tile as given
   template <class S>
-  std::vector<S> products() const {
-    std::vector<S> z(index(kRows * kClasses));
+  std::vector<S> products(const std::vector<int64_t>& classes) const {
+    std::vector<S> z;
     for (int64_t n = 0; n < kRows; ++n) {
-      for (int64_t j = 0; j < kClasses; ++j) {
+      for (const int64_t j : classes) {
         double sum = 0.0;
         for (int64_t d = 0; d < kFeatures; ++d) sum += inputs.features[index(n * kFeatures + d)] * entry(j, d);
-        z[index(n * kClasses + j)] = static_cast<S>(sum);
+        z.push_back(static_cast<S>(sum));
       }
     }
     return z;
-  }
-  // merged (2^e W - center) + near_q (2^e (W_near - W_near_of))
-  template <class S>
-  std::vector<double> means(const std::vector<S>& merged, const std::vector<S>& near_q) const {
-    std::vector<double> mean(index(kRows * kFeatures));
-    for (int64_t n = 0; n < kRows; ++n) {
-      for (int64_t d = 0; d < kFeatures; ++d) {
-        double sum = 0.0;
-        for (int64_t j = 0; j < kClasses; ++j) {
-          sum += static_cast<double>(merged[index(n * kClasses + j)]) * (scale * entry(j, d) - center[index(d)]);
-        }
-        for (int64_t k = 0; k < repeats.near_count; ++k) {
-          sum += static_cast<double>(near_q[index(n * repeats.near_count + k)]) * scale *
-                 (entry(repeats.near[k], d) - entry(repeats.near_of[k], d));
-        }
-        mean[index(n * kFeatures + d)] = sum;
-      }
-    }
-    return mean;
   }
   double entry(int64_t j, int64_t d) const { return inputs.weight[index(j * kFeatures + d)]; }
 
@@ -269,75 +252,95 @@ struct LargeHead {
   double scale = 1.0;
 };
 
-// Rows in the loop's first step: the statistics, and q with the shares that the product takes.
+// The values' loop over two tiles, the classes in the order of their groups, with the sums that torch forms there.
 template <class S>
-struct Chunk : HeadChunk {
-  Chunk(const Target& kernels, const HeadProblem& problem, const LargeHead& head)
-      : HeadChunk{}, shares(head.products<S>()), merged_shares(shares.size()) {
-    static_cast<HeadProblem&>(*this) = problem;
-    near_shares.resize(index(kRows * head.repeats.near_count));
-    HeadChunk::rows = kRows;
-    z = q = shares.data();
-    z_stride = q_stride = merged_stride = kClasses;
-    repeats = head.repeats;
-    merged = merged_shares.data();
-    near_q = near_shares.data();
-    summary = head.summary.data();
-    center = head.center.data();
-    centered_squares = head.squares.data();
-    row_state = states.data();
-    kernels.head_chunk_statistics(*this);
+struct TwoTiles {
+  TwoTiles(const Target& kernels, const HeadProblem& problem, const LargeHead& head) {
+    static_cast<HeadProblem&>(loop) = problem;
+    const int64_t grouped = head.repeats.starts[head.repeats.groups];
+    for (int64_t k = 0; k < grouped; ++k) classes.push_back(head.repeats.members[k]);
+    for (int64_t j = 0; j < kClasses; ++j) {
+      if (std::find(classes.begin(), classes.begin() + grouped, j) == classes.begin() + grouped) classes.push_back(j);
+    }
+    for (int64_t k = 0; k < kClasses; ++k) {
+      positions[index(classes[index(k)])] = k;
+      squares[index(k)] = head.squares[index(classes[index(k)])];
+    }
+    for (int64_t k = 0; k < head.repeats.near_count; ++k) {
+      near.push_back(positions[index(head.repeats.near[k])]);
+      near_of.push_back(positions[index(head.repeats.near_of[k])]);
+    }
+    loop.summary = head.summary.data();
+    loop.center = head.center.data();
+    loop.centered_squares = squares.data();
+    loop.classes = classes.data();
+    loop.positions = positions.data();
+    loop.tails = tails.data();
+    loop.row_state = states.data();
+    loop.mean = mean.data();
+    loop.scratch = scratch.data();
+    const int64_t bounds[] = {0, (grouped + kClasses) / 2, kClasses};
+    for (int t = 0; t < 2; ++t) {
+      const std::vector<int64_t> here(classes.begin() + bounds[t], classes.begin() + bounds[t + 1]);
+      std::vector<S> z = head.products<S>(here), near_shares(index(kRows * head.repeats.near_count));
+      HeadTile tile;
+      tile.rows = kRows;
+      tile.first_class = bounds[t];
+      tile.classes = tile.z_stride = bounds[t + 1] - bounds[t];
+      tile.z = z.data();
+      tile.repeats.first = bounds[t];
+      if (t == 0) {
+        tile.repeats = {0, head.repeats.starts, 1, grouped, near.data(), near_of.data(), head.repeats.near_count};
+      }
+      tile.near = near_shares.data();
+      kernels.head_loop_statistics(loop, tile);
+      add(head, here, z, t == 0 ? near_shares : std::vector<S>{});
+      shares.insert(shares.end(), z.begin(), z.end());
+    }
+    kernels.head_loop_values(loop, 0, kRows);
   }
-  std::vector<S> shares, merged_shares, near_shares;
+  // mean += shares (2^e W - center) + near shares (2^e (W_near - W_near_of))
+  void add(const LargeHead& head, const std::vector<int64_t>& here, const std::vector<S>& z,
+           const std::vector<S>& near_shares) {
+    for (int64_t n = 0; n < kRows; ++n) {
+      for (int64_t d = 0; d < kFeatures; ++d) {
+        double sum = 0.0;
+        for (size_t k = 0; k < here.size(); ++k) {
+          sum += static_cast<double>(z[index(n) * here.size() + k]) *
+                 (head.scale * head.entry(here[k], d) - head.center[index(d)]);
+        }
+        for (size_t k = 0; k < near_shares.size() / index(kRows); ++k) {
+          sum += static_cast<double>(near_shares[index(n) * near.size() + k]) * head.scale *
+                 (head.entry(classes[index(near[k])], d) - head.entry(classes[index(near_of[k])], d));
+        }
+        mean[index(n * kFeatures + d)] += static_cast<S>(sum);
+      }
+    }
+  }
+
+  HeadLoop loop;
+  std::vector<int64_t> classes, positions = std::vector<int64_t>(index(kClasses)), near, near_of;
+  std::vector<double> squares = std::vector<double>(index(kClasses)),
+                      scratch = std::vector<double>(index(head_chunk_scratch(kClasses, kFeatures)));
+  std::vector<HeadTail> tails = std::vector<HeadTail>(index(kRows));
   std::vector<HeadRow> states = std::vector<HeadRow>(index(kRows));
+  std::vector<S> mean = std::vector<S>(index(kRows * kFeatures)), shares;
 };
 
 template <class S>
 Written chunked(const Target& kernels, const Inputs& in) {
   Written out;
-  std::vector<double> values(index(kFieldCount * kRows)), scratch(index(head_chunk_scratch(kClasses, kFeatures)));
+  std::vector<double> values(index(kFieldCount * kRows));
   std::vector<int64_t> prediction(index(kRows));
   HeadProblem problem = in.problem(kAllFields, false, false);
   problem.values = values.data();
   problem.prediction = prediction.data();
   const LargeHead head(kernels, problem, in);
-  {
-    Chunk<S> chunk(kernels, problem, head);
-    const std::vector<double> mean = head.means(chunk.merged_shares, chunk.near_shares);
-    chunk.mean = mean.data();
-    chunk.mean_stride = kFeatures;
-    chunk.scratch = scratch.data();
-    kernels.head_chunk_weights(chunk);
-    out.add(chunk.shares);
-    out.add(values);
-    out.add(prediction);
-  }
-  HeadDistances table;  // of the weight in the compute type
-  const Stored rows(in.weight, kFeatures, sizeof(S) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
-  std::vector<S> distances(index(kClasses * kClasses)), spread(index(kRows * kClasses));
-  table.weight = rows.matrix();
-  table.C = kClasses;
-  table.D = kFeatures;
-  table.exponent = static_cast<int>(head.summary[1]);
-  table.distances = distances.data();
-  kernels.head_distances(table);
-  problem.fields &= ~kGradientFields;
-  Chunk<S> chunk(kernels, problem, head);
-  for (int64_t n = 0; n < kRows; ++n) {
-    for (int64_t k = 0; k < kClasses; ++k) {
-      S sum = 0;
-      for (int64_t j = 0; j < kClasses; ++j) {
-        sum += chunk.shares[index(n * kClasses + j)] * distances[index(j * kClasses + k)];
-      }
-      spread[index(n * kClasses + k)] = sum;
-    }
-  }
-  chunk.distance = spread.data();
-  chunk.distance_stride = kClasses;
-  chunk.scratch = scratch.data();
-  kernels.head_chunk_weights(chunk);
-  out.add(distances);
+  const TwoTiles<S> tiles(kernels, problem, head);
+  out.add(tiles.shares);
+  out.add(tiles.mean);
   out.add(values);
+  out.add(prediction);
   return out;
 }
 
@@ -345,53 +348,61 @@ template <class S>
 Written chunked_backward(const Target& kernels, const Inputs& in) {
   Written out;
   for (const Field field : kMeasures) {
-    std::vector<double> values(index(kRows)), scratch(index(head_chunk_scratch(kClasses, kFeatures)));
-    HeadProblem problem = in.problem(1U << field, false, false);
-    problem.values = values.data();
+    const HeadProblem problem = in.problem(1U << field, false, false);
     const LargeHead head(kernels, problem, in);
-    const Chunk<S> chunk(kernels, problem, head);
-    std::vector<HeadBackwardRow> rows(index(kRows));
-    std::vector<S> q = chunk.shares, g = q, direction(index(kRows * kFeatures)), top_row = direction,
-                   d_features = direction, d_weight(index(kClasses * kFeatures));
-    std::vector<double> top_bias(index(kRows));
-    std::vector<int64_t> top(index(kRows));
-    const std::vector<double> mean = head.means(chunk.merged_shares, chunk.near_shares);
-    HeadBackwardChunk call;
+    const TwoTiles<S> tiles(kernels, problem, head);
+    const bool weights = (1U << field & kWeightFields) != 0;
+    std::vector<BackwardRow> rows(index(kRows));
+    std::vector<S> direction(index(kRows * kFeatures)), top_row = direction, d_features = direction,
+        d_weight(index(kClasses * kFeatures)), explicit_g(index(kRows * kClasses));
+    std::vector<double> top_bias(index(kRows)), scratch(index(head_chunk_scratch(kClasses, kFeatures)));
+    std::vector<int64_t> top(index(kRows)), marked;
+    HeadBackwardLoop call;
     static_cast<HeadProblem&>(call) = problem;
     call.upstream = in.upstream.data();
     call.log_coefficient = in.log_coefficient.data();
-    call.rows = kRows;
-    call.q = q.data();
-    call.q_stride = call.g_stride = kClasses;
     call.summary = head.summary.data();
     call.center = head.center.data();
     call.centered_squares = head.squares.data();
-    call.row_state = chunk.states.data();
+    call.tails = tiles.tails.data();
+    call.row_state = tiles.states.data();
     call.numbers = rows.data();
-    call.mean = mean.data();
+    call.mean = tiles.mean.data();
     call.direction = direction.data();
-    call.top_row = field == kLogNeuronwise ? top_row.data() : nullptr;
-    call.top_bias = field == kLogNeuronwise ? top_bias.data() : nullptr;
-    call.top = field == kLogNeuronwise ? top.data() : nullptr;
-    if (1U << field & kWeightFields) {
-      kernels.head_chunk_directions(call);
-      for (int64_t n = 0; n < kRows; ++n) {
-        for (int64_t j = 0; j < kClasses; ++j) {
-          double sum = 0.0;
-          for (int64_t d = 0; d < kFeatures; ++d) {
-            sum += static_cast<double>(direction[index(n * kFeatures + d)]) *
-                   (head.scale * head.entry(j, d) - head.center[index(d)]);
-          }
-          g[index(n * kClasses + j)] = static_cast<S>(sum);
-        }
-      }
-    }
-    call.g = 1U << field & kWeightFields ? g.data() : q.data();
+    call.top_row = top_row.data();
+    call.top_bias = top_bias.data();
+    call.top = top.data();
     call.d_features = d_features.data();
     call.d_weight = d_weight.data();
     call.scratch = scratch.data();
-    kernels.head_chunk_cotangent(call);
-    for (const std::vector<S>* written : {&q, &g, &direction, &top_row, &d_features, &d_weight}) out.add(*written);
+    kernels.head_backward_rows(call, 0, kRows);
+    for (const int64_t first : {int64_t{0}, kClasses / 2}) {
+      std::vector<int64_t> here;
+      for (int64_t j = first; j < (first == 0 ? kClasses / 2 : kClasses); ++j) here.push_back(j);
+      std::vector<S> z = head.products<S>(here), g = z;
+      for (int64_t n = 0; n < kRows && weights; ++n) {
+        for (size_t k = 0; k < here.size(); ++k) {
+          double sum = 0.0;
+          for (int64_t d = 0; d < kFeatures; ++d) {
+            sum += static_cast<double>(direction[index(n * kFeatures + d)]) *
+                   (head.scale * head.entry(here[k], d) - head.center[index(d)]);
+          }
+          g[index(n) * here.size() + k] = static_cast<S>(sum);
+        }
+      }
+      const auto width = static_cast<int64_t>(here.size());
+      kernels.head_backward_tile(call, {0, kRows, first, width, z.data(), weights ? g.data() : z.data(), width});
+      out.add(z);
+      out.add(g);
+    }
+    for (int64_t n = 0; n < kRows; ++n) {
+      if (rows[index(n)].kind == kExplicit) marked.push_back(n);
+    }
+    const auto count = static_cast<int64_t>(marked.size());
+    kernels.head_backward_explicit(call, 0, marked.data(), count, explicit_g.data());
+    for (const std::vector<S>* written : {&direction, &top_row, &d_features, &d_weight, &explicit_g}) {
+      out.add(*written);
+    }
     out.add(top_bias);
     out.add(top);
   }
