@@ -1,6 +1,6 @@
 """Are the answers right: on a subset of rows, against the reference formulas in float64.
 
-flatcore (native, reference) is held to its contract by the tests' own function, ``tests/tolerance.py``.
+flatcore (native, reference) is held to its contract by the tests' own function, ``flatcore/_check/tolerance.py``.
 The rivals are held to what their formula can give in float32: the absolute rounding of 1 - sum p^2 and of the Gram
 form, summed worst case over the lengths of their sums. A wrong formula fails; a confident row that comes out 0 does
 not, it is counted in the column *rows right to 1 %*.
@@ -9,8 +9,6 @@ not, it is counted in the column *rows right to 1 %*.
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from torch import Tensor
 from works import Candidate, Inputs, Work
 
 from flatcore import HeadMetrics, reference
+from flatcore._check.tolerance import cotangent_tolerance, tolerance
 from flatcore._engine.head import Head
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from tolerance import cotangent_tolerance, tolerance
 
 U = 2.0**-24  # unit roundoff of float32
 

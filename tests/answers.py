@@ -1,6 +1,6 @@
 """Every number of a drawn call on one path, held against the exact one.
 
-Truth and tolerances: ``oracles.py`` and ``tolerance.py``.
+Truth and tolerances: ``oracles.py`` and ``flatcore/_check/tolerance.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import oracle_derivatives
 import oracles
 import torch
 from strategies import GRADIENT_NORMS, MEASURES, Call
-from tolerance import (
+from torch import Tensor
+
+import flatcore
+from flatcore._check.tolerance import (
     Bound,
     cotangent_tolerance,
     derivative_error,
@@ -25,9 +28,6 @@ from tolerance import (
     tolerance,
     worst,
 )
-from torch import Tensor
-
-import flatcore
 
 # from here on a magnified rounding is a large part of the value: what the formats hold is no longer a statement
 CONDITION_AT_MOST = 1e3

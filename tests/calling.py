@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tolerance import assert_same, assert_within, tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatcore
+from flatcore._check.tolerance import assert_same, assert_within, tolerance
 
 N, D, C = 6, 7, 4
 

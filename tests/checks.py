@@ -9,9 +9,9 @@ import numpy as np
 import oracles
 import torch
 from cases import BY_NAME, Case
-from tolerance import assert_within, logit_error, tolerance
 
 import flatcore
+from flatcore._check.tolerance import assert_within, logit_error, tolerance
 
 LOGS = (
     "log_one_minus_confidence",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tolerance import assert_within, product_tolerance
 from torch import Tensor, nn
 from torch.nn import functional
+
+from flatcore._check.tolerance import assert_within, product_tolerance
 
 N, C = 9, 5
 

@@ -5,7 +5,8 @@
     python tests/fuzz.py --seed 0 --only 4711        one case again, with its reproduction
 
 A case is one drawn call (``strategies.py``) on each of the paths. Case i of a seed is the same on every machine and
-whatever ran before it, under the same restrictions. Truth and tolerances: ``oracles.py`` and ``tolerance.py``.
+whatever ran before it, under the same restrictions. Truth and tolerances: ``oracles.py`` and
+``flatcore/_check/tolerance.py``.
 """
 
 from __future__ import annotations

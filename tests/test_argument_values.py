@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from refusing import CHECKED_FIRST, C, N, arguments, refuses
-from tolerance import assert_within, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_within, tolerance
 from flatcore._engine import paths
 
 # some heads here have one class, and are meant to

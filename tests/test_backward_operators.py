@@ -15,11 +15,11 @@ import emulation
 import pytest
 import torch
 from differentiated import problem
-from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
 from flatcore import reference
+from flatcore._check.tolerance import assert_same
 from flatcore._engine import paths
 
 # some heads here have one class, and are meant to

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from calling import FUNCTIONS, C, D, N, assert_all_close, assert_all_same, flat, problem
-from tolerance import assert_same
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 from flatcore._engine import paths
 
 # some heads here have one class, and are meant to

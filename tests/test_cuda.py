@@ -16,10 +16,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tolerance import assert_same, assert_within, cotangent_tolerance, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_same, assert_within, cotangent_tolerance, tolerance
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WIDTHS = (1, 2, 3, 7, 8, 9, 31, 33, 127, 129, 1023, 1024, 1025, 16383, 16384, 16385, 49157)

@@ -15,10 +15,10 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 from flatcore._engine import backend as _backend
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from refusing import C, D, N, arguments, gradients_with
-from tolerance import assert_within, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_within, tolerance
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")

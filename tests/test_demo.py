@@ -20,10 +20,10 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
-from tolerance import assert_within, logit_error, tolerance
 
 import flatcore
 from flatcore.__main__ import main
+from flatcore._check.tolerance import assert_within, logit_error, tolerance
 from flatcore._cli import demo
 
 ROOT = Path(__file__).parents[1]

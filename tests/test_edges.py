@@ -9,10 +9,10 @@ import pytest
 import torch
 from cases import BY_NAME, Case
 from checks import Problem, bits
-from tolerance import assert_same, assert_within, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_same, assert_within, tolerance
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")

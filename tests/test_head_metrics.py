@@ -11,9 +11,9 @@ import pytest
 import torch
 from cases import BY_NAME, CASES, Case
 from checks import Problem, problem
-from tolerance import assert_within, tolerance
 
 import flatcore
+from flatcore._check.tolerance import assert_within, tolerance
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")

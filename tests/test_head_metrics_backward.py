@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from differentiated import MEASURES, NORMS, exact_log_gradients, problem
-from tolerance import Bound, assert_same, assert_within, product_tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import Bound, assert_same, assert_within, product_tolerance
 from flatcore._engine import cpu as _native
 from flatcore._engine import direct, paths
 from flatcore._engine import reduction as reductions

@@ -16,11 +16,11 @@ import oracles
 import pytest
 import torch
 from convolving import C, N, batch, close, cnn, one_at_a_time
-from tolerance import Bound, assert_same, assert_within, product_tolerance, tolerance
 from torch import Tensor, nn
 from torch.nn import functional
 
 import flatcore
+from flatcore._check.tolerance import Bound, assert_same, assert_within, product_tolerance, tolerance
 
 INF, NAN = math.inf, math.nan
 ORDS = (1, 2, INF)

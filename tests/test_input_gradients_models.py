@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from convolving import batch, close, cnn, one_at_a_time
-from tolerance import assert_same
 from torch import Tensor, nn
 from torch.nn import functional
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 
 
 # -------------------------------------------------------------------------------------------------- nothing is changed

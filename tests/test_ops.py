@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from calling import FUNCTIONS, C, D, N, Recorder, assert_all_same, flat, problem
-from tolerance import assert_same
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -22,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 from flatcore._engine import direct
 
 # some heads here have one class, and are meant to

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import assert_same, assert_within, tolerance
 
 import flatcore
+from flatcore._check.tolerance import assert_same, assert_within, tolerance
 from flatcore._engine import paths
 
 

@@ -15,10 +15,10 @@ from cases import BY_NAME, Case
 from checks import LINEAR, LOGS, Problem, bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import Bound, assert_same, assert_within, tolerance
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import Bound, assert_same, assert_within, tolerance
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")

@@ -8,11 +8,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tolerance import assert_same, assert_within, tolerance
 from torch import Tensor
 
 import flatcore
 from flatcore import __main__
+from flatcore._check.tolerance import assert_same, assert_within, tolerance
 
 INF = math.inf
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from calling import FUNCTIONS, C, N, Recorder, assert_all_close, assert_all_same, assert_summed_alike, problem
-from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")

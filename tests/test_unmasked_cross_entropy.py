@@ -12,11 +12,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tolerance import Bound, assert_same, assert_within, cotangent_tolerance, tolerance
 from torch import Tensor
 from torch.nn import functional
 
 import flatcore
+from flatcore._check.tolerance import Bound, assert_same, assert_within, cotangent_tolerance, tolerance
 from flatcore._engine import ops
 
 # some heads here have one class, and are meant to

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A float32 result from float32 features: 4e-6 of its own (tests/tolerance.py), and twice the rounding of a logit, which is
-# 2 (2 sqrt(D) + 4) 2^-24 of its absolute terms: 5e-6 at D = 32 and terms that add up to 2.6. Doubled for larger sums.
+# A float32 result from float32 features: 4e-6 of its own (flatcore/_check/tolerance.py), and twice the rounding of a logit,
+# which is 2 (2 sqrt(D) + 4) 2^-24 of its absolute terms: 5e-6 at D = 32 and terms that add up to 2.6. Doubled for
+# larger sums.
 FLOAT32 = 2e-5
 FLOAT64 = 1e-10
 MEASURES = ("hessian_trace", "layerwise", "neuronwise")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _NARROW = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0, torch.float64: 0.0}
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 # By how much the log of a value moves, at most, when no difference of two logits moves by more than 1. Each
 # p_j = 1/sum_k exp(z_k - z_j) then moves by a factor within exp(+-1), and so do the odds tau and the loss (log(1 + x)'s
@@ -33,7 +33,7 @@ class Bound(NamedTuple):
     absolute: Any
     relative: Any
 
-    def __add__(self, other: Bound) -> Bound:
+    def __add__(self, other: Bound) -> Bound:  # type: ignore[override]  # not the tuples' join
         """Bound of the difference of two computed values."""
         return Bound(self.absolute + other.absolute, self.relative + other.relative)
 
