@@ -9,6 +9,7 @@ import importlib
 from types import ModuleType
 
 from . import cuda
+from ._check.check import check
 from ._config import __version__, show_config
 from ._engine.backend import backend
 from ._head_metrics import (
@@ -43,6 +44,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "backend",
+    "check",
     "cuda",
     "evaluate",
     "feature_gradient_norms",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import __version__, show_config
+from . import __version__, check, show_config
 from ._arguments.checks import check_norm
 
 _EXAMPLES = """\
@@ -20,6 +20,7 @@ examples:
   python -m flatcore demo                          train on digits, measure, and write flatcore-demo/
   python -m flatcore demo --out /tmp/run --seed 3  another network, another folder
   python -m flatcore config                        what was compiled and what runs here
+  python -m flatcore check                         whether it computes right on this machine
 
 A factory is a function of yours that returns (model, loader), named package.module:function:
   python -m flatcore evaluate mine:trained --out report
@@ -84,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
         help="stop the training after so many epochs at the latest (default: %(default)s)",
     )  # fmt: skip
     _add_model_commands(commands)
+    checking = commands.add_parser(
+        "check",
+        help="compare this machine's kernels with exact answers",
+        description="Compare the kernels of this machine, on its processor and its GPUs, with exact answers that came with "
+        "the package: about 100 small calls for each CPU target, device and path. Prints a table with the worst error in "
+        "tolerances (1 is the last that passes); a failure names the case, what was wanted and what came. Seconds.",
+    )
+    checking.add_argument(
+        "--device", choices=("cpu", "cuda", "all"), default="all", metavar="cpu|cuda|all",
+        help="cuda: every CUDA device, and a failure where none can be used; all: the CPU and the CUDA devices that are "
+        "here (default: %(default)s)",
+    )  # fmt: skip
+    checking.add_argument(
+        "--full", action="store_true", help="large sizes too; on CUDA also a second stream, a graph capture and times"
+    )
     commands.add_parser(
         "config",
         help="print what was compiled, what is usable here and what would run",
@@ -199,6 +215,12 @@ def _print_config() -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    found = check(None if arguments.device == "all" else arguments.device, full=arguments.full)
+    print(found)
+    return 0 if found.ok else 1
+
+
 def _fail(sentence: str) -> int:
     print(f"flatcore: {sentence}", file=sys.stderr)
     return 1
@@ -251,7 +273,12 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         with _replacing(sys.stdout):
-            status = _print_config() if arguments.command == "config" else _run(arguments)
+            if arguments.command == "config":
+                status = _print_config()
+            elif arguments.command == "check":
+                status = _check(arguments)
+            else:
+                status = _run(arguments)
             sys.stdout.flush()
         return status
     except SystemExit as stop:  # of the model or the loader: nothing was finished

@@ -1,1 +1,1 @@
-"""Golden answers, and the check of every kernel against them."""
+"""The check of every kernel against golden answers that ship in the package."""
