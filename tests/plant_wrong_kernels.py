@@ -2,6 +2,7 @@
 
     python tests/plant_wrong_kernels.py              # all of them: a build and a part of the suite each, about a minute
     python tests/plant_wrong_kernels.py log1p tail   # those whose name contains one of the words
+    python tests/plant_wrong_kernels.py --check tail # does flatcore.check alone notice?
 
 The checkout is copied to a temporary directory, one exact string is replaced in its sources, the package is built into a
 directory beside it and the tests named here run against that build with ``-x -q``. Nothing in the checkout is touched.
@@ -242,6 +243,8 @@ PLANTS = (
         ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
 )
+_CHECK = ("tests/test_check.py", "-k", "every_cpu_target or (emulated and 1500)")
+"""The battery of flatcore.check, over every CPU target and over emulated threads."""
 # what the copy without a change must pass before a red one means anything
 _CONTROL = (*_VALUES, "tests/test_shapes.py", "tests/test_edges.py", "tests/test_row_norms.py",
             "tests/test_unmasked_cross_entropy.py")  # fmt: skip
@@ -284,6 +287,9 @@ def _test(copy: Path, site: Path, tests: tuple[str, ...]) -> tuple[str, str]:
 
 def main(words: list[str]) -> int:
     """Plant, build, test, report."""
+    judges = None
+    if "--check" in words:
+        words, judges = [word for word in words if word != "--check"], _CHECK
     plants = [plant for plant in PLANTS if not words or any(word in plant.name for word in words)]
     right = True
     with tempfile.TemporaryDirectory(prefix="flatcore-plant-") as temporary:
@@ -300,7 +306,7 @@ def main(words: list[str]) -> int:
                 if plant.file:
                     source.write_text(text.replace(plant.old, plant.new))
                 problem = _build(copy, site, build)
-                outcome, detail = ("not built", problem) if problem else _test(copy, site, plant.tests)
+                outcome, detail = ("not built", problem) if problem else _test(copy, site, judges or plant.tests)
                 if plant.file:
                     source.write_text(text)
             right &= outcome == expected

@@ -128,6 +128,31 @@ def test_no_module_is_imported_by_what_it_imports():
     assert not graph["flatcore._arguments.checks"], "the checks of one argument lie below everything but torch"
 
 
+CHECK_KNOWS = r"(_arguments\.checks|_engine|_head_metrics|_row_norms|_unmasked_cross_entropy|cuda|reference)\b"
+KNOW_CHECK = {"__init__.py"}
+"""Who may import flatcore/_check."""
+
+
+def test_the_check_stands_above_what_it_checks():
+    for path in (ROOT / "flatcore/_check").glob("*.py"):
+        text = re.sub(r"from \.\. import (\w+)", r"from ..\1 import", path.read_text())
+        above = re.findall(r"^\s*from \.\.(\S+) import", text, re.MULTILINE)
+        assert all(re.match(CHECK_KNOWS, name) for name in above), (path, above)
+    others = [path for path in (ROOT / "flatcore").rglob("*.py") if path.parent.name != "_check"]
+    knowing = {
+        str(p.relative_to(ROOT / "flatcore")) for p in others if re.search(r"(import|\.) ?_check\b", p.read_text())
+    }
+    assert knowing == KNOW_CHECK
+
+
+def test_an_import_does_not_load_the_battery():
+    code = "import sys, flatcore; print([name for name in sys.modules if name.startswith('flatcore._check')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(ast.literal_eval(done.stdout)) <= {
+        "flatcore._check", "flatcore._check.check", "flatcore._check.record",
+    }  # fmt: skip
+
+
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 BELOW = {"csrc": ("", "math"), "math": ("math",), "cpu": ("", "math", "cpu"), "cuda": ("", "math", "cuda")}
 """Whose headers a folder of csrc may include, csrc/bind aside; "" has the plain ones that lie in csrc itself."""
