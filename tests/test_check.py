@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from test_surroundings import SWITCHES
 from torch import Tensor
 
 import flatcore
+import flatcore._check as package
 from flatcore import __main__
 from flatcore._check import battery as batteries
 from flatcore._check import cases, full
@@ -342,8 +344,8 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, boo
 
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setattr(checks, "_cuda_devices", lambda: (devices, None))
-    monkeypatch.setitem(__import__("sys").modules, "flatcore._check.process", process)
-    monkeypatch.setattr(__import__("flatcore._check", fromlist=["_check"]), "process", process, raising=False)
+    monkeypatch.setitem(sys.modules, "flatcore._check.process", process)
+    monkeypatch.setattr(package, "process", process, raising=False)
     monkeypatch.setattr(full, "times", lambda device: [f"times of {device}"])
     return asked
 
