@@ -74,7 +74,7 @@ def emulated(order: str = "forwards") -> Iterator[None]:
     core.set_order(ORDERS[order])
     with ExitStack() as stack:
         for owner, name, value in (
-            (_native_cuda, "_core", core),
+            (_native_cuda, "cuda_module", lambda: core),
             (_native_cuda, "stream", lambda x: (0, 0)),
             (chunked_cuda, "half_product", _half_product),
         ):
