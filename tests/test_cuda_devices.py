@@ -77,6 +77,26 @@ def test_work_on_the_cpu_does_not_load_it(tmp_path: Path) -> None:
     assert done.stdout == "it was loaded\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("driver", "said", "wanted"),
+    (
+        (0, "CUDA driver version is insufficient for CUDA runtime version", "no NVIDIA driver found"),
+        (12020, "CUDA driver version is insufficient for CUDA runtime version",
+         "the NVIDIA driver serves CUDA 12.2, and flatcore was built with 13.0: update the driver, or build with an older "
+         "toolkit (CUDA driver version is insufficient for CUDA runtime version)"),
+        (13010, "no CUDA-capable device is detected", "no CUDA-capable device is detected"),
+    ),
+)  # fmt: skip
+def test_why_no_device_can_be_used(driver: int, said: str, wanted: str, installed: Callable[[str], None]) -> None:
+    installed(
+        f"ABI = {extensions.ABI}\nCUDA_FUSED_CLASSES = 32\n"
+        f"def cuda_runtime():\n    return 13000, {driver}, 0, {said!r}\n"
+        "def cuda_architectures():\n    return '90-real'\n"
+    )
+    config = flatcore.cuda.show_config()
+    assert config["reason"] == wanted and not config["available"]
+
+
 # ----------------------------------------------------------------------------------------------------------- the devices
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

@@ -102,7 +102,7 @@ def _from_dlpack(array: Any, name: str) -> Tensor:
         )
     try:
         if int(array.__dlpack_device__()[0]) != _CPU:
-            return torch.from_dlpack(array)
+            return aligned(torch.from_dlpack(array))
         try:
             capsule = array.__dlpack__(max_version=(1, 0))  # older versions refuse read-only arrays
         except TypeError:
@@ -144,6 +144,20 @@ def _from_capsule(capsule: Any, name: str) -> Tensor:
     if not words.flags.aligned or any(stride < 0 for stride in strides):
         words = np.array(words, order="C", copy=True)
     return torch.from_numpy(words).view(dtype)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose elements lie across the boundaries of their size: a fault on a CUDA device.
+
+    DLPack allows such memory. Copied byte by byte, as only that is allowed there.
+    """
+    size = x.itemsize
+    if x.data_ptr() % size == 0:
+        return x
+    memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    strides = tuple(stride * size for stride in x.stride())
+    parts = memory.as_strided((*x.shape, size), (*strides, 1), x.storage_offset() * size)
+    return parts.clone(memory_format=torch.contiguous_format).view(x.dtype).view(x.shape)
 
 
 def _is_traced(array: Any) -> bool:

@@ -56,10 +56,17 @@ def cuda_module() -> Any:
 def cuda_runtime() -> tuple[int, int, int, str]:
     """Runtime version, driver version, devices, and why none can be used (empty if one may be)."""
     try:
-        found: tuple[int, int, int, str] = cuda_module().cuda_runtime()
+        runtime, driver, devices, reason = cuda_module().cuda_runtime()
     except ImportError as error:
         return 0, 0, 0, str(error) if not is_cuda_installed() else f"flatcore._cuda could not be loaded: {error}"
-    return found
+    if reason and not driver:
+        reason = "no NVIDIA driver found"
+    elif reason and driver < runtime // 1000 * 1000:  # a driver serves every runtime of its own major version
+        reason = (
+            f"the NVIDIA driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, and flatcore was built with "
+            f"{runtime // 1000}.{runtime % 1000 // 10}: update the driver, or build with an older toolkit ({reason})"
+        )
+    return runtime, driver, devices, reason
 
 
 _usable: set[int] = set()  # devices that were found to run the kernels; one that does not is asked again
