@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pybind11
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -85,3 +90,26 @@ def test_the_reference_alone_is_installed_without_a_compiler(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert "FLATCORE_NATIVE=OFF" in done.stdout and "pip install . with a C++17 compiler builds it" in done.stdout
+
+
+def test_the_constraints_fit_every_python_that_is_declared() -> None:
+    """One pin of each package for each Python; that of an installed package is one that this Python may install."""
+    declared = SpecifierSet(re.search(r'^requires-python = "(.+)"$', PYPROJECT, re.MULTILINE)[1])
+    pythons = [version for version in (f"3.{minor}" for minor in range(8, 15)) if declared.contains(version)]
+    assert "3.10" in pythons and "3.14" in pythons
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    for python in pythons:
+        chosen = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+        assert sorted(pin.name for pin in chosen) == ["numpy", "torch"], python
+        for pin in chosen:
+            installed = metadata.metadata(pin.name)
+            if pin.specifier.contains(installed["Version"]):
+                assert SpecifierSet(installed["Requires-Python"]).contains(python), f"{pin} has no build for {python}"
+
+
+def test_the_readmes_command_for_a_gpu_leaves_torch_alone() -> None:
+    """The constraints ask for a CPU build of torch: they would take the user's away."""
+    readme = (ROOT / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if "FLATCORE_CUDA=ON" in line and "pip install" in line]
+    assert commands and not any("constraints" in line for line in commands)

@@ -198,23 +198,6 @@ def test_nothing_waits_for_the_device(call: str) -> None:
 
 
 @pytest.mark.needs("cuda")
-def test_cupy_arrays_on_a_stream_of_their_own(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--require-cuda"):
-        pytest.importorskip("cupy")
-    import cupy
-
-    with cupy.cuda.Stream(non_blocking=True):
-        x = cupy.random.standard_normal((4096, 4096), dtype=cupy.float32)
-        for _ in range(50):
-            x = x * 1
-        got = flatcore.row_norms(x, ord=1)
-        assert isinstance(got, cupy.ndarray)
-        cupy.testing.assert_allclose(got, cupy.abs(x).sum(axis=1), rtol=1e-5)
-    with pytest.raises(ValueError, match="linear_weight"):
-        flatcore.hessian_trace(cupy.ones((2, 3), dtype=cupy.float32), np.ones((2, 3), dtype=np.float32))
-
-
-@pytest.mark.needs("cuda")
 def test_another_device_is_left_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one device only")
