@@ -6,7 +6,14 @@ from typing import Any
 
 from ._engine import backend
 from ._engine.chunked_cuda import WORKSPACE_BYTES
-from ._engine.extensions import cuda_module, cuda_reason, cuda_runtime, is_cuda_installed
+from ._engine.extensions import (
+    cuda_architectures,
+    cuda_module,
+    cuda_reason,
+    cuda_runtime,
+    cuda_version,
+    is_cuda_built,
+)
 
 
 def is_built() -> bool:
@@ -17,7 +24,7 @@ def is_built() -> bool:
         >>> isinstance(flatcore.cuda.is_built(), bool)
         True
     """
-    return is_cuda_installed()
+    return is_cuda_built()
 
 
 def is_available() -> bool:
@@ -58,17 +65,12 @@ def show_config() -> dict[str, Any]:
         "built": built,
         "available": not reason,
         "reason": reason or None,
-        "runtime": _version(runtime),
-        "driver": _version(driver),
+        "runtime": cuda_version(runtime),
+        "driver": cuda_version(driver),
         "devices": devices,
-        "architectures": None if module is None else module.cuda_architectures(),
+        "architectures": cuda_architectures() or None,
         "kernels": backend.CUDA_STEMS if built else (),
         "proven": backend.CUDA_PROVEN if built else (),
         "fused_classes": None if module is None else module.CUDA_FUSED_CLASSES,
         "workspace_bytes": WORKSPACE_BYTES if built else None,
     }
-
-
-def _version(number: int) -> str | None:
-    """CUDA's own form: 13000 is 13.0."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None

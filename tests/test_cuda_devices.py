@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     """Put a module of this text in the place of the installed one."""
 
     def forget() -> None:
-        extensions.is_cuda_installed.cache_clear()
+        extensions.is_cuda_built.cache_clear()
         extensions.cuda_module.cache_clear()
 
     def install(text: str) -> None:
@@ -82,8 +82,8 @@ def test_work_on_the_cpu_does_not_load_it(tmp_path: Path) -> None:
     (
         (0, "CUDA driver version is insufficient for CUDA runtime version", "no NVIDIA driver found"),
         (12020, "CUDA driver version is insufficient for CUDA runtime version",
-         "the NVIDIA driver serves CUDA 12.2, and flatcore was built with 13.0: update the driver, or build with an older "
-         "toolkit (CUDA driver version is insufficient for CUDA runtime version)"),
+         "the NVIDIA driver is too old: it serves CUDA 12.2, flatcore was built with 13.0 (CUDA driver version is "
+         "insufficient for CUDA runtime version); update it, or build with an older toolkit"),
         (13010, "no CUDA-capable device is detected", "no CUDA-capable device is detected"),
     ),
 )  # fmt: skip

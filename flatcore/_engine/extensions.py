@@ -36,7 +36,7 @@ if _core is not None:
 
 
 @functools.cache
-def is_cuda_installed() -> bool:
+def is_cuda_built() -> bool:
     """Whether the module with CUDA kernels lies beside the CPU's; it is not loaded."""
     return importlib.util.find_spec("flatcore._cuda") is not None
 
@@ -48,25 +48,28 @@ def cuda_module() -> Any:
     Raises:
         ImportError: it was not built, speaks another ABI or cannot be loaded.
     """
-    if not is_cuda_installed():
+    if not is_cuda_built():
         raise ImportError("flatcore was built without CUDA")
     return _checked(importlib.import_module("flatcore._cuda"))
+
+
+def cuda_version(number: int) -> str | None:
+    """CUDA's own form: 13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def cuda_architectures() -> str:
+    """The architectures that were compiled, as CMake names them; "" for none."""
+    return str(cuda_module().cuda_architectures()) if cuda_runtime()[0] else ""
 
 
 def cuda_runtime() -> tuple[int, int, int, str]:
     """Runtime version, driver version, devices, and why none can be used (empty if one may be)."""
     try:
-        runtime, driver, devices, reason = cuda_module().cuda_runtime()
+        found: tuple[int, int, int, str] = cuda_module().cuda_runtime()
     except ImportError as error:
-        return 0, 0, 0, str(error) if not is_cuda_installed() else f"flatcore._cuda could not be loaded: {error}"
-    if reason and not driver:
-        reason = "no NVIDIA driver found"
-    elif reason and driver < runtime // 1000 * 1000:  # a driver serves every runtime of its own major version
-        reason = (
-            f"the NVIDIA driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, and flatcore was built with "
-            f"{runtime // 1000}.{runtime % 1000 // 10}: update the driver, or build with an older toolkit ({reason})"
-        )
-    return runtime, driver, devices, reason
+        return 0, 0, 0, str(error) if not is_cuda_built() else f"flatcore._cuda could not be loaded: {error}"
+    return found
 
 
 _usable: set[int] = set()  # devices that were found to run the kernels; one that does not is asked again
@@ -80,15 +83,21 @@ def cuda_reason(index: int | None = None) -> str:
     """
     if index in _usable:
         return ""
-    _, _, devices, reason = cuda_runtime()
+    runtime, driver, devices, reason = cuda_runtime()
+    if reason and runtime and not driver:
+        return "no NVIDIA driver found"
+    if reason and driver < runtime // 1000 * 1000:  # a driver serves every runtime of its own major version
+        return (
+            f"the NVIDIA driver is too old: it serves CUDA {cuda_version(driver)}, flatcore was built with "
+            f"{cuda_version(runtime)} ({reason}); update it, or build with an older toolkit"
+        )
     if reason:
         return reason
     if index is None:
         reasons = [cuda_reason(each) for each in range(devices)]
         return "" if "" in reasons else reasons[0]
-    module = cuda_module()
-    capability, active, refused = module.cuda_device(index)
-    built = module.cuda_architectures()
+    capability, active, refused = cuda_module().cuda_device(index)
+    built = cuda_architectures()
     if not has_image(built, capability):
         return (
             f"its kernels were built for {built}, this GPU is sm_{capability}: install flatcore again on this machine, or "
