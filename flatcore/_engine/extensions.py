@@ -98,7 +98,7 @@ def cuda_reason(index: int | None = None) -> str:
         return "" if "" in reasons else reasons[0]
     capability, active, refused = cuda_module().cuda_device(index)
     built = cuda_architectures()
-    if not has_image(built, capability):
+    if capability and not has_image(built, capability):
         return (
             f"its kernels were built for {built}, this GPU is sm_{capability}: install flatcore again on this machine, or "
             f"with CUDAARCHS={capability}"
