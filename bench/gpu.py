@@ -1,9 +1,12 @@
 """The works on a CUDA device: limit, native, best eager, its torch.compile; time, spread, bandwidth, peak memory, truth.
 
-    python bench/gpu.py [--works W1-float32,W4-trace] [--out bench/results/NAME.json] [--quick] [--device cpu]
+    python bench/gpu.py [--works W1-float32,W4-trace] [--out NAME.json] [--quick] [--seconds 400] [--device cpu]
 
-As report.py, with the device's own clock: candidates in turn, round after round. ``--device cpu`` runs the same code
-without a GPU, to see that it runs; its figures are report.py's business.
+As report.py, with the device's own clock: candidates in turn, round after round. First native and eager of every work,
+then torch.compile's rivals, each beside native: they compile for minutes, and a run that is cut short has the others. A
+sleeping kernel goes ahead of each call, so that the gaps before its launches are not counted; works that are short of
+launches are timed as 20 calls on end, with their gaps. ``--device cpu`` runs the same code without a GPU, to see that it
+runs; its figures are report.py's business.
 """
 
 from __future__ import annotations
@@ -28,9 +31,17 @@ from provenance import provenance, require_release_build
 from torch import Tensor
 
 import flatcore
+from flatcore._engine import chunked_cuda
 
 SEED = works.SEED
 SAMPLE = 64  # rows whose answers are checked against float64
+CALLS = 20  # of a work that is bound by launches, to a sample
+SLEEP_CYCLES = 4_000_000  # about 2 ms: longer than the host takes for a call's first launches
+LARGEST_ERROR = 1e-3  # of a log, or relative: a bfloat16 head of 4096 features has logits to about 1e-4
+
+
+class WrongAnswerError(Exception):
+    """An answer that is off: its work is not timed, the others are."""
 
 
 class Work(NamedTuple):
@@ -48,8 +59,8 @@ class Work(NamedTuple):
     def products(self) -> list[tuple[int, int, int]]:
         """Sizes (rows, inner, columns) of the library products that the answer needs."""
         found = [(self.N, self.D, self.C)]
-        if "neuronwise" in self.question:
-            found += [(self.N, self.C, min(self.C, self.D))] * (2 if self.dtype == torch.bfloat16 else 1)
+        if "neuronwise" in self.question or self.question == "all fields":
+            found += [(self.N, self.C, min(self.C, self.D))] * chunked_cuda._PIECES.get(self.dtype, 1)
         return found
 
     def nbytes(self) -> int:
@@ -61,7 +72,7 @@ class Work(NamedTuple):
 WORKS = (
     Work("W1-float32", "all fields", 1_000_000, 512, 10, torch.float32, "copy"),
     Work("W1-bfloat16", "all fields", 1_000_000, 512, 10, torch.bfloat16, "copy"),
-    Work("W2", "all fields", 50_000, 640, 100, torch.float32, "copy"),
+    Work("W2", "all fields", 50_000, 640, 100, torch.float32, "products"),
     Work("W3-trace", "trace", 8_192, 2_048, 1_000, torch.float32, "products"),
     Work("W3-neuronwise", "neuronwise", 8_192, 2_048, 1_000, torch.float32, "products"),
     Work("W4-trace", "trace, chunked", 8_192, 4_096, 128_256, torch.bfloat16, "products", 5),
@@ -77,8 +88,10 @@ def main() -> None:
     parser.add_argument("--works", help="comma-separated keys (default: all)")
     parser.add_argument("--out", help="JSON file to write; a Markdown table is written beside it")
     parser.add_argument("--quick", action="store_true", help="few rows, 3 rounds, no compile; never quote its figures")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no work when so many have passed")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     arguments = parser.parse_args()
+    start = time.monotonic()
     wanted = arguments.works.split(",") if arguments.works else [work.key for work in WORKS]
     unknown = [key for key in wanted if key not in {work.key for work in WORKS}]
     if unknown:
@@ -91,27 +104,48 @@ def main() -> None:
     report: dict[str, Any] = {"provenance": provenance() | _device(device), "quick": arguments.quick, "works": []}
     report["copy_gb_s"] = _copy_bandwidth(device, arguments.quick)
     print(json.dumps(report["provenance"]), f"\ndevice copy: {report['copy_gb_s']:.0f} GB/s", flush=True)
-    for work in WORKS:
-        if work.key not in wanted:
-            continue
-        if arguments.quick:
-            work = work._replace(N=min(work.N, 128), C=min(work.C, 2_000), rounds=3)
-        try:
-            entry = _measure(work, device, report["copy_gb_s"], compile=not arguments.quick)
-        except torch.OutOfMemoryError as error:  # of a rival: the others are still worth a row
-            entry = {"key": work.key, "failed": str(error).splitlines()[0]}
-        report["works"].append(entry)
-        print(_markdown(entry), flush=True)
-        if arguments.out:  # after every work: a run that is cut short leaves what it has
-            out = Path(arguments.out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=1) + "\n")
-            origin = "".join(f"- {name}: {value}\n" for name, value in report["provenance"].items())
-            tables = "\n".join(_markdown(entry) for entry in report["works"])
-            note = "**A smoke test (`--quick`): these times mean nothing.**\n\n" if arguments.quick else ""
-            out.with_suffix(".md").write_text(
-                f"# Works on a CUDA device\n\n{note}{origin}- device copy: {report['copy_gb_s']:.0f} GB/s\n\n{tables}"
-            )
+    works_ = [_quick(work) if arguments.quick else work for work in WORKS if work.key in wanted]
+    for compile in (False,) if arguments.quick else (False, True):
+        for work in works_:
+            if time.monotonic() - start > arguments.seconds:
+                entry = {"failed": f"not begun: {arguments.seconds:.0f} seconds had passed"}
+            else:
+                entry = _tried(work, device, report["copy_gb_s"], compile)
+            entry = {"key": f"{work.key}, compiled" if compile else work.key} | entry
+            report["works"].append(entry)
+            print(_markdown(entry), flush=True)
+            if arguments.out:  # after every work: a run that is cut short leaves what it has
+                _write(report, Path(arguments.out))
+    if any("wrong" in entry for entry in report["works"]):
+        raise SystemExit(1)
+
+
+def _quick(work: Work) -> Work:
+    return work._replace(N=min(work.N, 128), C=min(work.C, 2_000), rounds=3)
+
+
+def _tried(work: Work, device: torch.device, copy: float, compile: bool) -> dict[str, Any]:
+    """The work's figures, or why there are none: what goes wrong with one says nothing of the others."""
+    try:
+        return _measure(work, device, copy, compile)
+    except WrongAnswerError as error:
+        return {"failed": str(error), "wrong": True}
+    except torch.OutOfMemoryError as error:  # of the inputs
+        return {"failed": str(error).splitlines()[0]}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    origin = "".join(f"- {name}: {value}\n" for name, value in report["provenance"].items())
+    tables = "\n".join(_markdown(entry) for entry in report["works"])
+    note = "**A smoke test (`--quick`): these times mean nothing.**\n\n" if report["quick"] else ""
+    out.with_suffix(".md").write_text(
+        f"# Works on a CUDA device\n\n{note}{origin}- device copy: {report['copy_gb_s']:.0f} GB/s\n\n{tables}"
+    )
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -142,18 +176,23 @@ def _inputs(work: Work, device: torch.device) -> works.Inputs:
     return works.Inputs(features.to(work.dtype), weight.to(work.dtype), bias.to(work.dtype), target)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of a call: of one, behind a sleeping kernel, or the mean of several on end."""
     if device.type == "cpu":
         start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if calls == 1:
+        torch.cuda._sleep(SLEEP_CYCLES)
     begin.record()
-    run()
+    for _ in range(calls):
+        run()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / calls
 
 
 def _copy_bandwidth(device: torch.device, quick: bool) -> float:
@@ -178,9 +217,10 @@ def _product_seconds(work: Work, device: torch.device) -> float:
 def _candidates(work: Work, compile: bool) -> list[tuple[str, Callable[[works.Inputs], Any]]]:
     question = work.question
     found = [("native", lambda x: works._flatcore(question, "native", x))]
-    for name, form in rivals.EAGER[question].items():
-        found.append((f"eager, {name}", lambda x, form=form: works._rival(question, form, x)))
-    if compile:
+    if not compile:
+        for name, form in rivals.EAGER[question].items():
+            found.append((f"eager, {name}", lambda x, form=form: works._rival(question, form, x)))
+    else:
         name, form = rivals.compiled(question)
         found.append((f"torch.compile, {name}", lambda x, form=form: works._rival(question, form, x)))
     if work.key != "W6-backward":
@@ -209,22 +249,27 @@ def _measure(work: Work, device: torch.device, copy: float, compile: bool) -> di
                 peak = _peak(run, x, device)
                 error = _error(work, run, x) if name == "native" else None
                 ready.append((name, run, peak, error))
-            except torch.OutOfMemoryError as failure:
-                rows.append({"name": name, "failed": str(failure).splitlines()[0]})
+            except WrongAnswerError:
+                raise
+            except Exception as failure:  # a rival's compiler has errors of its own
+                if name == "native" and not isinstance(failure, torch.OutOfMemoryError):
+                    raise WrongAnswerError(f"{type(failure).__name__}: {failure}") from failure
+                rows.append({"name": name, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]})
         times: list[list[float]] = [[] for _ in ready]
         for r in range(work.rounds):
             for k in range(len(ready)):
                 i = (k + r) % len(ready)
-                times[i].append(_seconds(lambda run=ready[i][1]: run(x), device))
+                calls = CALLS if work.bound == "launch" else 1
+                times[i].append(_seconds(lambda run=ready[i][1]: run(x), device, calls))
     for (name, _, peak, error), seconds in zip(ready, times, strict=True):
         median = statistics.median(seconds)
         rows.append({
             "name": name, "median_s": median, "least_s": min(seconds), "most_s": max(seconds),
             "times_limit": None if limit is None else median / limit, "gb_s": work.nbytes() / median / 1e9,
-            "share_of_copy": work.nbytes() / median / 1e9 / copy, "peak_mb": peak, "largest_relative_error": error,
+            "share_of_copy": work.nbytes() / median / 1e9 / copy, "peak_mb": peak, "largest_error": error,
         })  # fmt: skip
     return {
-        "key": work.key, "question": work.question, "N": work.N, "D": work.D, "C": work.C,
+        "question": work.question, "N": work.N, "D": work.D, "C": work.C,
         "dtype": str(work.dtype).removeprefix("torch."), "bound": work.bound, "limit_s": limit, "bytes": work.nbytes(),
         "path": flatcore.show_config()["last_path"], "rows": rows,
     }  # fmt: skip
@@ -246,26 +291,34 @@ def _peak(run: Callable[[works.Inputs], Any], x: works.Inputs, device: torch.dev
 
 
 def _error(work: Work, run: Callable[[works.Inputs], Any], x: works.Inputs) -> float | None:
-    """Largest relative error of the first rows' answers, in the log domain where they are logs.
+    """Largest error of the first rows' answers: of logs the difference, of other values relative.
 
-    The truth is the reference's, in float64 from the same inputs. More than 1e-3 stops the run: a bfloat16 head of 4096
-    features has logits to about 1e-4.
+    The truth is the reference's, in float64 from the same inputs.
+
+    Raises:
+        WrongAnswerError: it is more than LARGEST_ERROR, or not finite where the truth is.
     """
     if work.bound == "launch":
         return None
     few = x._replace(features=x.features[:SAMPLE], target=None if x.target is None else x.target[:SAMPLE])
     wide = works.Inputs(*(t.double() if t is not None and t.is_floating_point() else t for t in few))
-    got = run(few)
-    truth = works._flatcore(work.question, "reference", wide)
-    pairs = [(got, truth)] if isinstance(got, Tensor) else list(zip(got, truth, strict=True))
+    return largest_error(run(few), works._flatcore(work.question, "reference", wide))
+
+
+def largest_error(got: Any, truth: Any) -> float:
+    """See :func:`_error`; of a tensor, or of the fields of two records."""
+    fields = [("value", got, truth)] if isinstance(got, Tensor) else list(zip(got._fields, got, truth, strict=True))
     worst = 0.0
-    for a, b in pairs:
+    for name, a, b in fields:
         if a is None or not a.is_floating_point():
             continue
-        error = ((a.double() - b) / b.abs().clamp_min(1e-30)).abs()
-        worst = max(worst, error[b.isfinite()].max().item())
-    if worst > 1e-3:
-        raise SystemExit(f"{work.key}: an answer is off by {worst:.1e} of itself; nothing is timed")
+        a, finite = a.double(), b.isfinite()
+        # a value below float32's range is 0 there, and right
+        error = (a - b).abs() if name.startswith("log_") else (a - b).abs() / b.abs().clamp_min(1e-37)
+        largest = error[finite].nan_to_num(nan=math.inf, posinf=math.inf).max().item() if finite.any() else 0.0
+        if largest > LARGEST_ERROR:
+            raise WrongAnswerError(f"{name} is off by {largest:.1e}; not timed")
+        worst = max(worst, largest)
     return worst
 
 
@@ -278,7 +331,7 @@ def _markdown(entry: dict[str, Any]) -> str:
         (f"Limit ({entry['bound']}): {entry['limit_s'] * 1e3:.3f} ms; " if entry["limit_s"] else "")
         + f"path {entry['path']}.",
         "",
-        "| | median ms | least - most | times limit | GB/s | of copy | peak MB | largest relative error |",
+        "| | median ms | least - most | times limit | GB/s | of copy | peak MB | largest error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in entry["rows"]:
@@ -287,7 +340,7 @@ def _markdown(entry: dict[str, Any]) -> str:
             continue
         cells = [f"{row['median_s'] * 1e3:.3f}", f"{row['least_s'] * 1e3:.3f} - {row['most_s'] * 1e3:.3f}"]
         for key, form in (("times_limit", ".2f"), ("gb_s", ".0f"), ("share_of_copy", ".0%"), ("peak_mb", ".1f"),
-                          ("largest_relative_error", ".1e")):  # fmt: skip
+                          ("largest_error", ".1e")):  # fmt: skip
             cells.append("" if row[key] is None else format(row[key], form))
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

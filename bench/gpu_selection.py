@@ -13,9 +13,11 @@ import flatcore
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="of the tensors; cpu shows that the script runs")
-    device = parser.parse_args().device
+    parser.add_argument("--dtypes", default="float16,bfloat16,float32,float64", help="separated by commas")
+    arguments = parser.parse_args()
+    device = arguments.device
     with flatcore.backend("native"):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
             for N, D, C in ((33, 37, 3), (5, 130, 32), (7, 21, 77), (3, 9, 1500)):
                 _head(N, D, C, dtype, device)
             for K in (37, 1025, 20_001):

@@ -18,7 +18,8 @@ def show_config() -> dict[str, Any]:
 
     Returns:
         ``version``; ``backend`` (the setting) and ``cpu_backend`` (what it means for CPU tensors: ``"native"`` or
-        ``"reference"``); ``cpu_targets`` (compiled and supported here), ``cpu_target`` (the one that runs);
+        ``"reference"``); ``native_built`` (False after ``FLATCORE_NATIVE=OFF``: everything runs on the reference);
+        ``cpu_targets`` (compiled and supported here), ``cpu_target`` (the one that runs);
         ``cuda_built``, ``cuda_available``; ``path`` (``"auto"``, or the forced one) and ``last_path`` (how the last native
         call ran: ``"fused"``, ``"chunked"`` or None); ``fused_limits`` and ``workspace_bytes`` (what decides between
         them, and the bound of a chunk's buffers); ``threads``, ``torch``, ``compiler`` and ``extension`` (its file).
@@ -33,6 +34,7 @@ def show_config() -> dict[str, Any]:
         "version": __version__,
         "backend": backend.selected,
         "cpu_backend": "native" if core is not None and backend.selected != "reference" else "reference",
+        "native_built": core is not None,
         "cpu_targets": tuple(core.cpu_targets()) if core is not None else (),
         "cpu_target": backend.describe_cpu_target(),
         "cuda_built": cuda.is_built(),

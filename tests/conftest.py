@@ -31,6 +31,10 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
         "apt-get install chromium chromium-driver",
     ),
     "cmake": (lambda: all(shutil.which(name) for name in ("cmake", "make")), "apt-get install cmake make"),
+    "skbuild": (
+        lambda: importlib.util.find_spec("scikit_build_core") is not None,
+        "pip install scikit-build-core",
+    ),
     "nvcc": (lambda: shutil.which("nvcc") is not None, "install the CUDA toolkit, 12 or newer"),
     "cuda": (flatcore.cuda.is_available, "a build with CUDA kernels, and a GPU"),
     "efficientnet": (

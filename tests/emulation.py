@@ -74,7 +74,7 @@ def emulated(order: str = "forwards") -> Iterator[None]:
     core.set_order(ORDERS[order])
     with ExitStack() as stack:
         for owner, name, value in (
-            (_native_cuda, "_core", core),
+            (_native_cuda, "cuda_module", lambda: core),
             (_native_cuda, "stream", lambda x: (0, 0)),
             (chunked_cuda, "half_product", _half_product),
         ):
@@ -86,7 +86,13 @@ def emulated(order: str = "forwards") -> Iterator[None]:
 def _moved(x: object) -> object:
     if isinstance(x, (Head, Reduction)):
         return x._make(map(_moved, x))
-    return x.cuda() if isinstance(x, Tensor) else x
+    return moved(x, torch.device("cuda")) if isinstance(x, Tensor) else x
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, with its strides, and the gap between the start of its memory and its first element."""
+    base = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()).to(device, copy=True)
+    return base.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class Moved:

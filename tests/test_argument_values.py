@@ -17,6 +17,7 @@ from refusing import CHECKED_FIRST, C, N, arguments, refuses
 from torch import Tensor
 
 import flatcore
+from flatcore._arguments import head
 from flatcore._check.tolerance import assert_within, tolerance
 from flatcore._engine import paths
 
@@ -177,6 +178,20 @@ def test_include_bias_needs_a_finite_bias(engine: str) -> None:
             ValueError, ("linear_bias", "finite", "-inf"), lambda f=function: f(**(right | {"linear_bias": masked}))
         )
     assert flatcore.hessian_trace(**(right | {"linear_bias": masked, "include_bias": False})).isfinite()
+
+
+def test_a_bias_that_may_not_be_looked_at_is_nan_with_include_bias(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device a look would wait: all paths say NaN of a masked class that counts as a parameter."""
+    monkeypatch.setattr(head, "_may_read", lambda tensor: False)
+    g = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(3, 5, generator=g), torch.randn(4, 5, generator=g), torch.randn(4, generator=g)
+    right = {"linear_bias": b, "include_bias": True, "reduction": "none", "log": True}
+    masked = right | {"linear_bias": torch.cat((b[:3], torch.tensor([-INF])))}
+    for measure in ("layerwise", "neuronwise"):
+        assert flatcore.relative_flatness(x, w, measure=measure, **right).isfinite().all()
+        assert flatcore.relative_flatness(x, w, measure=measure, **masked).isnan().all()
+        logits = x @ w.T
+        assert flatcore.relative_flatness(x, w, logits=logits, measure=measure, **masked).isnan().all()
 
 
 # -------------------------------------------------------------------------------------------------------------- options

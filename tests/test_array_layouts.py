@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from refusing import D, N, arguments, refuses
+from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
+from flatcore._engine.memory import readable
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -115,3 +117,37 @@ def test_a_file_mapped_read_only(tmp_path: Any, engine: str) -> None:
     mapped = np.memmap(path, dtype=np.float32, mode="r", shape=(N, D))
     got = flatcore.hessian_trace(**(right | {"features": mapped}), reduction="none")
     assert (got == flatcore.hessian_trace(**right, reduction="none").numpy()).all()
+
+
+# ---------------------------------------------------------------------------------------- memory that is not aligned
+def _misaligned(x: Tensor) -> Tensor:
+    """The same numbers, one byte beyond a boundary of their size, in the same strides."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.frombuffer(bytearray((last + 1) * x.itemsize + 1), dtype=x.dtype, offset=1, count=last + 1)
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
+def test_memory_that_is_not_aligned_is_copied(path: str, dtype: torch.dtype) -> None:
+    """A CUDA device faults on it; DLPack allows it."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(9, 33, generator=g).to(dtype)[:, ::2], torch.randn(33, 5, generator=g).to(dtype).T[:, ::2]
+    b, y = torch.randn(5, generator=g).to(dtype), torch.arange(9) % 5
+    crooked = [_misaligned(each) for each in (x, w, b, y)]
+    assert all(each.data_ptr() % each.itemsize == 1 for each in crooked)
+    for each, straight in zip(crooked, (x, w, b, y), strict=True):
+        copied = readable(each)
+        assert copied.data_ptr() % copied.itemsize == 0 and torch.equal(copied, straight)
+
+    def answers(x: Tensor, w: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = x.requires_grad_(), w.requires_grad_()
+        value = flatcore.relative_flatness(*leaves, y, linear_bias=b, measure="neuronwise", log=True)
+        return *torch.autograd.grad(value, leaves), *flatcore.head_metrics(x.detach(), w.detach(), y, linear_bias=b)
+
+    straight = [each.contiguous() for each in (x, w, b, y)]
+    crooked = [_misaligned(each) for each in straight]
+    for got, want in zip(answers(*crooked), answers(*straight), strict=True):
+        if path == "reference":  # a library's product of float64 may take another way there
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
+        else:
+            assert_same("the answer", got, want)

@@ -55,13 +55,11 @@ def test_the_extension_was_built_from_this_version():
 
 
 @pytest.mark.exhaustive
-def test_the_stub_describes_the_extension(tmp_path):
+@pytest.mark.parametrize("name", ["_core"] + ["_cuda"] * flatcore.cuda.is_built())
+def test_the_stub_describes_the_extension(name, tmp_path):
     # pybind11 classes have a metaclass of their own, which a stub cannot name
-    without = "" if flatcore.cuda.is_built() else "flatcore._core.(cuda|CUDA)_.*\n"
-    (tmp_path / "allowed").write_text(
-        "flatcore._core.HeadProblem\nflatcore._core.HeadProblem.__pybind11_.*\n" + without
-    )
-    command = [sys.executable, "-m", "mypy.stubtest", "flatcore._core", "--allowlist", "allowed"]
+    (tmp_path / "allowed").write_text(f"flatcore.{name}.HeadProblem\nflatcore.{name}.HeadProblem.__pybind11_.*\n")
+    command = [sys.executable, "-m", "mypy.stubtest", f"flatcore.{name}", "--allowlist", "allowed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

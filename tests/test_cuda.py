@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 
 import emulation
@@ -160,7 +161,10 @@ def test_graph_capture_as_the_first_call_of_a_process(call: str) -> None:
         g = torch.Generator("cuda").manual_seed(0)
         W = torch.randn({classes}, {width}, generator=g, device="cuda")
         x, y = torch.zeros(8, {width}, device="cuda"), torch.arange(8, device="cuda") % {classes}
+        # the library's handles are per thread: this one's, and that of autograd's backward pass
         torch.mm(x, W.T), torch.mm(x.half(), W.half().T)
+        leaf = W.clone().requires_grad_()
+        (x @ leaf.T).sum().backward()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with flatcore.backend("native"):
@@ -184,28 +188,13 @@ def test_nothing_waits_for_the_device(call: str) -> None:
         "y": torch.arange(8, device="cuda") % classes, "torch": torch, "flatcore": flatcore,
     }  # fmt: skip
     eval(expression, given)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype, once in a process
+        torch.cuda.set_sync_debug_mode("error")
     try:
         eval(expression, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.needs("cuda")
-def test_cupy_arrays_on_a_stream_of_their_own(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--require-cuda"):
-        pytest.importorskip("cupy")
-    import cupy
-
-    with cupy.cuda.Stream(non_blocking=True):
-        x = cupy.random.standard_normal((4096, 4096), dtype=cupy.float32)
-        for _ in range(50):
-            x = x * 1
-        got = flatcore.row_norms(x, ord=1)
-        assert isinstance(got, cupy.ndarray)
-        cupy.testing.assert_allclose(got, cupy.abs(x).sum(axis=1), rtol=1e-5)
-    with pytest.raises(ValueError, match="linear_weight"):
-        flatcore.hessian_trace(cupy.ones((2, 3), dtype=cupy.float32), np.ones((2, 3), dtype=np.float32))
 
 
 @pytest.mark.needs("cuda")

@@ -20,6 +20,7 @@ from torch import Tensor
 import flatcore
 from flatcore._check.tolerance import assert_same
 from flatcore._engine import backend as _backend
+from flatcore._engine.extensions import cuda_module
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
@@ -39,8 +40,10 @@ def test_sources_compile_without_warnings_and_spill_nothing(source: str, archite
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     kernels = re.findall(r"Function properties for (\S+)\n\s+(.*)", done.stderr)
-    declared = re.search(r"__global__", (ROOT / "csrc/cuda" / source).read_text())
-    assert bool(kernels) == bool(declared), "ptxas said nothing of the kernels"
+    text = (ROOT / "csrc/cuda" / source).read_text()
+    headers = (ROOT / "csrc" / name for name in re.findall(r'#include "(.+)"', text))
+    declared = any("__global__" in part for part in (text, *(header.read_text() for header in headers)))
+    assert bool(kernels) == declared, "ptxas said nothing of the kernels"
     for kernel, properties in kernels:
         if "explicit_rows" in kernel:
             continue  # rare rows, one after the other: a handful of registers may go to memory
@@ -118,6 +121,15 @@ def test_no_result_depends_on_the_order_of_the_threads(N: int, D: int, C: int, d
         assert_same(f"result {i}", a, b)
 
 
+def test_what_is_moved_to_a_device_keeps_its_strides_and_its_gap() -> None:
+    """A copy that is compacted on its way would not show the kernels what a user has."""
+    whole = torch.arange(60.0).reshape(5, 12)
+    for x in (whole, whole[1:, 3::2], whole.T[2:], whole[:1].expand(4, 12), whole[:0]):
+        got = emulation.moved(x, torch.device("cpu"))
+        assert (got.stride(), got.storage_offset(), got.shape) == (x.stride(), x.storage_offset(), x.shape)
+        assert torch.equal(got, x) and got.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
 # ----------------------------------------------------------------------------------------------------------- the build
 def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run CMake on cuda.cmake alone, with a PATH of its own."""
@@ -131,16 +143,43 @@ def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.C
     )  # fmt: skip
 
 
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What CMake wrote, without the breaks of its lines."""
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def program(path: Path, script: str) -> None:
+    """Put a program in a folder of its own."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+WITHOUT_NVCC = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
+
+
 @pytest.mark.needs("cmake")
 def test_on_without_nvcc_says_what_to_install(tmp_path: Path) -> None:
     if Path("/usr/bin/nvcc").exists():
         pytest.skip("nvcc lies beside the compiler and cannot be hidden")
-    done = configure(tmp_path, "-DFLATCORE_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    done = configure(tmp_path, "-DFLATCORE_CUDA=ON", WITHOUT_NVCC)
     assert done.returncode != 0
-    said = " ".join(done.stderr.split())
-    assert "FLATCORE_CUDA=ON needs nvcc, which was not found: install the CUDA toolkit" in said
-    done = configure(tmp_path, "-DFLATCORE_CUDA=AUTO", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    assert "FLATCORE_CUDA=ON needs nvcc, which was not found: install the CUDA toolkit" in said(done)
+
+
+@pytest.mark.needs("cmake")
+@pytest.mark.parametrize("driver", (False, True))
+def test_auto_without_nvcc_warns_where_there_is_a_driver(driver: bool, tmp_path: Path) -> None:
+    if not driver and (Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")):
+        pytest.skip("this machine has a driver, which cannot be hidden")
+    if driver:
+        program(tmp_path / "driver/nvidia-smi", "echo 9.0")
+    done = configure(tmp_path, "-DFLATCORE_CUDA=AUTO", WITHOUT_NVCC, PATH=f"{tmp_path}/driver:/usr/bin:/bin")
     assert done.returncode == 0 and "CUDA kernels: OFF" in done.stdout, done.stderr
+    warned = "this machine has an NVIDIA driver but no nvcc, so the CUDA kernels are NOT built" in said(done)
+    assert warned == driver and ("FLATCORE_CUDA=ON FLATCORE_NVCC=pypi pip install ." in said(done)) == driver
+    quiet = configure(tmp_path, "-DFLATCORE_CUDA=OFF", PATH=f"{tmp_path}/driver:/usr/bin:/bin")
+    assert quiet.returncode == 0 and "NVIDIA" not in said(quiet)
 
 
 @pytest.mark.needs("cmake")
@@ -148,13 +187,54 @@ def test_nvcc_from_pypi_where_it_is_not_installed(tmp_path: Path) -> None:
     options = "-DFLATCORE_CUDA=ON", "-DFLATCORE_NVCC=pypi", "-DPython_EXECUTABLE=/usr/bin/python3"
     done = configure(tmp_path, *options)
     assert done.returncode != 0
-    assert "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc" in " ".join(done.stderr.split())
+    assert "FLATCORE_NVCC=pypi needs the package nvidia-cuda-nvcc" in said(done)
 
 
 @pytest.mark.needs("cmake")
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DFLATCORE_CUDA=MAYBE")
-    assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in " ".join(done.stderr.split())
+    assert done.returncode != 0 and "must be AUTO, ON or OFF, not 'MAYBE'" in said(done)
+
+
+DEFAULT = "75-virtual;80-real;90-real;90-virtual"
+
+
+@pytest.mark.needs("cmake")
+@pytest.mark.parametrize(
+    ("asked", "gpus", "built"),
+    (
+        ("", "", DEFAULT),
+        ("", "9.0", "90-real;90-virtual"),
+        ("", "8.6\n8.6\n9.0", "86-real;90-real;90-virtual"),
+        ("", "8.0\n12.9", "80-real;80-virtual"),  # this nvcc knows no 12.9: PTX serves it
+        ("", "6.1", DEFAULT),
+        ("", "N/A\nNo devices were found", DEFAULT),
+        ("80-real;90-real", "7.5", "80-real;90-real;90-virtual"),
+        ("100-real;90-virtual", "", "100-real;90-virtual;100-virtual"),
+        ("90", "", "90"),
+        ("80-virtual", "", "80-virtual"),
+        ("90a-real", "", "90a-real"),
+        ("native", "", "native"),
+    ),
+)
+def test_which_architectures_are_built(asked: str, gpus: str, built: str, tmp_path: Path) -> None:
+    """The highest is there as PTX too; without a GPU in the machine a few serve all."""
+    program(tmp_path / "bin/nvidia-smi", f"printf '{gpus}'")
+    program(tmp_path / "bin/nvcc", "printf 'compute_75\ncompute_80\ncompute_86\ncompute_90\ncompute_100\n'")
+    text = (ROOT / "cmake/cuda.cmake").read_text()
+    (function,) = re.findall("^set.FLATCORE_DEFAULT.*$", text, re.MULTILINE)
+    function += "\n" + text[text.index("function(flatcore_architectures") : text.index("if(FLATCORE_WITH_CUDA)")]
+    (tmp_path / "script.cmake").write_text(
+        f"cmake_minimum_required(VERSION 3.25)\nset(CMAKE_CUDA_COMPILER {tmp_path}/bin/nvcc)\n"
+        f"set(FLATCORE_NVIDIA_SMI {tmp_path}/bin/nvidia-smi)\n{function}\n"
+        'flatcore_architectures(found)\nmessage(STATUS "[${found}]")\n'
+    )
+    for options, environment in (([f"-DCMAKE_CUDA_ARCHITECTURES={asked}"], {}), ([], {"CUDAARCHS": asked})):
+        done = subprocess.run(
+            [str(shutil.which("cmake")), *options, "-P", str(tmp_path / "script.cmake")],
+            env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert f"[{built}]" in said(done)
 
 
 def test_what_the_module_says_of_itself() -> None:
@@ -162,7 +242,7 @@ def test_what_the_module_says_of_itself() -> None:
     if not flatcore.cuda.is_built():
         assert config["reason"] == "flatcore was built without CUDA" and config["architectures"] is None
         return
-    assert config["available"] == (config["devices"] > 0) == flatcore.cuda.is_available()
+    assert config["available"] == flatcore.cuda.is_available() <= (config["devices"] > 0)
     assert re.fullmatch(r"\d+\.\d", config["runtime"])
     assert re.search(r"\d\d", config["architectures"])
     if not Path("/proc/driver/nvidia").exists():
@@ -178,7 +258,8 @@ def test_what_the_module_says_of_itself() -> None:
 
 def test_the_module_does_not_ask_for_a_driver() -> None:
     """The runtime is linked statically: where no driver is, the import works."""
-    assert _backend._core is not None
-    listed = subprocess.run(["ldd", _backend._core.__file__], capture_output=True, text=True, check=True).stdout
-    assert "cuda" not in listed
+    for module in (_backend._core, cuda_module() if flatcore.cuda.is_built() else None):
+        if module is not None:
+            listed = subprocess.run(["ldd", module.__file__], capture_output=True, text=True, check=True).stdout
+            assert "libcuda" not in listed
     subprocess.run([sys.executable, "-c", "import flatcore; flatcore.cuda.show_config()"], check=True)

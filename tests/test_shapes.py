@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -327,39 +323,6 @@ def test_a_head_through_dlpack(path: str) -> None:
     case = _case(4, 7, 5).at(torch.float32)
     got = flatcore.hessian_trace(case.features, _Exporter(case.weight), reduction="none")
     Problem(case).check("hessian_trace", got)
-
-
-class _CuPyArray(_Exporter):
-    """CuPy's array as far as flatcore looks at it; on the CPU."""
-
-    device = mock.MagicMock(id=3)
-
-
-_CuPyArray.__module__ = "cupy"
-
-
-@pytest.mark.parametrize("address", (0, 1234))
-def test_cupy_arrays_are_worked_on_in_cupys_stream(address: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy, used = mock.MagicMock(), []
-
-    @contextmanager
-    def entered(stream: object) -> Iterator[None]:
-        used.append(stream)
-        yield
-        used.append("left")
-
-    cupy.cuda.get_current_stream.return_value.ptr = address
-    cupy.from_dlpack = lambda tensor: ("cupy", tensor)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: (address, device))
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
-    monkeypatch.setattr(torch.cuda, "stream", entered)
-    x = torch.ones(2, 5)
-    for give in (lambda: flatcore.row_norms(_CuPyArray(x), ord=1), lambda: flatcore.row_norms(x=_CuPyArray(x), ord=1)):
-        used.clear()
-        kind, norms = give()
-        assert kind == "cupy" and norms.tolist() == [5, 5]
-        assert used == [(1234, 3) if address else ("default", 3), "left"]
 
 
 # --------------------------------------------------------------------------------------------------- batch invariance

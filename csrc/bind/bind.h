@@ -15,7 +15,7 @@ namespace flatcore::bind {
 
 namespace py = pybind11;
 
-void register_cuda(py::module_& module);  // defined where CUDA is built
+void register_cuda(py::module_& module);  // of the module with CUDA kernels
 void register_head_problem(py::module_& module);
 void register_head_metrics(py::module_& module);
 void register_head_metrics_backward(py::module_& module);

@@ -16,6 +16,15 @@ void register_cuda(py::module_& module) {
         return py::make_tuple(found.runtime_version, found.driver_version, found.devices, found.reason);
       },
       "Runtime version, driver version, number of devices, and why none can be used (empty if one can).");
+  module.def(
+      "cuda_device",
+      [](int index) {
+        const cuda::Device found = cuda::device(index);
+        return py::make_tuple(found.capability, found.active, found.reason);
+      },
+      py::arg("index"),
+      "Compute capability (90 is 9.0), whether the process works on the device already, and why no kernel runs there: "
+      "asked only where it does, for asking elsewhere would take the device's memory.");
   module.def("cuda_row_norms_workspace", &cuda::row_norms_workspace, py::arg("N"), py::arg("K"),
              "Doubles of workspace that cuda_row_norms needs.");
   module.def(

@@ -8,7 +8,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("ABI") = FLATCORE_ABI;
   module.attr("VERSION") = FLATCORE_VERSION;
   module.attr("COMPILER") = FLATCORE_COMPILER;
-  module.attr("CUDA") = static_cast<bool>(FLATCORE_WITH_CUDA);
   module.def("cpu_targets", [] {
     py::list names;
     for (const auto* target : flatcore::cpu::usable_targets()) names.append(target->name);
@@ -21,7 +20,4 @@ PYBIND11_MODULE(_core, module) {
   flatcore::bind::register_head_metrics_backward(module);
   flatcore::bind::register_row_norms(module);
   flatcore::bind::register_unmasked_cross_entropy(module);
-#if FLATCORE_WITH_CUDA
-  flatcore::bind::register_cuda(module);
-#endif
 }

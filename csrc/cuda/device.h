@@ -22,6 +22,17 @@ struct Runtime {
 };
 Runtime runtime();
 
+// One device, and whether this build's kernels run there.
+struct Device {
+  int capability = 0;   // 90 is compute capability 9.0; 0 if even that could not be asked
+  bool active = false;  // whether the process works on it already
+  std::string reason;   // why no kernel runs there; empty if one does, or if the device is not active
+};
+Device device(int index);
+
+// Whether the process works on the device: what changes a device that is not costs 0.3 s and some 500 MB of its memory.
+bool is_active(int device);
+
 // The architectures that were compiled, as CMake names them.
 const char* architectures();
 

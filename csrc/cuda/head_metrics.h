@@ -45,7 +45,14 @@ struct HeadPacking {
   int64_t rows, stride;
 };
 HeadPacking head_packing(const HeadProblem& problem);
+// Classes whose products are formed together: the fewest passes, and of those the least padding.
+int head_class_block(int64_t C, bool double_compute);
 Launched head_metrics(const HeadMetrics& call);
+// the same for features of one dtype
+Launched head_metrics_float16(const HeadMetrics& call);
+Launched head_metrics_bfloat16(const HeadMetrics& call);
+Launched head_metrics_float32(const HeadMetrics& call);
+Launched head_metrics_float64(const HeadMetrics& call);
 
 // Rows to be done from explicit differences between rows of W: those with bits in `special`.
 enum SpecialField : uint8_t { kSpecialNeuronwise = 1, kSpecialGradient = 2 };

@@ -94,6 +94,34 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
+class _Straightened:
+    """A device's array as torch asks it for its memory, in torch's stream: with no negative stride.
+
+    At one torch ends the process. The axis is read forwards, from its last entry, and noted as reversed.
+    """
+
+    def __init__(self, array: Any):
+        self._array = array
+        self.reversed: tuple[int, ...] = ()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        found: tuple[int, int] = self._array.__dlpack_device__()
+        return found
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self._array.__dlpack__(**options)
+        kind = _capsule_name(capsule)
+        if kind in _CAPSULES:
+            given = _DLTensor.from_address(_capsule_pointer(capsule, kind) + _CAPSULES[kind])
+            if given.strides:
+                self.reversed = tuple(axis for axis in range(given.ndim) if given.strides[axis] < 0)
+            for axis in self.reversed:
+                steps = max(given.shape[axis] - 1, 0)
+                given.data = (given.data or 0) + steps * given.strides[axis] * given.bits // 8
+                given.strides[axis] = -given.strides[axis]
+        return capsule
+
+
 def _from_dlpack(array: Any, name: str) -> Tensor:
     if _is_traced(array):
         raise TypeError(
@@ -102,7 +130,9 @@ def _from_dlpack(array: Any, name: str) -> Tensor:
         )
     try:
         if int(array.__dlpack_device__()[0]) != _CPU:
-            return torch.from_dlpack(array)
+            straight = _Straightened(array)
+            tensor = torch.from_dlpack(straight)
+            return aligned(tensor.flip(straight.reversed) if straight.reversed else tensor)
         try:
             capsule = array.__dlpack__(max_version=(1, 0))  # older versions refuse read-only arrays
         except TypeError:
@@ -144,6 +174,20 @@ def _from_capsule(capsule: Any, name: str) -> Tensor:
     if not words.flags.aligned or any(stride < 0 for stride in strides):
         words = np.array(words, order="C", copy=True)
     return torch.from_numpy(words).view(dtype)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose elements lie across the boundaries of their size: a fault on a CUDA device.
+
+    DLPack allows such memory. Copied byte by byte, as only that is allowed there.
+    """
+    size = x.itemsize
+    if x.data_ptr() % size == 0:
+        return x
+    memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    strides = tuple(stride * size for stride in x.stride())
+    parts = memory.as_strided((*x.shape, size), (*strides, 1), x.storage_offset() * size)
+    return parts.clone(memory_format=torch.contiguous_format).view(x.dtype).view(x.shape)
 
 
 def _is_traced(array: Any) -> bool:

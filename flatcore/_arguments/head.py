@@ -117,10 +117,9 @@ def checked_inputs(
         y = _target(y, leading, n, classes, soft, ignore_index)
 
     hard = y is None or not y.is_floating_point()
-    head = Head(
-        _rows(phi), w, b, z, y if hard else None, check_temperature(temperature), ignore_index,
-        _checked_include_bias(include_bias, b), int(norm_power),
-    )  # fmt: skip
+    temperature = check_temperature(temperature)
+    counts, b = _checked_include_bias(include_bias, b)
+    head = Head(_rows(phi), w, b, z, y if hard else None, temperature, ignore_index, counts, int(norm_power))
     return Inputs(head, None if hard else y, leading, torch.float64 if is_double(head) else torch.float32)
 
 
@@ -183,13 +182,16 @@ def check_measure(measure: Any, norm_power: Any) -> None:
         raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
 
 
-def _checked_include_bias(include_bias: Any, bias: Tensor | None) -> bool:
+def _checked_include_bias(include_bias: Any, bias: Tensor | None) -> tuple[bool, Tensor | None]:
     if not check_flag(include_bias, "include_bias"):
-        return False
+        return False, bias
     if bias is None:
         raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
-    if _may_read(bias) and bool((bias == -math.inf).any()):
+    if not _may_read(bias):
+        # as a label that is no class: NaN on every path, where a look would wait for the device
+        return True, torch.where(bias == -math.inf, math.nan, bias)
+    if bool((bias == -math.inf).any()):
         raise ValueError(
             "include_bias=True needs a finite linear_bias, got an entry of -inf: the norms would be infinite"
         )
-    return True
+    return True, bias

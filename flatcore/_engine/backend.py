@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from types import TracebackType
 
-import torch  # noqa: F401  (before _core: one OpenMP runtime, torch's, serves both)
-
-try:
-    from .. import _core
-except ImportError as error:
-    if "_core" not in str(error) or "undefined symbol" in str(error):
-        raise
-    _core = None  # type: ignore[assignment]
-
-ABI = 6
-"""Counts the changes of what Python hands the extension: call signatures, and the options that it reads of a head by name.
-
-The build reads it here, for the binary must agree."""
-if _core is not None and _core.ABI != ABI:
-    raise ImportError(
-        f"flatcore: the compiled extension {_core.__file__} speaks ABI {_core.ABI}, these sources ABI {ABI}: "
-        "install flatcore again (pip install .)"
-    )
+from .extensions import _core, cuda_reason
 
 _NAMES = ("auto", "native", "reference")
 CPU_TARGETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
@@ -38,7 +20,10 @@ def _check(name: str) -> str:
     if name not in _NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _NAMES))}, got {name!r}")
     if name == "native" and _core is None:
-        raise RuntimeError("backend 'native' was asked for, but flatcore was installed without its compiled extension")
+        raise RuntimeError(
+            "backend 'native' was asked for, but flatcore was installed without its compiled extension "
+            "(FLATCORE_NATIVE=OFF, or by another Python): pip install . with a C++17 compiler builds it"
+        )
     return name
 
 
@@ -72,27 +57,19 @@ CUDA_PROVEN: tuple[str, ...] = ()
 """Those whose tests have passed on a device: "auto" takes these, "native" the others too."""
 
 
-@functools.cache
-def cuda_runtime() -> tuple[int, int, int, str]:
-    """Runtime version, driver version, devices, and why none can be used (empty if one can)."""
-    if _core is None or not _core.CUDA:
-        return 0, 0, 0, "flatcore was built without CUDA"
-    found: tuple[int, int, int, str] = _core.cuda_runtime()
-    return found
-
-
-def uses_native(device_type: str, stem: str) -> bool:
-    """Whether this computation runs on the compiled kernels for tensors on this kind of device."""
+def uses_native(device_type: str, stem: str, index: int | None = None) -> bool:
+    """Whether this computation runs on the compiled kernels for tensors on this device."""
     if selected == "reference":
         return False
     if device_type == "cuda":
         stems = CUDA_STEMS if selected == "native" else CUDA_PROVEN
-        compiled = stem in stems and not cuda_runtime()[3]
+        compiled = stem in stems and not cuda_reason(index)
     else:
         compiled = _core is not None and device_type == "cpu"
     if selected == "native" and not compiled:
+        why = f": {cuda_reason(index)}" if device_type == "cuda" and stem in CUDA_STEMS else ""
         raise ValueError(
-            f"backend 'native' has no kernel of {stem} for device {device_type!r} in this build; "
+            f"backend 'native' has no kernel of {stem} for device {device_type!r} in this build{why}; "
             "use flatcore.backend('auto') or move the tensors to the CPU"
         )
     return compiled

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import chunked_cuda, paths
-from .backend import _core
 from .chunked_cpu import GRADIENT, NEURONWISE
+from .extensions import cuda_module
 from .head import Head
 from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
 from .reduction import Reduction, reduce, reduce_with_log_coefficient
@@ -27,41 +27,42 @@ def stream(x: Tensor) -> tuple[int, int]:
 
 def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem."""
-    return _run(HeadCall(_core, head, fields, 1), wide_result)
+    return _run(HeadCall(cuda_module(), head, fields, 1), wide_result)
 
 
 def _run(call: HeadCall, wide_result: bool) -> tuple[Tensor, Tensor]:
+    core = cuda_module()
     values, prediction = call.outputs(wide_result)
-    path = paths.on_cuda(call.C, _core.CUDA_FUSED_CLASSES)
+    path = paths.on_cuda(call.C, core.CUDA_FUSED_CLASSES)
     paths.took(path, call, call.head.features.device)
     if call.N and path == "fused":
         _fused(call)
     elif call.N:
-        chunked_cuda.head_metrics(_core, stream(call.head.features), call)
+        chunked_cuda.head_metrics(core, stream(call.head.features), call)
     return values, prediction
 
 
 def _fused(call: HeadCall) -> None:
-    where, problem, C = stream(call.head.features), call.problem, call.C
-    packed_rows, stride = _core.cuda_head_packing(problem)
+    core, where, problem, C = cuda_module(), stream(call.head.features), call.problem, call.C
+    packed_rows, stride = core.cuda_head_packing(problem)
     packed = call.empty(packed_rows, stride, dtype=call.dtype)
-    summary, workspace = call.empty(2), call.empty(_core.cuda_head_weights_workspace(call.D, C))
+    summary, workspace = call.empty(2), call.empty(core.cuda_head_weights_workspace(call.D, C))
     weights = bool(call.fields & (NEURONWISE | GRADIENT))
     distances = call.empty(C, C) if weights else None
     bias_distances = call.empty(C, C) if weights and call.head.include_bias else None
     special = call.empty(call.N, dtype=torch.uint8) if weights else None
-    _core.cuda_head_weights(
+    core.cuda_head_weights(
         *where, problem, workspace.data_ptr(), summary.data_ptr(), 0, 0, packed.data_ptr(), packed_rows, stride,
         address(distances), address(bias_distances),
     )  # fmt: skip
-    _core.cuda_head_metrics(
+    core.cuda_head_metrics(
         *where, problem, packed.data_ptr(), stride, summary.data_ptr(), address(distances), address(bias_distances),
         address(special),
     )  # fmt: skip
     if special is not None:
         slots = chunked_cuda.explicit_slots(call)
         scratch = call.empty(slots, 2 * C)
-        _core.cuda_head_explicit(
+        core.cuda_head_explicit(
             *where, problem, 0, call.N, special.data_ptr(), summary.data_ptr(), scratch.data_ptr(), slots
         )
 
@@ -70,7 +71,7 @@ def head_measure(
     head: Head, field: int, how: Reduction, with_coefficient: bool
 ) -> tuple[Tensor, Tensor | None, object | None]:
     """One field, reduced: the value, if wanted the log of its derivative by each row's log, and a gradient's start."""
-    call = HeadCall(_core, head, 1 << field, 1)
+    call = HeadCall(cuda_module(), head, 1 << field, 1)
     values, _ = _run(call, True)
     if with_coefficient:
         return *reduce_with_log_coefficient(values[0], how), call.prepared
@@ -86,7 +87,7 @@ def head_metrics_backward(
     prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Run the kernels of this stem: a gradient of any head goes by chunks."""
-    call = HeadCall(_core, head, 1 << field, 1)
+    call = HeadCall(cuda_module(), head, 1 << field, 1)
     call.prepared = prepared
     N, D, C = call.N, call.D, call.C
     upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
@@ -99,7 +100,15 @@ def head_metrics_backward(
     d_logits = call.empty(N, C, dtype=call.dtype) if of_logits else None
     paths.took("chunked", call, head.features.device)
     chunked_cuda.head_metrics_backward(
-        _core, stream(call.head.features), call, upstream, log_coefficient, d_features, d_weight, d_bias, d_logits
+        cuda_module(),
+        stream(call.head.features),
+        call,
+        upstream,
+        log_coefficient,
+        d_features,
+        d_weight,
+        d_bias,
+        d_logits,
     )
     return in_dtypes_of(head, (d_features, d_weight, d_bias, d_logits))
 
@@ -108,11 +117,12 @@ def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:
     """Run the kernel of this stem."""
     x = readable(x)
     N, K = x.shape
+    core = cuda_module()
     norms = {p: x.new_empty((N,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for p in set(ord)}
     if N:
         at: dict[float, int] = {p: norm.data_ptr() for p, norm in norms.items()}
-        workspace = x.new_empty(_core.cuda_row_norms_workspace(N, K), dtype=torch.float64)
-        _core.cuda_row_norms(
+        workspace = x.new_empty(core.cuda_row_norms_workspace(N, K), dtype=torch.float64)
+        core.cuda_row_norms(
             *stream(x), matrix(x), N, K, at.get(1, 0), at.get(2, 0), at.get(math.inf, 0), workspace.data_ptr()
         )
     return torch.stack([norms[p] for p in ord])
@@ -130,7 +140,7 @@ def unmasked_cross_entropy(
     loss, log_scale = (logits.new_empty((N,), dtype=result) for _ in range(2))
     cotangent = logits.new_empty((N if with_cotangent else 0, C))
     if N:
-        _core.cuda_unmasked_cross_entropy(
+        cuda_module().cuda_unmasked_cross_entropy(
             *stream(logits), matrix(logits), target.data_ptr(), N, C, ignore_index, loss.data_ptr(),
             log_scale.data_ptr(), cotangent.data_ptr() if with_cotangent else 0,
         )  # fmt: skip

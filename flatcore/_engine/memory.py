@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments.arrays import aligned
 from .._arguments.checks import is_exact
 from .head import Head, is_double
 
@@ -25,13 +26,13 @@ def matrix(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def readable(x: Tensor) -> Tensor:
-    """A tensor whose memory holds its values as they are, and that autograd does not follow.
+    """A tensor whose memory holds its values as they are, aligned, and that autograd does not follow.
 
     No lazy negation, no subclass's view of them. Detaching takes 2 us: not where nothing is recorded anyway.
     """
-    if is_exact(x) and not x.is_neg() and not (x.requires_grad and torch.is_grad_enabled()):
-        return x
-    return x.detach().resolve_neg()
+    if not (is_exact(x) and not x.is_neg() and not (x.requires_grad and torch.is_grad_enabled())):
+        x = x.detach().resolve_neg()
+    return aligned(x)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

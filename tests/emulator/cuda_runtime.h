@@ -83,20 +83,60 @@ T __ldg(const T* address) {
 
 // ------------------------------------------------------------------------------------------------------- the runtime
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+constexpr unsigned long long cudaEnableDefault = 0;
 struct cudaFuncAttributes {};
 
-inline const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "invalid"; }
+namespace emulator {
+
+// What a process sees of its devices; kernels run on the host whatever the current one is.
+struct Devices {
+  static constexpr int kCount = 2;
+  int current = 0;
+  bool active[kCount] = {true, false};  // contexts: the first device has tensors on it
+  int capability[kCount] = {80, 80};
+  cudaError_t image = cudaSuccess;  // what the query of a kernel's attributes says
+  int queries = 0;                  // how often it was made
+};
+extern Devices devices;
+
+int context_state(int device, unsigned* flags, int* active);
+
+}  // namespace emulator
+
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaSuccess                       ? "no error"
+         : status == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+                                                     : "invalid";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::devices.current, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulator::Devices::kCount) return cudaErrorInvalidValue;
+  emulator::devices.active[device] = true;
+  return emulator::devices.current = device, cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = emulator::Devices::kCount, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device < 0 || device >= emulator::Devices::kCount) return cudaErrorInvalidValue;
+  const int capability = emulator::devices.capability[device];
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult*) {
+  *function = reinterpret_cast<void*>(&emulator::context_state);
+  return cudaSuccess;
+}
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return cudaSuccess;
+  ++emulator::devices.queries;
+  return emulator::devices.image;
 }
 
 template <class... Parameters, size_t... index>

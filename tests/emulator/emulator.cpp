@@ -41,6 +41,12 @@ flatcore_switch:
 namespace emulator {
 
 dim3 thread_index, block_index, grid_size, block_size;
+Devices devices;
+
+int context_state(int device, unsigned*, int* active) {
+  if (device < 0 || device >= Devices::kCount) return 101;  // CUDA_ERROR_INVALID_DEVICE
+  return *active = devices.active[device], 0;
+}
 
 namespace {
 
@@ -258,6 +264,19 @@ PYBIND11_MODULE(cuda_emulated, module) {
       "set_order", [](int order) { emulator::order = order; }, pybind11::arg("order"),
       "0: threads in order, 1: backwards, 2: shuffled anew between barriers.");
   module.def("planted", &planted, pybind11::arg("name"));
+  using emulator::Devices;
+  pybind11::class_<Devices>(module, "Devices", pybind11::module_local())
+      .def_readwrite("current", &Devices::current)
+      .def_readonly("queries", &Devices::queries)
+      .def_property_readonly("active",
+                             [](const Devices& all) { return pybind11::make_tuple(all.active[0], all.active[1]); })
+      .def("set",
+           [](Devices& all, int device, bool active, int capability) {
+             all.active[device] = active;
+             all.capability[device] = capability;
+           })
+      .def("plant", [](Devices& all, int image) { all.image = static_cast<cudaError_t>(image); });
+  module.attr("devices") = pybind11::cast(&emulator::devices, pybind11::return_value_policy::reference);
   module.def("narrow_halves", &narrow_halves);
   module.def("widen_halves", &widen_halves);
   flatcore::bind::register_head_problem(module);

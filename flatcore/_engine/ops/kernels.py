@@ -15,8 +15,10 @@ KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 
 def kernels_of(x: Tensor, stem: str) -> Any:
     """The compiled kernels that have this stem for this device, or the reference."""
-    device = "cpu" if x.is_cpu else x.device.type
-    return KERNELS[device] if backend.uses_native(device, stem) else reference
+    if x.is_cpu:
+        return KERNELS["cpu"] if backend.uses_native("cpu", stem) else reference
+    device = x.device
+    return KERNELS[device.type] if backend.uses_native(device.type, stem, device.index) else reference
 
 
 def refuse_bad_labels(target: Tensor | None, C: int, ignore_index: int, kernels: Any) -> None:

@@ -1,0 +1,167 @@
+from typing import Final
+
+from ._core import HeadProblem as HeadProblem
+
+ABI: Final[int]
+VERSION: Final[str]
+CUDA_FUSED_CLASSES: Final[int]
+EXPLICIT_ROW: Final[int]
+HEAD_BACKWARD_ROW_BIAS: Final[int]
+HEAD_BACKWARD_ROW_BYTES: Final[int]
+HEAD_BACKWARD_ROW_C: Final[int]
+HEAD_BACKWARD_ROW_KIND: Final[int]
+HEAD_ROW_BYTES: Final[int]
+ORDINARY_ROW: Final[int]
+POISONED_ROW: Final[int]
+
+_Matrix = tuple[int, int, int, int]
+
+def cuda_architectures() -> str: ...
+def cuda_device(index: int) -> tuple[int, bool, str]: ...
+def cuda_head_chunk_cotangent(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    log_coefficient: int,
+    q: int,
+    g: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+    numbers: int,
+    d_features: int,
+    d_weight: int,
+    d_bias: int,
+    scratch: int,
+) -> None: ...
+def cuda_head_chunk_directions(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    upstream: int,
+    log_coefficient: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    numbers: int,
+    mean: int,
+    direction: int,
+    q: int,
+    top_row: int,
+    top_bias: int,
+    top: int,
+    runs: int,
+) -> None: ...
+def cuda_head_chunk_merge(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q: int,
+    merged: int,
+    q_pieces: int,
+    pieces: int,
+    order: int,
+    runs: int,
+    repeated: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+) -> None: ...
+def cuda_head_chunk_statistics(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    z: int,
+    z_stride: int,
+    q: int,
+    q_pieces: int,
+    pieces: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    row_state: int,
+) -> None: ...
+def cuda_head_chunk_weights(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    q_pieces: int,
+    summary: int,
+    center: int,
+    row_state: int,
+    mean: int,
+    special: int,
+    runs: int,
+) -> None: ...
+def cuda_head_explicit(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    first: int,
+    rows: int,
+    special: int,
+    summary: int,
+    scratch: int,
+    slots: int,
+) -> None: ...
+def cuda_head_metrics(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    packed: int,
+    packed_stride: int,
+    summary: int,
+    distances: int,
+    bias_distances: int,
+    special: int,
+) -> None: ...
+def cuda_head_packing(problem: HeadProblem) -> tuple[int, int]: ...
+def cuda_head_repeat_joins(
+    device: int, stream: int, problem: HeadProblem, keys: int, order: int, joins: int
+) -> None: ...
+def cuda_head_repeat_keys(device: int, stream: int, problem: HeadProblem, summary: int, keys: int) -> None: ...
+def cuda_head_weights(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    workspace: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    packed: int,
+    packed_rows: int,
+    packed_stride: int,
+    distances: int,
+    bias_distances: int,
+) -> None: ...
+def cuda_head_weights_workspace(D: int, C: int) -> int: ...
+def cuda_row_norms(
+    device: int, stream: int, x: _Matrix, N: int, K: int, l1: int, l2: int, linf: int, workspace: int
+) -> None: ...
+def cuda_row_norms_workspace(N: int, K: int) -> int: ...
+def cuda_runtime() -> tuple[int, int, int, str]: ...
+def cuda_unmasked_cross_entropy(
+    device: int,
+    stream: int,
+    logits: _Matrix,
+    target: int,
+    N: int,
+    C: int,
+    ignore_index: int,
+    loss: int,
+    log_scale: int,
+    cotangent: int,
+) -> None: ...
