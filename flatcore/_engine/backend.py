@@ -65,9 +65,7 @@ def describe_cpu_target() -> str | None:
 
 
 CUDA_STEMS: tuple[str, ...] = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
-"""What has a CUDA kernel."""
-CUDA_PROVEN: tuple[str, ...] = ()
-"""Those whose tests have passed on a device: "auto" takes these, "native" the others too."""
+"""What has a CUDA kernel; ``proof`` knows which of them "auto" takes."""
 
 
 @functools.cache
@@ -79,13 +77,42 @@ def cuda_runtime() -> tuple[int, int, int, str]:
     return found
 
 
-def uses_native(device_type: str, stem: str) -> bool:
-    """Whether this computation runs on the compiled kernels for tensors on this kind of device."""
+def is_cuda_built() -> bool:
+    """Whether there are compiled CUDA kernels."""
+    return _core is not None and bool(_core.CUDA)
+
+
+def cuda_reason(index: int) -> str:
+    """Why no kernel can run on this device, empty if one can."""
+    runtime, driver, _, reason = cuda_runtime()
+    if not reason or not is_cuda_built():
+        return reason
+    if not driver:
+        return "no NVIDIA driver found"
+    if driver < runtime:
+        return (
+            f"the NVIDIA driver is too old: it serves CUDA {cuda_version(driver)}, flatcore was built with "
+            f"{cuda_version(runtime)} ({reason})"
+        )
+    return reason
+
+
+def cuda_architectures() -> str:
+    """The architectures that were compiled, as CMake names them; "" for none."""
+    return str(_core.cuda_architectures()) if is_cuda_built() else ""
+
+
+def cuda_version(number: int) -> str | None:
+    """CUDA's own form: 13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def uses_native(device_type: str, stem: str, index: int = 0) -> bool:
+    """Whether compiled kernels of this computation can run for tensors on this device; ``proof`` says whether they may."""
     if selected == "reference":
         return False
     if device_type == "cuda":
-        stems = CUDA_STEMS if selected == "native" else CUDA_PROVEN
-        compiled = stem in stems and not cuda_runtime()[3]
+        compiled = stem in CUDA_STEMS and not cuda_reason(index)
     else:
         compiled = _core is not None and device_type == "cpu"
     if selected == "native" and not compiled:
@@ -100,13 +127,17 @@ class backend:  # noqa: N801  (a function to its users)
     """Choose the implementation for the whole process; as a context manager, until the block ends.
 
     Args:
-        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device (on CUDA those that have
-            passed their tests on one, see :func:`flatcore.cuda.show_config`) and the PyTorch reference elsewhere;
-            ``"native"`` and ``"reference"`` force one.
+        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device and the PyTorch reference
+            elsewhere, on CUDA with one RuntimeWarning that says why; ``"native"`` and ``"reference"`` force one.
 
     Raises:
         ValueError: ``name`` is none of the three; later, at a call, if ``"native"`` has no kernel for a device.
-        RuntimeError: ``"native"`` when the extension was not compiled.
+        RuntimeError: ``"native"`` when the extension was not compiled; later, at a call, if the kernels that it needs are
+            known to have failed their check on the device.
+
+    On a CUDA device ``"auto"`` takes what has passed a check there. The first call makes it, in a process of its own and
+    once for a machine (some seconds; ``FLATCORE_CUDA_CHECK=0`` makes none, ``force`` makes it again): docs/cuda.md.
+    ``"native"`` takes kernels that have not been checked. :func:`flatcore.cuda.show_config` shows what is known.
 
     The setting is one for all threads. The environment variable ``FLATCORE_BACKEND`` sets it at import.
 
