@@ -121,7 +121,10 @@ NOT_CHECKED = {
     "nothing": ("begin()", ("status 0", "printed nothing")),
     "an exception": ("begin('row_norms'); raise ValueError('odd')", ("status 1", "row_norms", "ValueError: odd")),
     "an import": ("import absent_module", ("status 1", "absent_module")),
-    "a reason": ("answer(check={'rows': [], 'reason': 'CUDA out of memory'}, device=None)", ("CUDA out of memory",)),
+    "a reason": (
+        "answer(check={'rows': [], 'notes': [], 'reason': 'CUDA out of memory'}, device=None)",
+        ("CUDA out of memory",),
+    ),
     "a crash while loading": ("os.abort()", ("SIGABRT",)),
     "killed": ("begin('row_norms'); os.kill(os.getpid(), signal.SIGKILL)", ("SIGKILL", "row_norms")),
     "told to end": ("begin('row_norms'); os.kill(os.getpid(), signal.SIGTERM)", ("SIGTERM",)),
@@ -170,7 +173,8 @@ def test_an_error_of_cuda_in_a_kernel_is_a_failure(played: Played) -> None:
         if "row_norms" in request["avoid"]:
             answer()
         else:
-            answer(fault=["row_norms", "wanted a result, got an illegal memory access"], check=dict(rows=[], reason=None))
+            died = ["row_norms", "wanted a result, got an illegal memory access"]
+            answer(fault=died, check=dict(rows=[], notes=[], reason=None))
     """)
     (row,) = [row for row in check.rows if row.failure]
     assert row.stem == "row_norms" and "illegal memory access" in row.failure
@@ -456,7 +460,7 @@ def in_children(*calls: Callable[[], Any], wait: bool = True) -> list[Any]:
 
 @FORK
 @FORKING
-@pytest.mark.parametrize("check", (Check(rows()), Check(reason="CUDA out of memory")), ids=("passed", "not checked"))
+@pytest.mark.parametrize("check", (Check(rows()), Check((), "CUDA out of memory")), ids=("passed", "not checked"))
 @pytest.mark.parametrize("fresh", (False, True))
 def test_processes_that_start_at_once_share_one_run(card: Card, tmp_path: Path, check: Check, fresh: bool) -> None:
     runs = tmp_path / "runs"

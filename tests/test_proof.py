@@ -152,7 +152,7 @@ def test_native_takes_unchecked_kernels_and_makes_no_check(card: Card) -> None:
 
 
 def test_a_device_that_could_not_be_checked_is_tried_again_by_the_next_process(card: Card) -> None:
-    card.check = Check(reason="CUDA out of memory")
+    card.check = Check((), "CUDA out of memory")
     (message,) = said(lambda: [path_of_a_call() for _ in range(3)] == ["reference"] * 3 or pytest.fail("the kernels"))
     assert "could not be checked on cuda:0: CUDA out of memory" in message and "python -m flatcore check" in message
     assert card.runs == 1 and not list(cache.folder().glob("*.json"))
@@ -370,7 +370,7 @@ def test_what_is_known_is_shown(card: Card) -> None:
     card.answers(is_awake=lambda: False)
     assert shown()["state"] == "unchecked"  # not worth waking a device
     card.answers(is_awake=lambda: True)
-    card.check = Check(reason="time")
+    card.check = Check((), "time")
     prove.prove(0)
     assert (shown()["state"], shown()["reason"], shown()["file"]) == ("could not check", "time", None)
     assert "proven" not in flatcore.cuda.show_config()
@@ -384,7 +384,7 @@ def test_the_worst_of_several_verdicts() -> None:
     assert failed.failed["row_norms"] == {"-"} and failed.passed["head_metrics"] == {"fused", "chunked"}
     lacking = proof.verdict(prove.worst([good, Check(tuple(row for row in rows() if row.path != "fused"))]))
     assert lacking.passed["head_metrics"] == {"chunked"} and not lacking.failed["head_metrics"]
-    none = prove.worst([good, Check(reason="out of memory")])
+    none = prove.worst([good, Check((), "out of memory")])
     assert none.reason == "out of memory" and not any(proof.verdict(none).passed.values())
     died = Check((*(row for row in rows() if row.stem != "row_norms"), Row("", "row_norms", "-", 0, 0.0, "died")))
     assert proof.verdict(prove.worst([died, good])).failed["row_norms"] == {"-"}

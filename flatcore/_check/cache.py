@@ -186,7 +186,7 @@ def shared(key: dict[str, str], run: Callable[[], Check], patience: float, fresh
                 held.flush()
             return check
     except TimeoutError as error:
-        return Check(reason=str(error))
+        return Check((), str(error))
 
 
 def _left_behind(held: IO[str] | None, key: dict[str, str], since: float) -> Check | None:

@@ -65,9 +65,9 @@ class Child:
         text = (str(error).splitlines() or [""])[0][:300]
         said = f"{type(error).__name__}: {text}"
         if isinstance(error, MemoryError) or any(words in text.lower() for words in _NOT_A_FAULT):
-            self.answer(Check(reason=said))
+            self.answer(Check((), said))
         else:
-            self.answer(Check(), f"wanted a result, got {said}")
+            self.answer(Check(()), f"wanted a result, got {said}")
         os._exit(0)
 
 
@@ -109,16 +109,16 @@ def main(folder: str) -> None:
     faulthandler.dump_traceback_later(child.request["seconds"], exit=True)
     try:
         if device.count() != 1:
-            child.answer(Check(reason=f"its process found {device.count()} devices, not one"))
+            child.answer(Check((), f"its process found {device.count()} devices, not one"))
             return
         if backend.cuda_reason(0):
-            child.answer(Check(reason=backend.cuda_reason(0)))
+            child.answer(Check((), backend.cuda_reason(0)))
             return
         if child.request["bytes"]:
             device.limit_memory(child.request["bytes"])
         device.wait()  # the context is there: what fails here fails before any kernel
     except (RuntimeError, AssertionError) as error:
-        child.answer(Check(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"))
+        child.answer(Check((), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"))
         return
     child.note("")
     kernels.KERNELS["cuda"] = Watched(kernels.KERNELS["cuda"], child)

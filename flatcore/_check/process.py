@@ -46,7 +46,7 @@ def run(device: int, *, full: bool = False) -> Check:
     """
     hindrance = _hindrance()
     if hindrance is not None:
-        return Check(reason=hindrance)
+        return Check((), hindrance)
     died: dict[str, Row] = {}
     while True:
         check, fault = _attempt(device, full, sorted(died))
@@ -139,7 +139,7 @@ def _attempt(index: int, full: bool, avoid: Sequence[str]) -> tuple[Check, tuple
                 _end(process)
             return _judge(index, process.returncode, here, in_time, limit)
     except (OSError, RuntimeError) as error:  # no memory or no right for a process, no folder, an interpreter that ends
-        return Check(reason=f"no process could be started for it: {error}"), None
+        return Check((), f"no process could be started for it: {error}"), None
 
 
 def _wait(process: subprocess.Popen[bytes], here: Path, limit: float) -> bool:
@@ -176,14 +176,14 @@ def _judge(
     if not in_time:
         loading = f"was not ready within {LOADING_SECONDS:.0f} s"
         done = f"gave no answer within {limit:.0f} s{within}"
-        return Check(reason=f"its process {loading if progress is None else done}"), None
+        return Check((), f"its process {loading if progress is None else done}"), None
     answer = _answer(here)
     if answer is not None:
         return _believed(index, answer)
     ended = _ending(status)
     if progress is not None and ended in _FAULTS:
-        return Check(), (stem, f"its process ended with {ended}{within}: wanted a result, got none")
-    return Check(reason=f"its process ended with {ended}{within}: {_last_line(here)}"), None
+        return Check(()), (stem, f"its process ended with {ended}{within}: wanted a result, got none")
+    return Check((), f"its process ended with {ended}{within}: {_last_line(here)}"), None
 
 
 def _answer(here: Path) -> dict[str, Any] | None:
@@ -200,9 +200,9 @@ def _believed(index: int, answer: dict[str, Any]) -> tuple[Check, tuple[str, str
     """The check, if it was one of this package and of this device."""
     check = Check.from_json(json.dumps(answer["check"]))
     if answer["package"] != cache.package_hash():
-        return Check(reason=f"its process found another flatcore than this one, {answer['file']}"), None
+        return Check((), f"its process found another flatcore than this one, {answer['file']}"), None
     if check.reason is None and answer["device"] != [device.name(index), *device.capability(index)]:
-        return Check(reason=f"its process found another device than this one, {answer['device']}"), None
+        return Check((), f"its process found another device than this one, {answer['device']}"), None
     fault = answer["fault"]
     return check, None if fault is None else (str(fault[0]), str(fault[1]))
 

@@ -23,7 +23,7 @@ def first_use(index: int, may_run: bool) -> tuple[Check, Path | None] | None:
             return None if known is None else (process.named(known, index), cache.file_of(key))
         return _made(index, key, full=False, fresh=force)
     except Exception as error:  # whatever it is, the user asked for a number, which the reference has
-        return (Check(reason=f"{type(error).__name__}: {error}"), None) if may_run else None
+        return (Check((), f"{type(error).__name__}: {error}"), None) if may_run else None
 
 
 def prove(index: int, *, full: bool = False) -> Check:

@@ -26,7 +26,7 @@ class Row(NamedTuple):
 class Check:
     """The rows, and why a device could not be checked (``reason``, None where it could)."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Row, ...]
     reason: str | None = None
 
     @property
