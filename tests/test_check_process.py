@@ -325,6 +325,12 @@ def test_an_error_within_a_kernel(request_in: Callable[..., dict[str, Any]], tex
         assert answer["fault"] is None and text in answer["check"]["reason"]
 
 
+def test_want_of_memory_between_the_calls_is_no_failure(request_in: Callable[..., dict[str, Any]]) -> None:
+    found = rows(row_norms="wide rows: OutOfMemoryError: CUDA out of memory")
+    check = request_in(None, lambda device, *, full: found)["check"]
+    assert check["rows"] == [] and "out of memory" in check["reason"]
+
+
 def test_calls_are_noted_and_those_to_avoid_go_to_the_reference(
     request_in: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

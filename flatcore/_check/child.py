@@ -33,6 +33,10 @@ _NOT_A_FAULT = (
 """Errors of CUDA that say nothing of a kernel: want of memory, exclusive mode, no device, a driver that is too old."""
 
 
+def _is_no_fault(text: str) -> bool:
+    return any(words in text.lower() for words in _NOT_A_FAULT)
+
+
 class Child:
     """One check and the folder it answers in."""
 
@@ -64,7 +68,7 @@ class Child:
         """Answer with an error of CUDA and end at once: after one, nothing on the device can be believed."""
         text = (str(error).splitlines() or [""])[0][:300]
         said = f"{type(error).__name__}: {text}"
-        if isinstance(error, MemoryError) or any(words in text.lower() for words in _NOT_A_FAULT):
+        if isinstance(error, MemoryError) or _is_no_fault(text):
             self.answer(Check((), said))
         else:
             self.answer(Check(()), f"wanted a result, got {said}")
@@ -123,7 +127,10 @@ def main(folder: str) -> None:
     child.note("")
     kernels.KERNELS["cuda"] = Watched(kernels.KERNELS["cuda"], child)
     battery = importlib.import_module("flatcore._check.battery")
-    child.answer(Check(tuple(battery.battery(torch.device("cuda", 0), full=child.request["full"]))))
+    rows = tuple(battery.battery(torch.device("cuda", 0), full=child.request["full"]))
+    # the battery makes a failure of whatever is raised between its calls too
+    outside = next((row.failure for row in rows if row.failure and _is_no_fault(row.failure)), None)
+    child.answer(Check(rows) if outside is None else Check((), outside))
 
 
 if __name__ == "__main__":
