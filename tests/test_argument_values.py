@@ -299,6 +299,7 @@ def test_an_unknown_path_or_target() -> None:
 ENVIRONMENT = {
     "backend": ({"FLATCORE_BACKEND": "fast"}, ("ValueError", "backend", "'auto', 'native', 'reference'", "'fast'")),
     "target": ({"FLATCORE_CPU": "neon"}, ("ValueError", "FLATCORE_CPU", "baseline, avx2, avx512", "'neon'")),
+    "check": ({"FLATCORE_CUDA_CHECK": "yes"}, ("ValueError", "FLATCORE_CUDA_CHECK", "0, 1, force", "'yes'")),
 }
 
 

@@ -218,12 +218,16 @@ def as_labels(target: Tensor, ignore_index: int) -> Tensor:
 
 def warn(message: str) -> None:
     """Warn at the caller's line, the first one outside this package; not while tracing."""
-    if is_compiling():
-        return
+    if not is_compiling():
+        warn_at_caller(message, UserWarning)
+
+
+def warn_at_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the first line outside this package."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def one_output(what: str, remedy: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from types import TracebackType
 
-from .extensions import _core, cuda_reason
+from . import extensions
+from .extensions import _core
 
 _NAMES = ("auto", "native", "reference")
 CPU_TARGETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
@@ -52,22 +53,19 @@ def describe_cpu_target() -> str | None:
 
 
 CUDA_STEMS: tuple[str, ...] = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
-"""What has a CUDA kernel."""
-CUDA_PROVEN: tuple[str, ...] = ()
-"""Those whose tests have passed on a device: "auto" takes these, "native" the others too."""
+"""What has a CUDA kernel; ``proof`` knows which of them "auto" takes."""
 
 
 def uses_native(device_type: str, stem: str, index: int | None = None) -> bool:
-    """Whether this computation runs on the compiled kernels for tensors on this device."""
+    """Whether compiled kernels of this computation can run for tensors on this device; ``proof`` says whether they may."""
     if selected == "reference":
         return False
     if device_type == "cuda":
-        stems = CUDA_STEMS if selected == "native" else CUDA_PROVEN
-        compiled = stem in stems and not cuda_reason(index)
+        compiled = stem in CUDA_STEMS and not extensions.cuda_reason(index)
     else:
         compiled = _core is not None and device_type == "cpu"
     if selected == "native" and not compiled:
-        why = f": {cuda_reason(index)}" if device_type == "cuda" and stem in CUDA_STEMS else ""
+        why = f": {extensions.cuda_reason(index)}" if device_type == "cuda" and stem in CUDA_STEMS else ""
         raise ValueError(
             f"backend 'native' has no kernel of {stem} for device {device_type!r} in this build{why}; "
             "use flatcore.backend('auto') or move the tensors to the CPU"
@@ -79,13 +77,17 @@ class backend:  # noqa: N801  (a function to its users)
     """Choose the implementation for the whole process; as a context manager, until the block ends.
 
     Args:
-        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device (on CUDA those that have
-            passed their tests on one, see :func:`flatcore.cuda.show_config`) and the PyTorch reference elsewhere;
-            ``"native"`` and ``"reference"`` force one.
+        name: ``"auto"`` takes the compiled kernels where they exist for the tensors' device and the PyTorch reference
+            elsewhere, on CUDA with one RuntimeWarning that says why; ``"native"`` and ``"reference"`` force one.
 
     Raises:
         ValueError: ``name`` is none of the three; later, at a call, if ``"native"`` has no kernel for a device.
-        RuntimeError: ``"native"`` when the extension was not compiled.
+        RuntimeError: ``"native"`` when the extension was not compiled; later, at a call, if the kernels that it needs are
+            known to have failed their check on the device.
+
+    On a CUDA device ``"auto"`` takes what has passed a check there. The first call makes it, in a process of its own and
+    once for a machine (some seconds; ``FLATCORE_CUDA_CHECK=0`` makes none, ``force`` makes it again): docs/cuda.md.
+    ``"native"`` takes kernels that have not been checked. :func:`flatcore.cuda.show_config` shows what is known.
 
     The setting is one for all threads. The environment variable ``FLATCORE_BACKEND`` sets it at import.
 

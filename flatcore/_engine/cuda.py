@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import chunked_cuda, paths
+from . import chunked_cuda, device, paths, proof
 from .chunked_cpu import GRADIENT, NEURONWISE
 from .extensions import cuda_module
 from .head import Head
@@ -25,6 +25,13 @@ def stream(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def path_of(stem: str, C: int, usable: frozenset[str]) -> str | None:
+    """The path that this stem's kernels take for a head of C classes, None where no usable one can."""
+    if stem == "head_metrics":
+        return paths.on_cuda(C, cuda_module().CUDA_FUSED_CLASSES, usable)
+    return next(iter(usable), None)
+
+
 def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """Run the kernels of this stem."""
     return _run(HeadCall(cuda_module(), head, fields, 1), wide_result)
@@ -33,7 +40,10 @@ def head_metrics(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Te
 def _run(call: HeadCall, wide_result: bool) -> tuple[Tensor, Tensor]:
     core = cuda_module()
     values, prediction = call.outputs(wide_result)
-    path = paths.on_cuda(call.C, core.CUDA_FUSED_CLASSES)
+    known = proof.among(device.place(call.head.features)[1], "head_metrics")
+    # None: a verdict came between the choice of these kernels and this line
+    path = path_of("head_metrics", call.C, known) or path_of("head_metrics", call.C, proof.paths_of("head_metrics"))
+    assert path is not None
     paths.took(path, call, call.head.features.device)
     if call.N and path == "fused":
         _fused(call)

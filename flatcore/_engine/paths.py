@@ -45,11 +45,15 @@ def on_cpu(C: int, D: int, double: bool) -> str:
     return "fused" if fits else "chunked"
 
 
-def on_cuda(C: int, limit: int) -> str:
-    """Choose "fused" or "chunked" for a CUDA device's kernels, whose fused one takes ``limit`` classes."""
+def on_cuda(C: int, limit: int, usable: frozenset[str]) -> str | None:
+    """Choose "fused" or "chunked" for a CUDA device's kernels, whose fused one takes ``limit`` classes.
+
+    Of the ``usable`` ones, which are all unless a check has failed; None where none of these can take the head.
+    """
     if forced_path == "fused" and limit < C:
         raise ValueError(f"the fused path takes at most {limit} classes on a CUDA device, got {C}")
-    return forced_path or ("fused" if limit >= C else "chunked")
+    wanted = (forced_path,) if forced_path else ("fused", "chunked") if limit >= C else ("chunked",)
+    return next((path for path in wanted if path in usable), None)
 
 
 def took(path: str, call: HeadCall, where: object) -> None:

@@ -43,7 +43,7 @@ class _Measure(torch.autograd.Function):
 @alone_after_fork
 def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None, Any]:
     """The value, if wanted the log of its derivative by each row's log, and what the kernels' gradient can reuse."""
-    kernels = kernels_of(head.features, "head_metrics")
+    kernels = kernels_of(head.features, "head_metrics", head.C)
     refuse_bad_labels(head.target, head.C, head.ignore_index, kernels)
     if kernels is not reference:
         value, log_coefficient, prepared = kernels.head_measure(head, field, how, with_coefficient)

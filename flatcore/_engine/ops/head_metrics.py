@@ -21,7 +21,7 @@ from .operator import Operator, caller
 @alone_after_fork
 def _run(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """The chosen fields (K, N) and the prediction (N,), without the dispatcher."""
-    kernels = kernels_of(head.features, "head_metrics")
+    kernels = kernels_of(head.features, "head_metrics", head.C)
     refuse_bad_labels(head.target, head.C, head.ignore_index, kernels)
     return kernels.head_metrics(head, fields, wide_result)
 

@@ -7,18 +7,28 @@ from typing import Any
 from torch import Tensor
 
 from ... import reference
-from .. import backend, cpu, cuda
+from .. import backend, cpu, cuda, device, proof
 
 KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 """The compiled kernels, by type of device."""
 
 
-def kernels_of(x: Tensor, stem: str) -> Any:
-    """The compiled kernels that have this stem for this device, or the reference."""
-    if x.is_cpu:
-        return KERNELS["cpu"] if backend.uses_native("cpu", stem) else reference
-    device = x.device
-    return KERNELS[device.type] if backend.uses_native(device.type, stem, device.index) else reference
+def kernels_of(x: Tensor, stem: str, C: int = 0) -> Any:
+    """The compiled kernels that have this stem for this device, or the reference; C: classes of a head."""
+    kind, index = device.place(x)
+    if backend.uses_native(kind, stem, index):
+        return KERNELS[kind] if kind != "cuda" or _is_proven(index, stem, C) else reference
+    if kind == "cuda" and backend.selected == "auto":
+        proof.explain_absence(index)
+    return reference
+
+
+def _is_proven(index: int, stem: str, C: int) -> bool:
+    """Whether a path of this stem that can take C classes may run on this CUDA device."""
+    path = cuda.path_of(stem, C, proof.usable(index, stem))
+    if path is None and backend.selected == "native":
+        proof.refuse(index, stem, cuda.path_of(stem, C, proof.paths_of(stem)) or "-")
+    return path is not None
 
 
 def refuse_bad_labels(target: Tensor | None, C: int, ignore_index: int, kernels: Any) -> None:

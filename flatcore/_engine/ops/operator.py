@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import backend, proof
+
 
 class Operator(NamedTuple):
     """A declaration. ``backward`` and ``setup`` are an autograd function's; ``vmap`` takes (info, in_dims, *arguments)."""
@@ -26,6 +28,15 @@ class Operator(NamedTuple):
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """For an operator without a derivative."""
+
+
+def _choice_of_kernels() -> str:
+    """Read while a graph is traced, to have the graph guarded by it.
+
+    An operator chooses when it runs. But a graph that is captured for replay (CUDA graphs) keeps the kernels of its time:
+    once a check or the user has let in others it is made again.
+    """
+    return backend.selected + proof.epoch
 
 
 def caller(operator: Operator) -> Callable[..., Any]:
@@ -50,7 +61,10 @@ def caller(operator: Operator) -> Callable[..., Any]:
     )
 
     def call(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling():
+            _choice_of_kernels()
+            return run(*arguments)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return function.apply(*arguments)  # type: ignore[attr-defined]
         return run(*arguments)
 
