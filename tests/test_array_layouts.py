@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from refusing import D, N, arguments, refuses
-from tolerance import assert_same
 from torch import Tensor
 
 import flatcore
+from flatcore._check.tolerance import assert_same
 from flatcore._engine.memory import readable
 
 # some heads here have one class, and are meant to

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -22,11 +21,11 @@ from test_surroundings import SWITCHES
 from torch import Tensor
 
 import flatcore
-import flatcore._check as package
 from flatcore import __main__
 from flatcore._check import battery as batteries
 from flatcore._check import cases, full
 from flatcore._check import check as checks
+from flatcore._check import prove as proving
 from flatcore._check.battery import STEMS, Golden, battery, golden_answers
 from flatcore._check.record import Check, Row
 from flatcore._engine import backend as _backend
@@ -329,32 +328,29 @@ def test_arguments_of_another_type_are_refused() -> None:
 
 
 @pytest.fixture
-def two_devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, bool]]:
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Two CUDA devices, the second of which cannot be checked, and a process that says so."""
-    asked: list[tuple[torch.device, bool]] = []
+    asked: list[tuple[int, bool]] = []
     found = {
         0: Check((Row("cuda:0", "row_norms", "-", 20, 0.5, None),)), 1: Check((), "the process timed out after 60 s"),
     }  # fmt: skip
 
-    class process:  # noqa: N801
-        @staticmethod
-        def run(device: torch.device, *, full: bool) -> Check:
-            asked.append((device, full))
-            return found[device.index]
+    def prove(index: int, *, full: bool) -> Check:
+        asked.append((index, full))
+        return found[index]
 
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setattr(checks, "_cuda_devices", lambda: (devices, None))
-    monkeypatch.setitem(sys.modules, "flatcore._check.process", process)
-    monkeypatch.setattr(package, "process", process, raising=False)
+    monkeypatch.setattr(proving, "prove", prove)
     monkeypatch.setattr(full, "times", lambda device: [f"times of {device}"])
     return asked
 
 
-def test_cuda_devices_are_checked_in_a_process(two_devices: list[tuple[torch.device, bool]]) -> None:
+def test_cuda_devices_are_checked_in_a_process(two_devices: list[tuple[int, bool]]) -> None:
     found = flatcore.check("cuda:0")
     assert found.ok and found.reason is None and [row.backend for row in found.rows] == ["cuda:0"]
     both = flatcore.check("cuda", full=True)
-    assert two_devices == [(torch.device("cuda", i), f) for i, f in ((0, False), (0, True), (1, True))]
+    assert two_devices == [(0, False), (0, True), (1, True)]
     assert not both.ok and both.reason == "cuda:1: the process timed out after 60 s"
     assert both.notes == ("times of cuda:0",) and "not checked" in str(both)
     absent = flatcore.check("cuda:5")

@@ -233,7 +233,7 @@ def test_a_module_of_ptx_alone_has_ten_minutes(
     card: Card, monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int]
 ) -> None:
     card.answers(capability=lambda index: capability)
-    monkeypatch.setattr(process.backend, "cuda_architectures", lambda: architectures)
+    monkeypatch.setattr(process.extensions, "cuda_architectures", lambda: architectures)
     runs = MACHINE_CODE[architectures, capability]
     assert process._limit(0, False) == (60 if runs else 600) and process._limit(0, True) == 600
 
@@ -359,7 +359,7 @@ def test_no_device_is_a_reason(
     card.answers(count=lambda: 0)
     assert "0 devices" in request_in(None, lambda *_: [])["check"]["reason"]
     card.answers(count=lambda: 1)
-    monkeypatch.setattr(child.backend, "cuda_reason", lambda index: "too old")
+    monkeypatch.setattr(child.extensions, "cuda_reason", lambda index: "too old")
     assert request_in(None, lambda *_: [])["check"]["reason"] == "too old"
 
 

@@ -108,8 +108,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cuda_architectures=lambda: "80-real 90-virtual",
         CUDA_FUSED_CLASSES=core.CUDA_FUSED_CLASSES,
     )
-    for owner in (extensions, flatcore.cuda):
-        monkeypatch.setattr(owner, "cuda_module", lambda: module)
+    monkeypatch.setattr(extensions, "cuda_module", lambda: module)
     monkeypatch.setattr(extensions, "_usable", set())
     yield core.devices
     core.devices.plant(0)

@@ -16,13 +16,13 @@ import emulation
 import pytest
 import torch
 from cards import ALL, STEMS, Card, plugged_in, rows
-from tolerance import assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import flatcore
 from flatcore._check import cache, prove
 from flatcore._check.record import Check, Row
+from flatcore._check.tolerance import assert_same
 from flatcore._engine import cuda as native_cuda
 from flatcore._engine import extensions, paths, proof
 from flatcore._engine.ops import kernels
