@@ -29,6 +29,7 @@ from flatcore._check.battery import GOLDEN, NORMS, Golden, pack
 from flatcore._check.cases import (
     DTYPES,
     IGNORED,
+    NAN_LOGIT_ROW,
     NAN_ROW,
     WHOLE,
     Case,
@@ -94,8 +95,10 @@ def _golden(truth: np.ndarray, bound: Bound, dtype: torch.dtype, absent: np.ndar
 
 def _head_metrics(case: Case, inputs: Inputs) -> dict[str, Golden]:
     absent = np.arange(N) == NAN_ROW
-    features = np.where(np.isnan(inputs.features), 0.0, inputs.features)
-    x, w, b, z = (tensor(v, torch.float64, CPU) for v in (features, inputs.weight, inputs.bias, inputs.logits))
+    if inputs.logits is not None:
+        absent |= np.arange(N) == NAN_LOGIT_ROW
+    arrays = (inputs.features, inputs.weight, inputs.bias, inputs.logits)
+    x, w, b, z = (tensor(None if v is None else np.where(np.isnan(v), 0.0, v), torch.float64, CPU) for v in arrays)
     labels = np.where(inputs.target == IGNORED, 0, inputs.target)
     ignored = inputs.target == IGNORED
     truth = oracles.exact(x, w, b, z, torch.from_numpy(labels)[:, None], case.temperature)

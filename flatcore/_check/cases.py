@@ -30,7 +30,7 @@ DTYPES = {
 }  # fmt: skip
 GAPS = (0, 17, 104, 1000, 1, 3, 0.25)
 """Gaps of the top two logits, row by row in turn: tied, and where float32 loses p(1 - p), p, and every usual formula."""
-NAN_ROW, HUGE_ROW, IGNORED_ROW = 5, 36, 7
+NAN_ROW, NAN_LOGIT_ROW, HUGE_ROW, IGNORED_ROW = 5, 6, 36, 7
 IGNORED = -100
 _HUGE = 11 * 2.0**63  # 1.01e20: its square leaves float32's range; float16 has no such number
 
@@ -234,6 +234,8 @@ def _head_inputs(case: Case) -> Inputs:
         if case.bias == "masked" and C > 2:
             z[np.arange(N), order[:, -1]] = -math.inf
             order = order[:, :-1]
+        if case.stem == "head_metrics":
+            z[NAN_LOGIT_ROW, C - 1] = math.nan
     else:
         x, order = _features(case, w, b)
         z = None
