@@ -18,7 +18,7 @@ def check(device: Any = None, *, full: bool = False) -> Check:
     About 100 small calls for each CPU target, device and path: all measures and their gradients, row norms and the
     unmasked cross-entropy; 2 to 1,500 classes, four dtypes, logit gaps from 0 to 1,000, masked classes, NaN, ignored rows,
     features of norm 1e20, equal and nearly equal rows of W, tensors that start off a 16-byte boundary; one call of each
-    twice, for the same bits. A second or two on a CPU.
+    twice, for the same bits. Two seconds on two idle cores, ten beside busy ones.
 
     Args:
         device: ``"cpu"``; ``"cuda"``, every CUDA device, or one of them (``"cuda:1"``); a ``torch.device``; None: the CPU
