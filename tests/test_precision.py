@@ -177,10 +177,12 @@ def wanted() -> list[Tensor]:
 def test_every_product_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where this processor multiplies in float32 whatever the switches say."""
     seen = []
-    for name in ("_logits_into", "_product_into"):
-        function = getattr(chunked_cpu, name)
+    for name in ("logits_into", "_add"):
+        function = getattr(chunked_cpu.Forward, name)
         monkeypatch.setattr(
-            chunked_cpu, name, lambda *given, run=function: (seen.append(products_are_exact("cpu")), run(*given))
+            chunked_cpu.Forward,
+            name,
+            lambda *given, run=function: (seen.append(products_are_exact("cpu")), run(*given)),
         )
     torch.set_float32_matmul_precision("medium")
     _measures(*_head(), _nothing)

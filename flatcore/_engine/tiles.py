@@ -19,6 +19,8 @@ _COPY_BYTES = 8 << 20
 """Of these for the part of W that is converted or centered at a time: it stays in the last-level cache for the product."""
 TILE_CLASSES = 2048
 """Classes of a tile. The logits of a block of 1,024 rows are 8 MB then, which stay in the last-level cache."""
+_MOST_CLASSES = 1 << 31
+"""A million tiles; a view of one row as more of them would be walked through for hours."""
 _BLOCK_ROWS = 2048
 _ROWS_AT_ONCE = 16
 """Rows come to the library in multiples of this: fewer take another way through its product, with other last bits."""
@@ -44,6 +46,8 @@ class Order:
     """
 
     def __init__(self, C: int, width: int, members: Tensor | None, starts: Tensor | None, near: Tensor | None):
+        if C > _MOST_CLASSES:
+            raise MemoryError(f"out of memory: a head of C = {C} classes, at most {_MOST_CLASSES} are taken")
         self.classes = self.positions = None
         self.near_count = 0
         bounds = [0]

@@ -354,7 +354,8 @@ Written chunked_backward(const Target& kernels, const Inputs& in) {
     const bool weights = (1U << field & kWeightFields) != 0;
     std::vector<BackwardRow> rows(index(kRows));
     std::vector<S> direction(index(kRows * kFeatures)), top_row = direction, d_features = direction,
-        d_weight(index(kClasses * kFeatures)), explicit_g(index(kRows * kClasses));
+                                                        d_weight(index(kClasses * kFeatures)),
+                                                        explicit_g(index(kRows * kClasses));
     std::vector<double> top_bias(index(kRows)), scratch(index(head_chunk_scratch(kClasses, kFeatures)));
     std::vector<int64_t> top(index(kRows)), marked;
     HeadBackwardLoop call;
