@@ -1,11 +1,12 @@
 // head_metrics_backward, large heads: what lies between the library's matrix products, for tiles of classes outside and
 // blocks of rows inside.
 //
-// Order of calls, in flatcore/_engine/chunked_cpu.py: the loop of the values gives a block's row statistics and, for
-// neuronwise and gradient norms, its sums over u (W - center). head_backward_rows turns those into one direction per
-// row (the mean row of p, or the dual direction of the gradient). Then for each tile the library forms z = W_tile phi
-// and direction (W_tile - center)^T, head_backward_tile writes dL/dz over the latter and the directions' factors over
-// z, and the library adds up the gradients. Rows that need explicit differences come last, by head_backward_explicit.
+// Order of calls, in flatcore/_engine/chunked_cpu_backward.py: the loop of the values gives a block's row statistics
+// and, for neuronwise and gradient norms, its sums over u (W - center). head_backward_rows turns those into one
+// direction per row (the mean row of p, or the dual direction of the gradient). Then for each tile the library forms z
+// = W_tile phi and direction (W_tile - center)^T, head_backward_tile writes dL/dz over the latter and the directions'
+// factors over z, and the library adds up the gradients. Rows that need explicit differences come last, by
+// head_backward_explicit.
 //
 // Who allocates: the caller. Nothing here is of size N x C.
 //

@@ -86,14 +86,14 @@ class Forward:
             self.mean = kept.mean if kept is not None and self.is_known else torch.empty(rows, self.D, dtype=dtype)
         self.near: Any = torch.empty(rows * order.near_count, dtype=dtype) if order.near_count else None
         self._features: Tensor | None = None
-        self._scratch = torch.empty(scratch, dtype=torch.float64)
+        self.scratch = torch.empty(scratch, dtype=torch.float64)
         length = (self.N if self.all_tails else rows) * _core.HEAD_TAIL_BYTES
         self.tails = tails if tails is not None else torch.empty(length, dtype=torch.uint8)
         self.state = torch.empty(rows * _core.HEAD_ROW_BYTES, dtype=torch.uint8)
         self.loop = _core.HeadLoop(
             cpu_target, call.problem, known.summary.data_ptr(), address(known.center), address(known.squares),
             address(order.classes), address(order.positions), address(known.bias), self.tails.data_ptr(), self.all_tails,
-            self.state.data_ptr(), address(self.mean), self._scratch.data_ptr(), known.equal_rows,
+            self.state.data_ptr(), address(self.mean), self.scratch.data_ptr(), known.equal_rows,
         )  # fmt: skip
 
     def blocks(self) -> Iterator[tuple[int, int]]:

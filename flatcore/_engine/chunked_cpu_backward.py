@@ -99,7 +99,6 @@ class _Backward:
         self.top_bias: Any = torch.empty(rows, dtype=torch.float64) if self.neuronwise else None
         self.top: Any = torch.empty(rows, dtype=torch.int64) if self.weights else None
         self.rows_of_weight: Any = torch.zeros(C, dtype=torch.float64) if self.neuronwise else None
-        self.scratch = torch.empty(call.threads * _core.head_chunk_scratch(C, D), dtype=torch.float64)
         self.poisoned, self.share = False, torch.zeros((), dtype=torch.float64)  # share: sum of c
         self._upstream = upstream, log_coefficient  # their addresses are in the loop
         self.loop = _core.HeadBackwardLoop(
@@ -107,7 +106,7 @@ class _Backward:
             address(known.center), address(known.squares_by_class), forward.tails.data_ptr(), forward.all_tails,
             forward.state.data_ptr(), self.numbers.data_ptr(), address(forward.mean), address(self.direction),
             address(self.top_row), address(self.top_bias), address(self.top), address(d_features), address(d_weight),
-            address(d_bias), self.scratch.data_ptr(), known.equal_rows,
+            address(d_bias), forward.scratch.data_ptr(), known.equal_rows,
         )  # fmt: skip
 
     def block(self, first: int, rows: int) -> None:
@@ -190,6 +189,8 @@ class _Backward:
 
     def _add_explicit(self, index: Tensor, first: int, kept: Any, mine: Any) -> None:
         """Rows from explicit differences, as many at a time as a few MB of dL/dz hold."""
+        if not len(index):  # split would give one part of no rows, and each tile of W for it
+            return
         C = self.call.C
         for rows in index.split(max(1, _EXPLICIT_BYTES // (C * self.dtype.itemsize))):
             g = torch.empty(len(rows), C, dtype=self.dtype)
