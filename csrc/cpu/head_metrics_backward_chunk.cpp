@@ -69,7 +69,6 @@ template <class C, class W>
 void direction_of_row(const HeadBackwardLoop& call, int64_t first, int64_t i, int thread) {
   const int64_t n = first + i, D = call.D;
   BackwardRow& row = call.numbers[i];
-  row = start_row(call, first, i);
   C* direction = static_cast<C*>(call.direction) + i * D;
   C* top_row = call.top_row != nullptr ? static_cast<C*>(call.top_row) + i * D : nullptr;
   const auto clear = [&] {

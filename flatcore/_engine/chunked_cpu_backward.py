@@ -92,7 +92,9 @@ class _Backward:
             )
         rows = padded(min(call.N, forward.block))
         self.numbers = torch.empty(rows * _core.BACKWARD_ROW_BYTES, dtype=torch.uint8)
-        self.z = torch.empty(rows * width, dtype=self.dtype)
+        # the values' tile of logits is free when a gradient's begins; it may be borrowed from the caller, or narrower
+        free = forward.z is not None and len(forward.z) >= rows * width
+        self.z = forward.z if free else torch.empty(rows * width, dtype=self.dtype)
         self.g: Any = torch.empty(rows * width, dtype=self.dtype) if self.weights else self.z
         self.direction: Any = torch.zeros(rows, D, dtype=self.dtype) if self.weights else None
         self.top_row: Any = torch.empty(rows, D, dtype=self.dtype) if self.neuronwise else None
