@@ -48,6 +48,17 @@ def test_half_inputs_are_read_as_they_are(path: str, name: str, dtype: torch.dty
     problem(name, dtype).check_views()
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=_name)
+def test_half_numbers_of_every_exponent(path: str, dtype: torch.dtype) -> None:
+    """Subnormal ones too, in vectors (33 of a row) and alone (the last)."""
+    number = torch.arange(-(2**15), 2**15, 31, dtype=torch.int16).view(dtype)
+    number = number[number.isfinite()]
+    features, weight = number.unsqueeze(1).repeat(1, 33), torch.zeros(2, 33, dtype=dtype)
+    norm = flatcore.head_metrics(features, weight).log_feature_norm.double()
+    exact = number.double().abs().log() + math.log(33) / 2
+    torch.testing.assert_close(norm, exact, rtol=2**-23, atol=2**-24)
+
+
 @pytest.mark.crossed
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=_name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=_name)
