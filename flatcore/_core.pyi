@@ -24,7 +24,7 @@ class HeadProblem:
         features: _Matrix,
         weight: _Matrix,
         logits: _Matrix | None,
-        bias: int,
+        bias: _Matrix | None,
         target: int,
         N: int,
         D: int,

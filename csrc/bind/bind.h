@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/targets.h"
 
@@ -23,7 +24,13 @@ void register_row_norms(py::module_& module);
 void register_unmasked_cross_entropy(py::module_& module);
 
 // A head with its inputs and outputs, built once per call in Python and shared by the kernels that work on it.
-using Problem = HeadProblem;
+struct Problem : HeadProblem {
+  Problem() = default;
+  // `bias` may point into `own_bias`: a move takes that along, a copy would leave it behind
+  Problem(Problem&&) = default;
+  Problem(const Problem&) = delete;
+  std::vector<double> own_bias;
+};
 
 template <class T>
 T* pointer(uintptr_t address) {

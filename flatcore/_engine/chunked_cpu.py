@@ -203,7 +203,7 @@ class Weights:
         self.squares_by_class = self.squares
         if self.squares_by_class is not None and self.order.classes is not None:
             self.squares = self.squares_by_class[self.order.classes]
-            bias = call.head.linear_bias
+            bias = call.bias
             self.bias = None if bias is None else bias[self.order.classes]
         self.nbytes = self.order.nbytes + 8 * (3 * C + D)
 

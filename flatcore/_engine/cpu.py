@@ -21,6 +21,8 @@ _CPU = torch.device("cpu")
 class _CpuCall(HeadCall):
     """A head as the CPU's kernels take it, for the target and on the path that are chosen here, once."""
 
+    takes_float32_bias = True
+
     def __init__(self, head: Head, fields: int):
         super().__init__(_core, head, fields, threads())
         self.cpu_target = backend.cpu_target or ""

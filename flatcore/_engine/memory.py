@@ -25,6 +25,11 @@ def matrix(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), row, column, _DTYPE_CODE[x.dtype]
 
 
+def one_row(x: Tensor) -> tuple[int, int, int, int]:
+    """The same of a vector, as a matrix of one row."""
+    return x.data_ptr(), 0, x.stride(0), _DTYPE_CODE[x.dtype]
+
+
 def readable(x: Tensor) -> Tensor:
     """A tensor whose memory holds its values as they are, aligned, and that autograd does not follow.
 
@@ -51,8 +56,13 @@ def in_dtypes_of(head: Head, gradients: tuple[Tensor | None, ...]) -> tuple[Tens
 class HeadCall:
     """A call for a head, as the kernels take it; holds the tensors whose addresses ``problem`` has.
 
-    ``head`` has readable tensors, bias and labels contiguous, the bias in float64.
+    ``head`` has readable tensors, contiguous labels, and a bias that is contiguous float64 or, where ``core`` takes it, any
+    float32.
     """
+
+    takes_float32_bias = (
+        False  # in the host's memory, where a tensor's conversion takes longer than a small head's logits
+    )
 
     def __init__(self, core: Any, head: Head, fields: int, threads: int):
         features, weight, logits = head.features, head.linear_weight, head.logits
@@ -64,7 +74,7 @@ class HeadCall:
             (
                 readable(features),
                 readable(weight),
-                None if bias is None else as_dtype(readable(bias), torch.float64).contiguous(),
+                None if bias is None else self._bias(readable(bias)),
                 None if logits is None else readable(logits),
                 None if target is None else readable(target).contiguous(),
             ),
@@ -73,8 +83,8 @@ class HeadCall:
         (self.N, self.D), self.C = features.shape, weight.shape[0]
         self.problem = core.HeadProblem(
             head, matrix(head.features), matrix(head.linear_weight),
-            None if head.logits is None else matrix(head.logits), address(head.linear_bias),
-            address(head.target), self.N, self.D, self.C, fields, self.double, threads,
+            None if head.logits is None else matrix(head.logits),
+            None if head.linear_bias is None else one_row(head.linear_bias), address(head.target), self.N, self.D, self.C, fields, self.double, threads,
         )  # fmt: skip
 
     def outputs(self, wide_result: bool) -> tuple[Tensor, Tensor]:
@@ -90,10 +100,21 @@ class HeadCall:
         """The compute type."""
         return torch.float64 if self.double else torch.float32
 
+    def _bias(self, bias: Tensor) -> Tensor:
+        if self.takes_float32_bias and bias.dtype is torch.float32:
+            return bias
+        return as_dtype(bias, torch.float64).contiguous()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in float64."""
+        bias = self.head.linear_bias
+        return None if bias is None else as_dtype(bias, torch.float64)
+
     @property
     def column(self) -> Tensor | None:
         """The bias where it counts as a column of W."""
-        return self.head.linear_bias if self.head.include_bias else None
+        return self.bias if self.head.include_bias else None
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Uninitialised memory on the head's device, from its framework's allocator."""
