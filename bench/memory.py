@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ def peak_megabytes(key: str, name: str, *, threads: int, quick: bool) -> float |
     Raises:
         RuntimeError: the process failed; its error output is the message.
     """
+    return megabytes([__file__, key, name, str(threads), "quick" if quick else "full"], f"{name} in {key}")
+
+
+def megabytes(script: list[str], what: str) -> float | None:
+    """Run a script that prints its peak as JSON, in a fresh process; None and RuntimeError as :func:`peak_megabytes`."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, __file__, key, name, str(threads), "quick" if quick else "full"]
+    command = [sys.executable, *script]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT}, check=False)
     if done.returncode:
-        raise RuntimeError(f"memory of {name} in {key}: {done.stderr.strip()}")
+        raise RuntimeError(f"memory of {what}: {done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])["megabytes"]
 
 
@@ -65,13 +71,18 @@ def _main(key: str, name: str, threads: str, size: str) -> None:
     few = x if candidate.role == "compile" else x.rows(torch.arange(min(16, work.N)))
     candidate.run(few)
     del few
+    peak, answer = peak_of(lambda: candidate.run(x))
+    print(json.dumps({"megabytes": max(peak - _output_bytes(answer), 0) / 1e6}))
+
+
+def peak_of(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes of resident memory that a call adds at its peak, in a process that has warmed up; and what it returns."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status("VmRSS")
-    answer = candidate.run(x)
-    peak = _status("VmHWM") - before - _output_bytes(answer)
-    print(json.dumps({"megabytes": max(peak, 0) / 1e6}))
+    answer = run()
+    return _status("VmHWM") - before, answer
 
 
 if __name__ == "__main__":
