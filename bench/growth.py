@@ -2,10 +2,10 @@
 
     python bench/growth.py [--threads 2] [--quick] [--out bench/results/NAME.md]
 
-One of N, D and C moves, the others stay. For the trace and for neuronwise: medians of flatcore, of the best eager form in
-that place (whole, or in chunks of rows; through W W^T or p W) and of the one product phi W^T, all called in turn, round after
-round; below the thousandth of a second several calls are one sample. The last column is flatcore's time over the best
-eager form's: 1.2 or more is printed bold. Answers are checked on some rows against the float64 reference.
+One of N, D and C moves, the others stay. For the trace and for neuronwise: medians of flatcore, of the best eager form
+in that place (whole, or in chunks of rows; through W W^T or p W) and of the one product phi W^T, all called in turn, round
+after round; below two thousandths of a second several calls are one sample. The last column is flatcore's time over the
+best eager form's: 1.2 or more is printed bold. Answers are checked on some rows against the float64 reference.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def main() -> None:
         found += [{"moves": key, **measured(measure, N, D, C, rounds)} for measure in ("trace", "neuronwise")]
     lines = ["# Growth", "", f"Provenance: `{origin}`", ""]
     for key in SHAPES:
-        lines += [f"## {key}", "", "| measure | N | D | C | flatcore, ms | ps a logit and feature | over phi Wᵀ | best eager | ms "
-                  "| flatcore / best eager |", "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|"]  # fmt: skip
+        lines += [f"## {key}", "", "| measure | N | D | C | flatcore, ms | ps a logit and feature | over phi Wᵀ | best eager "
+                  "| ms | flatcore / best eager |", "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|"]  # fmt: skip
         for line in (line for line in found if line["moves"] == key):
             N, D, C, taken, best = line["N"], line["D"], line["C"], line["seconds"], line["best"]
             ours, ratio = taken["flatcore"], taken["flatcore"] / taken[best]

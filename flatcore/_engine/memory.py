@@ -84,7 +84,8 @@ class HeadCall:
         self.problem = core.HeadProblem(
             head, matrix(head.features), matrix(head.linear_weight),
             None if head.logits is None else matrix(head.logits),
-            None if head.linear_bias is None else one_row(head.linear_bias), address(head.target), self.N, self.D, self.C, fields, self.double, threads,
+            None if head.linear_bias is None else one_row(head.linear_bias), address(head.target),
+            self.N, self.D, self.C, fields, self.double, threads,
         )  # fmt: skip
 
     def outputs(self, wide_result: bool) -> tuple[Tensor, Tensor]:
