@@ -5,10 +5,10 @@
 W6 (N = 128, D = 512, C = 10, mean layerwise): the forward call alone, and forward and backward less a null autograd
 function's, which no custom derivative can undercut. W3 (8,192 x 2,048, 1,000 classes) and W4 (1,024 x 2,048, 32,000
 classes): the backward pass against the library products that it cannot do without, timed alone, whole or in tiles of
-2,048 classes, whichever is faster: three for the trace (logits again, features' and weight's gradient), for neuronwise two more (the
-directions come in twice). All candidates are called in turn, round after round; shown are medians with the 10th and
-90th percentile, and the peak of a backward pass's memory above its inputs and gradients, in a fresh process. Answers are checked
-against the float64 reference.
+2,048 classes, whichever is faster: three for the trace (logits again, features' and weight's gradient), for neuronwise
+two more (the directions come in twice). All candidates are called in turn, round after round; shown are medians with
+the 10th and 90th percentile, and the peak of a backward pass's memory above its inputs and gradients, in a fresh
+process. Answers are checked against the float64 reference.
 """
 
 from __future__ import annotations

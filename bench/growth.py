@@ -121,7 +121,7 @@ def main() -> None:
         found += [{"moves": key, **measured(measure, N, D, C, rounds)} for measure in ("trace", "neuronwise")]
     lines = ["# Growth", "", f"Provenance: `{origin}`", ""]
     for key in SHAPES:
-        lines += [f"## {key}", "", "| measure | N | D | C | flatcore, ms | ps a logit and feature | over phi Wᵀ | best eager "
+        lines += [f"## {key}", "", "| measure | N | D | C | flatcore, ms | ps per NDC | over phi Wᵀ | best eager "
                   "| ms | flatcore / best eager |", "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|"]  # fmt: skip
         for line in (line for line in found if line["moves"] == key):
             N, D, C, taken, best = line["N"], line["D"], line["C"], line["seconds"], line["best"]
