@@ -23,8 +23,8 @@ import flatcore
 from flatcore._check import cache, prove
 from flatcore._check.record import Check, Row
 from flatcore._check.tolerance import assert_same
-from flatcore._engine import backend, extensions, paths, proof
 from flatcore._engine import cuda as native_cuda
+from flatcore._engine import extensions, paths, proof
 from flatcore._engine.ops import kernels
 
 C_FUSED, C_CHUNKED = 5, 40
@@ -33,9 +33,6 @@ FAILURE = "case duplicated rows, N=37 D=130 C=10 float32: wanted 0.25, got 0.5"
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
-    # whatever a test before has left behind: a user's process starts with these
-    monkeypatch.setattr(backend, "selected", "auto")
-    monkeypatch.setattr(paths, "forced_path", None)
     with emulation.emulated(), plugged_in(monkeypatch, tmp_path / "cache") as found:
         assert C_FUSED <= native_cuda.cuda_module().CUDA_FUSED_CLASSES < C_CHUNKED
         yield found
