@@ -159,20 +159,33 @@ def test_a_device_that_nobody_works_on_is_not_started(devices: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "serves", "not_"),
+    ("built", "runs", "compiles", "not_"),
     (
-        ("80-real", (80, 86, 89), (75, 90, 120)),
-        ("86-real", (86, 89), (80, 90)),
-        ("75-virtual 80-real 90-real 90-virtual", (75, 80, 86, 89, 90, 100, 120), (70, 61)),
-        ("90", (90, 100), (89,)),
-        ("90-real 90-virtual", (90, 103), (80,)),
-        ("native", (75, 90), ()),
-        ("90a-real", (90,), ()),
+        ("80-real", (80, 86, 89), (), (75, 90, 120)),
+        ("86-real", (86, 89), (), (80, 90)),
+        ("86", (86,), (90, 120), (80,)),
+        ("80;90", (86, 90), (100, 120), (75,)),
+        ("75-virtual", (), (75, 80, 120), (70,)),
+        ("75-virtual;80-real;90-real;90-virtual", (80, 86, 89, 90), (75, 100, 120), (70, 61)),
+        ("90", (90,), (100,), (89,)),
+        ("90-real 90-virtual", (90,), (103,), (80,)),
+        ("90a-real", (90,), (), (80, 100)),
+        ("90a", (90,), (), (100,)),
+        ("90a-virtual", (), (90,), (89, 100)),
+        ("100a 120", (100, 120, 121), (), (103,)),
+        ("100f-real", (100, 103), (), (90, 120)),
+        ("100f-virtual", (), (100, 103), (120,)),
+        ("native", (), (75, 90), ()),
+        ("", (), (), (80,)),
     ),
 )
-def test_which_gpus_a_build_serves(built: str, serves: tuple[int, ...], not_: tuple[int, ...]) -> None:
-    assert all(extensions.has_image(built, capability) for capability in serves)
-    assert not any(extensions.has_image(built, capability) for capability in not_)
+def test_which_gpus_a_build_serves(
+    built: str, runs: tuple[int, ...], compiles: tuple[int, ...], not_: tuple[int, ...]
+) -> None:
+    """As they are, or compiled by the driver first."""
+    for capability in (*runs, *compiles, *not_):
+        assert extensions.has_machine_code(built, capability) == (capability in runs), capability
+        assert extensions.has_image(built, capability) == (capability not in not_), capability
 
 
 def _norms(monkeypatch: pytest.MonkeyPatch, device: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forks
 from torch import Tensor
 
 import flatcore
@@ -326,7 +327,7 @@ def test_the_environments_switch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@forks
 def test_a_child_forked_in_the_middle_of_another_threads_call() -> None:
     code = (
         "import os, threading, torch\n"
