@@ -29,7 +29,7 @@ from flatcore._check import prove as proving
 from flatcore._check.battery import STEMS, Golden, battery, golden_answers
 from flatcore._check.record import Check, Row
 from flatcore._engine import backend as _backend
-from flatcore._engine import cpu, paths
+from flatcore._engine import cpu, extensions, paths
 
 CPU = torch.device("cpu")
 NAN = math.nan
@@ -367,6 +367,27 @@ def test_without_a_cuda_device_it_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert "not here" in str(everything) and "Not checked: cuda: no NVIDIA driver found" in str(everything)
 
 
+@pytest.mark.parametrize(("reason", "words"), (
+    ("flatcore was built without CUDA", ("source folder", "FLATCORE_CUDA=ON pip install .", "FLATCORE_NVCC=pypi")),
+    ("no NVIDIA driver found", ("Install the NVIDIA driver",)),
+    ("the NVIDIA driver is too old: it serves CUDA 12.4, flatcore was built with 13.0", ("CUDACXX=",)),
+    ("its kernels were built for 80-real, this GPU is sm_75", ("To build them for this device",)),
+    ("flatcore._cuda could not be loaded: libstdc++.so.6", ("To build them for this device",)),
+    ("system has unsupported display driver / cuda driver combination", ("nvidia-smi",)),
+))  # fmt: skip
+def test_a_device_that_cannot_be_used_names_the_way_out(
+    reason: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "show_config", lambda: {"reason": reason})
+    monkeypatch.setattr(extensions, "is_cuda_built", lambda: "without" not in reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = flatcore.check("cuda").reason
+    assert found is not None and found.startswith(f"cuda: {reason}. ") and all(word in found for word in words)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "without" in reason:  # nothing to mend
+        assert flatcore.check("cuda").reason == f"cuda: {reason}, and torch finds no CUDA device"
+
+
 def test_it_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, lambda case: case.name in SMALL.values())
     with flatcore.backend("reference"), paths.forced("chunked", "baseline"), torch.no_grad():
@@ -414,7 +435,8 @@ def test_the_command(device: str | None, monkeypatch: pytest.MonkeyPatch, capsys
     assert given == [(None if device in (None, "all") else device, device is not None)]
     assert capsys.readouterr().out.splitlines() == [
         "backend   stem       path  cases  worst", "cpu-avx2  row_norms  -        20   0.43  passed",
-        "cuda      -          -         0      -  not here", "Not checked: cuda: none",
+        "cuda      -          -         0      -  not here",
+        'All passed. "worst" is the largest error in tolerances: 1 is the last that passes.', "Not checked: cuda: none",
     ]  # fmt: skip
 
 
@@ -426,6 +448,7 @@ def test_the_command_fails_with_the_case(
         assert __main__.main(["check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and "row_norms, path -: " in out and "wanted" in out and "got" in out
+    assert '1 of 1 rows FAILED. "worst" is the largest error' in out
     assert __main__.main(["check", "--device", "cpu"]) == 0
     assert "FAILED" not in capsys.readouterr().out
     if not flatcore.cuda.is_available():

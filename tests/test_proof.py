@@ -339,7 +339,10 @@ ABSENCE: dict[str, tuple[bool, tuple[int, int, int, str], tuple[str, ...]]] = {
         True, (13000, 12040, 0, "CUDA driver version is insufficient for CUDA runtime version"),
         ("too old", "12.4", "13.0", "update"),
     ),
-    "no device": (True, (13000, 13000, 0, "no CUDA device"), ("no CUDA device", "FLATCORE_CUDA=ON pip install .")),
+    "no device": (True, (13000, 13000, 0, "no CUDA device"), ("no CUDA device", "nvidia-smi", "CUDA_VISIBLE_DEVICES")),
+    "not loaded": (
+        True, (0, 0, 0, "flatcore._cuda could not be loaded: libc.so.6"), ("libc.so.6", "FLATCORE_CUDA=ON pip install ."),
+    ),
 }  # fmt: skip
 
 
@@ -350,7 +353,7 @@ def test_why_the_reference_serves_is_one_sentence(card: Card, monkeypatch: pytes
     monkeypatch.setattr(extensions, "cuda_runtime", lambda: runtime)
     (message,) = said(lambda: [path_of_a_call() for _ in range(3)] == ["reference"] * 3 or pytest.fail("the kernels"))
     assert all(word in message for word in (*words, "reference", "slower")) and card.runs == 0
-    assert message.count("\n") == 0
+    assert message.count("\n") == 0 and message.startswith("flatcore") and "flatcore: flatcore" not in message
 
 
 def test_what_is_known_is_shown(card: Card) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .._arguments.checks import check_flag
-from ..cuda import show_config
+from .._engine import extensions
+from ..cuda import is_built, show_config
 from .record import Check, Row
 
 
@@ -98,9 +99,11 @@ def _cuda_devices() -> tuple[list[torch.device], str | None]:
     """The CUDA devices that can be used, or why there is none."""
     reason = show_config()["reason"]
     if reason is None and not torch.cuda.is_available():
-        reason = "torch finds no CUDA device (torch.cuda.is_available() is False)"
+        return [], "torch finds no CUDA device (torch.cuda.is_available() is False)"
     if reason is not None:
-        return [], reason
+        if not is_built() and not torch.cuda.is_available():
+            return [], f"{reason}, and torch finds no CUDA device"
+        return [], f"{reason}. {extensions.cuda_remedy(reason)}"
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())], None
 
 

@@ -113,6 +113,27 @@ def cuda_reason(index: int | None = None) -> str:
     return ""
 
 
+_BUILD = "FLATCORE_CUDA=ON pip install . in its source folder (FLATCORE_NVCC=pypi before it brings nvcc)"
+
+
+def cuda_remedy(reason: str) -> str:
+    """The way out of what :func:`cuda_reason` says, a sentence without its full stop."""
+    if not is_cuda_built():
+        return f"To build its CUDA kernels: {_BUILD}"
+    if "no NVIDIA driver" in reason:
+        return "Install the NVIDIA driver of this GPU"
+    if "driver is too old" in reason:
+        build = "CUDACXX=<its bin folder>/nvcc FLATCORE_CUDA=ON pip install . in flatcore's source folder"
+        return f"To build with that toolkit: {build}"
+    if (
+        "could not be loaded" in reason
+        or "kernels were built for" in reason
+        or "runs no kernel of this build" in reason
+    ):
+        return f"To build them for this device: {_BUILD}"
+    return "To see what the driver finds: nvidia-smi (CUDA_VISIBLE_DEVICES may hide a device)"
+
+
 def _architectures(built: str) -> Iterator[tuple[int, str, str] | None]:
     """Number, suffix and kind of each architecture, as CMake names them; None for "native" and the like.
 
