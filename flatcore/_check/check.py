@@ -44,7 +44,7 @@ def check(device: Any = None, *, full: bool = False) -> Check:
     Numerics: inputs are multiples of powers of two, from an integer generator, that all four dtypes hold and whose logits
     float32 forms exactly; the answers have 60 digits behind them (``tests/make_golden_answers.py``), and what each may be
     off is the test suite's one tolerance (``flatcore/_check/tolerance.py``). Of large gradients weighted sums and
-    samples are compared.
+    samples are compared, and every entry with the reference in float64.
 
     Source: docs/check.md.
 
