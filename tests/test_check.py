@@ -96,10 +96,13 @@ def test_the_cuda_kernels_pass_on_a_device(one_thread: None) -> None:
 
 
 def test_the_reference_passes_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    assert flatcore.check("cpu").notes == ()
     monkeypatch.setattr(_backend, "_core", None)
-    rows = battery(CPU)
-    assert [row[:3] for row in rows] == [("cpu-reference", stem, "-") for stem in STEMS]
-    assert not failed(rows), str(Check(tuple(rows)))
+    found = flatcore.check("cpu")
+    assert [row[:3] for row in found.rows] == [("cpu-reference", stem, "-") for stem in STEMS]
+    assert found.ok, str(found)
+    (note,) = found.notes
+    assert "no compiled kernels" in note and "pip install ." in note and note in str(found)
 
 
 @pytest.mark.exhaustive

@@ -9,6 +9,7 @@ import torch
 
 from .._arguments.checks import check_flag
 from .._engine import extensions
+from .._engine.backend import is_native_built
 from ..cuda import is_built, show_config
 from .record import Check, Row
 
@@ -64,6 +65,11 @@ def check(device: Any = None, *, full: bool = False) -> Check:
         from .battery import battery
 
         rows += battery(torch.device("cpu"), full=full)
+        if not is_native_built():
+            notes.append(
+                "cpu: this install has no compiled kernels, so the PyTorch reference was checked: pip install . in "
+                "flatcore's source folder, with a C++17 compiler, builds them"
+            )
     if chosen is None or chosen.type == "cuda":
         wanted = devices if chosen is None or chosen.index is None else [d for d in devices if d == chosen]
         if not wanted:
