@@ -39,8 +39,9 @@ if(NOT FLATCORE_CUDA STREQUAL "OFF")
     find_library(FLATCORE_LIBCUDA NAMES libcuda.so.1 PATHS /usr/lib/wsl/lib)
     if(FLATCORE_NVIDIA_SMI OR FLATCORE_LIBCUDA OR EXISTS /proc/driver/nvidia)
       message(WARNING "flatcore: this machine has an NVIDIA driver but no nvcc, so the CUDA kernels are NOT built, and CUDA "
-        "tensors will run on the slow PyTorch reference. To build them: FLATCORE_CUDA=ON FLATCORE_NVCC=pypi pip install . "
-        "(pip brings nvcc for the build), or install the CUDA toolkit and put nvcc on PATH. FLATCORE_CUDA=OFF leaves this out.")
+        "tensors will run on the slow PyTorch reference. To build them, with an nvcc that pip brings for the build:\n"
+        "  FLATCORE_CUDA=ON FLATCORE_NVCC=pypi pip install .\n" # CMake breaks no indented line: it can be copied
+        "Or install the CUDA toolkit and put nvcc on PATH. FLATCORE_CUDA=OFF leaves this out.")
     endif()
   endif()
 endif()

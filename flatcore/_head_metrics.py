@@ -78,6 +78,7 @@ class HeadMetrics(NamedTuple):
         return None if self.log_feature_gradient_norm is None else _exp(self.log_feature_gradient_norm)
 
 
+@on_the_arrays_stream
 def _exp(log: Any) -> Any:
     return returner(log)(as_tensor(log, "log").exp())
 

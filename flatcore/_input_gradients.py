@@ -25,7 +25,7 @@ from ._arguments.checks import (
 )
 from ._engine import ops
 from ._row_norms import check_orders
-from ._unmasked_cross_entropy import check_labels_of
+from ._unmasked_cross_entropy import integer_labels
 
 
 class InputGradients(NamedTuple):
@@ -271,7 +271,7 @@ class _Passes:
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scale = torch.zeros(logits.shape[0], dtype=wide, device=logits.device)
             return reference.soft_cross_entropy_cotangent(logits, target), scale
-        labels = check_labels_of(target, logits, self.ignore_index)
+        labels = integer_labels(target, logits, self.ignore_index)
         _, log_scale, cotangent = ops.unmasked_cross_entropy(logits, labels, self.ignore_index, with_cotangent=True)
         return cotangent, log_scale
 

@@ -92,7 +92,7 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     if z.shape[-1] == 1:
         warn(one_output("logits", "logits=torch.cat([torch.zeros_like(z), z], dim=-1)"))
     ignore_index = check_integer(ignore_index, "ignore_index")
-    y = check_labels_of(as_tensor(target, "target"), z, ignore_index)
+    y = integer_labels(as_tensor(target, "target"), z, ignore_index)
     loss, _, _ = ops.unmasked_cross_entropy(
         z.reshape(-1, z.shape[-1]), y.reshape(-1), ignore_index, with_cotangent=False
     )
@@ -104,8 +104,11 @@ def unmasked_cross_entropy(logits: Any, target: Any, *, reduction: str = "sum", 
     return returner(logits)(loss)
 
 
-def check_labels_of(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Require integer labels of the logits' leading shape, on their device; as int64."""
+def integer_labels(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Labels as int64, required to be integers of the logits' leading shape on their device.
+
+    Whether each is a class is looked at where the classes are counted: ``kernels.refuse_bad_labels`` and the kernels.
+    """
     check_tensor(target, "target")
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must hold integer class labels, got {target.dtype}: soft targets do not vanish with "

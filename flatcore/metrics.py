@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments.arrays import on_the_arrays_stream
 from ._arguments.checks import check_flag, check_integer, check_norm, check_number, check_temperature, one_output
 from ._arguments.head import check_measure, checked_class_weight, checked_inputs
 from ._engine.reduction import sample_weights
@@ -155,6 +156,7 @@ class _HeadMetric(Metric):
         for name, old in before.items():  # as a module's buffers: copied, into the dtype and the device that are here
             setattr(self, name, getattr(self, name).detach().to(device=old.device, dtype=old.dtype, copy=True))
 
+    @on_the_arrays_stream
     @torch.no_grad()
     def _add(
         self,

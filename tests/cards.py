@@ -17,6 +17,7 @@ import pytest
 from flatcore._check import cache, process
 from flatcore._check.record import Check, Row
 from flatcore._engine import backend, device, extensions, proof
+from flatcore._engine import cuda as native_cuda
 
 STEMS = backend.CUDA_STEMS
 ALL = (("head_metrics", "fused"), ("head_metrics", "chunked"), *((stem, "-") for stem in STEMS[1:]))
@@ -41,6 +42,7 @@ def plug_in(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(extensions, "cuda_architectures", lambda: "90")
     put(extensions, "cuda_module", lambda: MODULE)
     put(extensions, "_usable", set())
+    put(native_cuda, "_loaded", {0})
 
 
 def rows(**failed: str) -> tuple[Row, ...]:

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import emulation
 import pytest
+import settings
 import torch
 
 import flatcore
@@ -180,6 +181,15 @@ def plain_terminal() -> Iterator[None]:
         for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def settings_stay() -> Iterator[None]:
+    """Each test leaves the process's settings as it found them; one that doesn't fails, and the next starts as it should."""
+    before = settings.read()
+    yield
+    changed = settings.put_back(before)
+    assert not changed, f"this test leaves settings of the whole process changed: {'; '.join(changed)}"
 
 
 @pytest.fixture

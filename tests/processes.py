@@ -1,4 +1,4 @@
-"""Process groups in tests.
+"""Process groups in tests, and tests that fork.
 
 A worker that is a process of its own ends with a barrier and ``os._exit(0)``, its results written: what torch does at the
 end of a group that DistributedDataParallel has used hangs or aborts beside busy cores ("terminate called without an active
@@ -7,7 +7,19 @@ exception"), and is not what is tested.
 
 from __future__ import annotations
 
+import os
+from typing import TypeVar
+
+import pytest
 from torch import distributed
+
+_Test = TypeVar("_Test")
+
+
+def forks(test: _Test) -> _Test:
+    """Mark a test that forks: there is a fork, and Python's warning of the threads beside it is no error."""
+    ignored = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")(ignored(test))
 
 
 def leave_process_group() -> None:

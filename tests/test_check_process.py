@@ -19,13 +19,12 @@ import cards
 import pytest
 import torch
 from cards import ALL, Card, plugged_in, rows
+from processes import forks
 
 from flatcore._check import cache, child, process
 from flatcore._check.record import Check
 from flatcore._engine import device, proof
 
-FORKING = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 _run = process.run
 
 PLAYED = """
@@ -220,22 +219,13 @@ def test_its_time_begins_when_all_is_loaded(played: Played, monkeypatch: pytest.
     assert played("begin(); answer()").ok
 
 
-MACHINE_CODE = {
-    ("80 90", (8, 6)): True, ("80;90", (9, 0)): True, ("80-real 90-virtual", (9, 0)): False, ("75-virtual", (7, 5)): False,
-    ("86", (8, 0)): False, ("90a-real", (9, 0)): True, ("100a 120", (10, 3)): False, ("120", (12, 1)): True,
-    ("", (8, 0)): False,
-    ("75-virtual;80-real;90-real;90-virtual", (12, 0)): False, ("75-virtual;80-real;90-real;90-virtual", (8, 9)): True,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("architectures", "capability"), MACHINE_CODE)
+@pytest.mark.parametrize(("architectures", "seconds"), (("80-real 90-real", 60), ("80-real 90-virtual", 600)))
 def test_a_module_of_ptx_alone_has_ten_minutes(
-    card: Card, monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int]
+    card: Card, monkeypatch: pytest.MonkeyPatch, architectures: str, seconds: int
 ) -> None:
-    card.answers(capability=lambda index: capability)
+    card.answers(capability=lambda index: (9, 0))
     monkeypatch.setattr(process.extensions, "cuda_architectures", lambda: architectures)
-    runs = MACHINE_CODE[architectures, capability]
-    assert process._limit(0, False) == (60 if runs else 600) and process._limit(0, True) == 600
+    assert process._limit(0, False) == seconds and process._limit(0, True) == 600
 
 
 HINDRANCES: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], None], str]] = {
@@ -411,8 +401,7 @@ def test_the_users_main_is_not_run_again(played: Played, tmp_path: Path, how: st
     assert done.stdout.split() == ["True", "passed"] and done.stderr == "", done.stderr
 
 
-@FORK
-@FORKING
+@forks
 def test_a_loader_worker_checks_by_itself(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run", _run)
     played.write("begin(); answer()")

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 from cards import Card, plugged_in, rows
+from processes import forks
 
 from flatcore._check import cache, prove
 from flatcore._check.record import Check
 from flatcore._engine import proof
-
-FORKING = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 
 
 @pytest.fixture
@@ -27,8 +25,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
         yield found
 
 
-@FORK
-@FORKING
+@forks
 def test_a_forked_child_has_its_parents_verdict_and_no_lock_of_another_thread(card: Card) -> None:
     def states() -> list[Any]:
         return [proof.find(0).state, card.runs]
@@ -61,8 +58,7 @@ def in_children(*calls: Callable[[], Any], wait: bool = True) -> list[Any]:
     return found
 
 
-@FORK
-@FORKING
+@forks
 @pytest.mark.parametrize("check", (Check(rows()), Check((), "CUDA out of memory")), ids=("passed", "not checked"))
 @pytest.mark.parametrize("fresh", (False, True))
 def test_processes_that_start_at_once_share_one_run(card: Card, tmp_path: Path, check: Check, fresh: bool) -> None:
@@ -83,8 +79,7 @@ def test_processes_that_start_at_once_share_one_run(card: Card, tmp_path: Path, 
     assert in_children(call) == [check.to_json()] and runs.read_text() == ("xx" if fresh or check.reason else "x")
 
 
-@FORK
-@FORKING
+@forks
 def test_a_holder_that_dies_lets_go_and_one_that_lives_is_waited_for_so_long(card: Card) -> None:
     key = cache.key(0)
 
@@ -99,8 +94,7 @@ def test_a_holder_that_dies_lets_go_and_one_that_lives_is_waited_for_so_long(car
     assert "another process has held" in str(Check.from_json(json.dumps(json.loads(text))).reason)
 
 
-@FORK
-@FORKING
+@forks
 def test_a_child_that_is_forked_meanwhile_does_not_keep_the_lock(card: Card) -> None:
     key = cache.key(0)
     with cache._locked(key, 1.0):

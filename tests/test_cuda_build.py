@@ -178,6 +178,8 @@ def test_auto_without_nvcc_warns_where_there_is_a_driver(driver: bool, tmp_path:
     assert done.returncode == 0 and "CUDA kernels: OFF" in done.stdout, done.stderr
     warned = "this machine has an NVIDIA driver but no nvcc, so the CUDA kernels are NOT built" in said(done)
     assert warned == driver and ("FLATCORE_CUDA=ON FLATCORE_NVCC=pypi pip install ." in said(done)) == driver
+    # in one line, to be copied
+    assert warned == ("\n    FLATCORE_CUDA=ON FLATCORE_NVCC=pypi pip install .\n" in done.stdout + done.stderr)
     quiet = configure(tmp_path, "-DFLATCORE_CUDA=OFF", PATH=f"{tmp_path}/driver:/usr/bin:/bin")
     assert quiet.returncode == 0 and "NVIDIA" not in said(quiet)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +15,11 @@ from typing import Any
 import emulation
 import pytest
 import torch
+from cards import plugged_in, rows
 
 import flatcore
+from flatcore._check import prove
+from flatcore._check.record import Check
 from flatcore._engine import cuda as native_cuda
 from flatcore._engine import extensions
 
@@ -153,20 +159,33 @@ def test_a_device_that_nobody_works_on_is_not_started(devices: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "serves", "not_"),
+    ("built", "runs", "compiles", "not_"),
     (
-        ("80-real", (80, 86, 89), (75, 90, 120)),
-        ("86-real", (86, 89), (80, 90)),
-        ("75-virtual 80-real 90-real 90-virtual", (75, 80, 86, 89, 90, 100, 120), (70, 61)),
-        ("90", (90, 100), (89,)),
-        ("90-real 90-virtual", (90, 103), (80,)),
-        ("native", (75, 90), ()),
-        ("90a-real", (90,), ()),
+        ("80-real", (80, 86, 89), (), (75, 90, 120)),
+        ("86-real", (86, 89), (), (80, 90)),
+        ("86", (86,), (90, 120), (80,)),
+        ("80;90", (86, 90), (100, 120), (75,)),
+        ("75-virtual", (), (75, 80, 120), (70,)),
+        ("75-virtual;80-real;90-real;90-virtual", (80, 86, 89, 90), (75, 100, 120), (70, 61)),
+        ("90", (90,), (100,), (89,)),
+        ("90-real 90-virtual", (90,), (103,), (80,)),
+        ("90a-real", (90,), (), (80, 100)),
+        ("90a", (90,), (), (100,)),
+        ("90a-virtual", (), (90,), (89, 100)),
+        ("100a 120", (100, 120, 121), (), (103,)),
+        ("100f-real", (100, 103), (), (90, 120)),
+        ("100f-virtual", (), (100, 103), (120,)),
+        ("native", (), (75, 90), ()),
+        ("", (), (), (80,)),
     ),
 )
-def test_which_gpus_a_build_serves(built: str, serves: tuple[int, ...], not_: tuple[int, ...]) -> None:
-    assert all(extensions.has_image(built, capability) for capability in serves)
-    assert not any(extensions.has_image(built, capability) for capability in not_)
+def test_which_gpus_a_build_serves(
+    built: str, runs: tuple[int, ...], compiles: tuple[int, ...], not_: tuple[int, ...]
+) -> None:
+    """As they are, or compiled by the driver first."""
+    for capability in (*runs, *compiles, *not_):
+        assert extensions.has_machine_code(built, capability) == (capability in runs), capability
+        assert extensions.has_image(built, capability) == (capability not in not_), capability
 
 
 def _norms(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
@@ -207,3 +226,81 @@ def test_a_kernel_that_cannot_be_loaded_is_an_error_and_tried_again(
             flatcore.row_norms(x, ord=1)
         devices.plant(0)
         assert flatcore.row_norms(x, ord=1).tolist() == [1030] * 2
+
+
+# ------------------------------------------------------------------------------------------- loaded ahead of a capture
+def _symbols() -> dict[int, str]:
+    """Functions of the emulated module by their address in its file, without parts that the compiler has split off."""
+    file = str(emulation.module().__file__)
+    listed = subprocess.run(["nm", "-C", "--defined-only", file], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return {int(at, 16): name for at, kind, name in lines if kind in "tTwW" and "[clone" not in name}
+
+
+def _in_a_new_process(*steps: str) -> Any:
+    """What the last step gives, of the module as ``core``: nothing has been loaded there."""
+    script = f"""
+        import importlib.util, json
+        found = importlib.util.spec_from_file_location("cuda_emulated", {emulation.module().__file__!r})
+        core = importlib.util.module_from_spec(found)
+        found.loader.exec_module(core)
+    """
+    lines = [*textwrap.dedent(script).splitlines(), *steps[:-1], f"print(json.dumps([{steps[-1]}]))"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_loaded_ahead_of_its_first_launch() -> None:
+    """They are found by calling every entry point with all that it chooses between; one that was forgotten is named."""
+    kernels = {
+        name
+        for path in (ROOT / "csrc/cuda").iterdir()
+        for name in re.findall(r"__global__ void\s(?:__launch_bounds__\(.*\)\s+)?(\w+)\(\w*", path.read_text())
+    }
+    assert len(kernels) > 15 and "present" in kernels
+    kernels.remove("present")  # stands for all in the question whether a device can run them
+    symbols = _symbols()
+    every = {name for name in symbols.values() if re.search(rf"::({'|'.join(kernels)})(<.*>)?\(", name)}
+    assert len(every) > 80
+    worked, found, again = _in_a_new_process(
+        "worked = core.cuda_load(0)", "found, asked = core.devices.loaded, core.devices.queries",
+        "worked, found, [core.cuda_load(0), core.devices.queries - asked]",
+    )  # fmt: skip
+    assert worked and {symbols[address] for address in found} == every
+    assert again == [True, 0]
+
+
+def test_nothing_is_loaded_where_the_process_does_not_work() -> None:
+    steps = "core.cuda_load(1), core.devices.queries, core.devices.active"
+    assert _in_a_new_process(steps) == [False, 0, [True, False]]
+
+
+def test_a_kernel_that_cannot_be_loaded_ahead_is_left_to_its_launch() -> None:
+    tried = "core.devices.plant(209)", "refused = core.cuda_load(0), core.devices.loaded", "core.devices.plant(0)"
+    refused, done, now = _in_a_new_process(*tried, "refused, core.cuda_load(0), core.devices.loaded")
+    assert refused[0] and done and set(refused[1]) < set(now)
+
+
+def test_a_call_that_takes_kernels_loads_all_of_a_device_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers, asked = [False, True], []
+    with emulation.emulated(), plugged_in(monkeypatch, tmp_path):
+        core = native_cuda.cuda_module()
+        with monkeypatch.context() as patch:
+            patch.setattr(native_cuda, "_loaded", set())
+            patch.setattr(core, "cuda_load", lambda index: asked.append(index) or answers.pop(0))
+            for _ in range(4):  # not worked on yet, so asked again; then never
+                flatcore.row_norms(torch.ones(2, 2))
+    assert asked == [0, 0]
+
+
+def test_a_check_that_was_asked_for_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A graph's capture may be the next that comes."""
+    with emulation.emulated(), plugged_in(monkeypatch, tmp_path) as card:
+        monkeypatch.setattr(native_cuda, "_loaded", set())
+        card.check = Check((), "out of memory")
+        prove.prove(0)
+        assert native_cuda._loaded == set()
+        card.check = Check(rows())
+        prove.prove(0)
+        assert native_cuda._loaded == {0}

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import flatcore
 from flatcore._arguments.arrays import as_tensor
+from flatcore._engine import device as engine_device
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,52 +62,143 @@ class DeviceArray:
 DeviceArray.__module__ = "cupy"
 
 
-class Streams:
-    """torch's streams and CuPy's, without a device: which is current, and in which order they were entered."""
+class Stream:
+    """A stream of a device, which notes for what it waits."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, address: int):
-        self.current = 0  # torch's
-        self.log: list[Any] = []
+    def __init__(self, streams: Streams, address: int, device: int):
+        self.streams, self.cuda_stream, self.device = streams, address, device
+
+    def wait_stream(self, other: Stream) -> None:
+        assert other.device == self.device
+        self.streams.log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+
+class Streams:
+    """torch's streams and CuPy's, without a device: which is current, which waits, and in which order that came."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, address: int, ours: int = 0):
+        self.current = ours  # torch's
+        self.captured: int | None = None
+        self.log: list[str] = []
         self.cupy = mock.MagicMock()
         self.cupy.cuda.get_current_stream.return_value.ptr = address
         self.cupy.from_dlpack = lambda tensor: ("cupy", tensor, self.current)
         monkeypatch.setitem(sys.modules, "cupy", self.cupy)
-        monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: (address, device))
-        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: (0, device))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=self.current))
+        monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: Stream(self, address, device))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream(self, 0, device))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self, self.current, _index(device)))
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.current == self.captured)
 
     @contextmanager
-    def entered(self, stream: tuple[int, int]) -> Iterator[None]:
-        self.log.append(stream)
-        before, self.current = self.current, stream[0]
-        yield
-        self.current = before
-        self.log.append("left")
+    def entered(self, stream: Stream) -> Iterator[None]:
+        self.log.append(f"in {stream.cuda_stream} of {stream.device}")
+        before, self.current = self.current, stream.cuda_stream
+        try:
+            yield
+        finally:
+            self.current = before
+            self.log.append("left")
+
+
+def _index(device: Any) -> int:
+    return device if isinstance(device, int) else device.index or 0
 
 
 @pytest.mark.parametrize("address", (0, 1234))
 def test_arrays_are_read_worked_on_and_given_back_in_cupys_stream(
     address: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = Streams(monkeypatch, address)
+    streams = Streams(monkeypatch, address, ours=77)
     for give in (lambda x: flatcore.row_norms(x, ord=1), lambda x: flatcore.row_norms(x=x, ord=1)):
         streams.log.clear()
         x = DeviceArray(torch.ones(2, 5), device=3)
         kind, norms, handed_back_in = give(x)
         assert kind == "cupy" and norms.tolist() == [5, 5]
-        assert streams.log == [(address, 3), "left"]
+        before, after = f"{address} waits for 77", f"77 waits for {address}"
+        assert streams.log == [f"in {address} of 3", before, after, "left"]
         assert x.asked == [address or 1]  # 1 is DLPack's name of the default stream
         assert handed_back_in == address
         assert x.device.entered == [3, "left"]  # CuPy's current stream is the one of the array's device
 
 
-def test_an_array_beside_torchs_features_is_read_in_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = Streams(monkeypatch, 1234)
-    streams.current = 77
-    weight = DeviceArray(torch.eye(3))
-    assert flatcore.hessian_trace(torch.ones(2, 3), weight) == 2
-    assert weight.asked == [77] and streams.log == []
+def _metric() -> Any:
+    metrics = pytest.importorskip("flatcore.metrics")
+    return metrics.HessianTrace().update
+
+
+def _probe() -> Any:
+    model = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.eye_(model.weight)
+    probe = flatcore.Probe(model).attach()
+    model(torch.ones(2, 3))
+    return lambda features, weight: probe.hessian_trace(linear_weight=weight)
+
+
+DOORS: dict[str, Callable[[], Any]] = {
+    "hessian_trace": lambda: flatcore.hessian_trace, "head_metrics": lambda: flatcore.head_metrics,
+    "keywords": lambda: lambda x, w: flatcore.hessian_trace(linear_weight=w, features=x),
+    "metrics": _metric, "Probe": _probe,
+    "robustness": lambda: lambda x, w: flatcore.robustness.loss_change_bound(x, w, torch.tensor([0, 0]), 0.1, lipschitz=1.0),
+}  # fmt: skip
+"""Everything that takes arrays: (features, linear_weight)."""
+
+
+@pytest.mark.parametrize(
+    ("door", "kind"), [(door, "weight") for door in DOORS]
+    + [(door, kind) for door in DOORS if door != "Probe" for kind in ("both", "features")],
+)  # fmt: skip
+def test_torchs_stream_and_cupys_wait_for_each_other(door: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a call reads or adds to of torch's was written in torch's stream, and will be read there."""
+    call = DOORS[door]()
+    x, w = torch.tensor([[2.0, 0.0, 0.0], [3.0, 1.0, 0.0]]), torch.eye(3)
+    streams = Streams(monkeypatch, 1234, ours=77)
+    features, weight = x if kind == "weight" else DeviceArray(x), w if kind == "features" else DeviceArray(w)
+    place = engine_device.place
+    monkeypatch.setattr(
+        engine_device, "place", lambda x: (streams.log.append(f"work in {streams.current}"), place(x))[1]
+    )
+    call(features, weight)
+    begin, end = ["in 1234 of 0", "1234 waits for 77"], ["77 waits for 1234", "left"]
+    assert streams.log[:2] == begin and streams.log[-2:] == end
+    assert set(streams.log[2:-2]) == {"work in 1234"}
+    for array in (features, weight):
+        assert not isinstance(array, DeviceArray) or set(array.asked) == {1234}
+    assert streams.current == 77
+
+
+@pytest.mark.parametrize("door", [name for name in DOORS if name != "Probe"])
+def test_they_wait_after_an_error_too(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = DOORS[door]()
+    streams = Streams(monkeypatch, 1234, ours=77)
+    with pytest.raises(ValueError, match="features must have shape"):
+        call(DeviceArray(torch.ones(2, 5)), DeviceArray(torch.eye(3)))
+    assert streams.log == ["in 1234 of 0", "1234 waits for 77", "77 waits for 1234", "left"] and streams.current == 77
+
+
+def test_the_values_of_a_record_are_formed_in_cupys_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch, 1234, ours=77)
+    log = DeviceArray(torch.zeros(2))
+    kind, value, handed_back_in = flatcore.HeadMetrics(*[log] * len(flatcore.HeadMetrics._fields)).hessian_trace
+    assert (kind, value.tolist(), handed_back_in, log.asked) == ("cupy", [1, 1], 1234, [1234])
+
+
+def test_one_stream_of_both_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch, 1234, ours=1234)
+    flatcore.row_norms(DeviceArray(torch.ones(2, 5)))
+    assert streams.log == []
+
+
+def test_a_graph_that_cupy_captures_waits_for_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch, 1234, ours=77)
+    streams.captured = 1234
+    flatcore.row_norms(DeviceArray(torch.ones(2, 5)))
+    assert streams.log == ["in 1234 of 0", "left"]
+
+
+def test_torchs_own_arrays_stay_in_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch, 1234, ours=77)
+    assert flatcore.hessian_trace(torch.ones(2, 3), torch.eye(3)) == 2 and streams.log == []
 
 
 LAYOUTS = {

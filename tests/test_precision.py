@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forks
 from torch import Tensor
 
 import flatcore
@@ -134,6 +135,12 @@ def _as_before() -> Iterator[None]:
     assert _readings() == others
 
 
+@pytest.fixture(autouse=True)
+def _chunked() -> Iterator[None]:
+    with flatcore.backend("native"), paths.forced(path="chunked"):
+        yield
+
+
 def _head(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features, weight = (torch.randn(n, 256, generator=generator) for n in (64, 300))
@@ -141,20 +148,21 @@ def _head(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _measures(features: Tensor, weight: Tensor, target: Tensor, between: Callable[[], None]) -> list[Tensor]:
-    """Every kind of product: values and gradients, with ``between`` called between forward and backward."""
-    results: list[Tensor] = []
-    with flatcore.backend("native"), paths.forced(path="chunked"):
-        results += flatcore.head_metrics(features, weight, target)
-        for function in (
-            flatcore.hessian_trace,
-            lambda *given: flatcore.relative_flatness(*given, measure="layerwise"),
-            lambda *given: flatcore.relative_flatness(*given, measure="neuronwise"),
-            lambda *given: flatcore.feature_gradient_norms(*given, reduction="mean"),
-        ):
-            leaves = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
-            value = function(*leaves, target)
-            between()
-            results += [value.detach(), *torch.autograd.grad(value, leaves)]
+    """Every kind of product: values and gradients, with ``between`` called between forward and backward.
+
+    The path is one for all threads, so it is forced around them (``_chunked``).
+    """
+    results: list[Tensor] = [*flatcore.head_metrics(features, weight, target)]
+    for function in (
+        flatcore.hessian_trace,
+        lambda *given: flatcore.relative_flatness(*given, measure="layerwise"),
+        lambda *given: flatcore.relative_flatness(*given, measure="neuronwise"),
+        lambda *given: flatcore.feature_gradient_norms(*given, reduction="mean"),
+    ):
+        leaves = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = function(*leaves, target)
+        between()
+        results += [value.detach(), *torch.autograd.grad(value, leaves)]
     assert flatcore.show_config()["last_path"] == "chunked"
     return results
 
@@ -171,7 +179,8 @@ def _assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def wanted() -> list[Tensor]:
-    return _measures(*_head(), _nothing)
+    with flatcore.backend("native"), paths.forced(path="chunked"):
+        return _measures(*_head(), _nothing)
 
 
 def test_every_product_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +327,7 @@ def test_the_environments_switch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@forks
 def test_a_child_forked_in_the_middle_of_another_threads_call() -> None:
     code = (
         "import os, threading, torch\n"

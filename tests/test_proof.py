@@ -23,8 +23,8 @@ import flatcore
 from flatcore._check import cache, prove
 from flatcore._check.record import Check, Row
 from flatcore._check.tolerance import assert_same
-from flatcore._engine import backend, extensions, paths, proof
 from flatcore._engine import cuda as native_cuda
+from flatcore._engine import extensions, paths, proof
 from flatcore._engine.ops import kernels
 
 C_FUSED, C_CHUNKED = 5, 40
@@ -33,9 +33,6 @@ FAILURE = "case duplicated rows, N=37 D=130 C=10 float32: wanted 0.25, got 0.5"
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
-    # whatever a test before has left behind: a user's process starts with these
-    monkeypatch.setattr(backend, "selected", "auto")
-    monkeypatch.setattr(paths, "forced_path", None)
     with emulation.emulated(), plugged_in(monkeypatch, tmp_path / "cache") as found:
         assert C_FUSED <= native_cuda.cuda_module().CUDA_FUSED_CLASSES < C_CHUNKED
         yield found
@@ -342,7 +339,10 @@ ABSENCE: dict[str, tuple[bool, tuple[int, int, int, str], tuple[str, ...]]] = {
         True, (13000, 12040, 0, "CUDA driver version is insufficient for CUDA runtime version"),
         ("too old", "12.4", "13.0", "update"),
     ),
-    "no device": (True, (13000, 13000, 0, "no CUDA device"), ("no CUDA device", "FLATCORE_CUDA=ON pip install .")),
+    "no device": (True, (13000, 13000, 0, "no CUDA device"), ("no CUDA device", "nvidia-smi", "CUDA_VISIBLE_DEVICES")),
+    "not loaded": (
+        True, (0, 0, 0, "flatcore._cuda could not be loaded: libc.so.6"), ("libc.so.6", "FLATCORE_CUDA=ON pip install ."),
+    ),
 }  # fmt: skip
 
 
@@ -353,7 +353,7 @@ def test_why_the_reference_serves_is_one_sentence(card: Card, monkeypatch: pytes
     monkeypatch.setattr(extensions, "cuda_runtime", lambda: runtime)
     (message,) = said(lambda: [path_of_a_call() for _ in range(3)] == ["reference"] * 3 or pytest.fail("the kernels"))
     assert all(word in message for word in (*words, "reference", "slower")) and card.runs == 0
-    assert message.count("\n") == 0
+    assert message.count("\n") == 0 and message.startswith("flatcore") and "flatcore: flatcore" not in message
 
 
 def test_what_is_known_is_shown(card: Card) -> None:

@@ -25,6 +25,9 @@ void register_cuda(py::module_& module) {
       py::arg("index"),
       "Compute capability (90 is 9.0), whether the process works on the device already, and why no kernel runs there: "
       "asked only where it does, for asking elsewhere would take the device's memory.");
+  module.def("cuda_load", &cuda::load_all, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+             "Loads every kernel on a device, so that none is loaded within a graph capture; whether the process works "
+             "on it.");
   module.def("cuda_row_norms_workspace", &cuda::row_norms_workspace, py::arg("N"), py::arg("K"),
              "Doubles of workspace that cuda_row_norms needs.");
   module.def(

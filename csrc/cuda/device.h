@@ -33,6 +33,9 @@ Device device(int index);
 // Whether the process works on the device: what changes a device that is not costs 0.3 s and some 500 MB of its memory.
 bool is_active(int device);
 
+// Loads every kernel on a device; false, and nothing is done, where the process does not work on it yet.
+bool load_all(int device);
+
 // The architectures that were compiled, as CMake names them.
 const char* architectures();
 

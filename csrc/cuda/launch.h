@@ -80,11 +80,25 @@ cudaError_t load(Kernel* kernel) {
   return status != cudaSuccess ? status : restored;
 }
 
+// While one lives, this thread's launches load their kernels and do no more (load_all).
+class OnlyLoading {
+ public:
+  OnlyLoading() { active() = true; }
+  ~OnlyLoading() { active() = false; }
+  OnlyLoading(const OnlyLoading&) = delete;
+  OnlyLoading& operator=(const OnlyLoading&) = delete;
+  static bool& active() {
+    static thread_local bool here = false;
+    return here;
+  }
+};
+
 // kernel<<<grid, threads>>>(arguments...) on the stream.
 template <class... Parameters>
 Launched launch(const char* what, Stream stream, unsigned grid, int threads, void (*kernel)(Parameters...),
                 std::common_type_t<Parameters>... arguments) {
   if (const cudaError_t status = load(kernel); status != cudaSuccess) return launched(status, what);
+  if (OnlyLoading::active()) return {};
   void* addresses[] = {static_cast<void*>(&arguments)...};
   return launched(cudaLaunchKernel(kernel, dim3(grid), dim3(static_cast<unsigned>(threads)), addresses, 0,
                                    static_cast<cudaStream_t>(stream)),

@@ -2,7 +2,7 @@
 
 NumPy arrays are read by their own attributes; anything else with ``__dlpack__`` goes through it. What such an array says of
 itself on the CPU is read from its capsule here: a negative stride, which array-api-strict hides, makes torch abort the
-process. CuPy's arrays are worked on in CuPy's current stream.
+process. CuPy's arrays are worked on in CuPy's current stream, in step with torch's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import ctypes
 import functools
 import importlib
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -233,25 +233,47 @@ def returner(like: Any) -> Callable[[Tensor], Any]:
 
 
 def on_the_arrays_stream(function: _Function) -> _Function:
-    """Let a public function work in the stream that the library of its first array is working in.
+    """Let a public function work in CuPy's current stream where one of its arguments is CuPy's.
 
-    torch tensors have torch's; of the others only CuPy has streams of its own.
+    torch's arrays have torch's stream, and no other library's have any.
     """
 
     @functools.wraps(function)
     def run(*arguments, **options):
-        first = arguments[0] if arguments else next(iter(options.values()), None)
-        if isinstance(first, Tensor) or type(first).__module__.partition(".")[0] != "cupy":
+        if "cupy" not in sys.modules:  # then none is CuPy's
             return function(*arguments, **options)
-        with _cupy_stream(first):
-            return function(*arguments, **options)
+        for value in (*arguments, *options.values()):
+            if type(value).__module__.partition(".")[0] == "cupy" and hasattr(value, "__dlpack__"):
+                with _in_step(value):
+                    return function(*arguments, **options)
+        return function(*arguments, **options)
 
     return run  # type: ignore[return-value]
 
 
-def _cupy_stream(array: Any) -> AbstractContextManager[Any]:
+@contextmanager
+def _in_step(array: Any) -> Iterator[None]:
+    """Work in the stream that CuPy is working in, behind all that torch's has been given, which then waits for it.
+
+    Whatever of the arguments and of a metric's states is torch's has been written, or will be read, in torch's stream; also
+    after an exception. Results lie in memory that torch hands out again to this stream alone, for CuPy may free them while
+    its own work still reads them.
+    """
     device = array.device.id
     with array.device:
         address = sys.modules["cupy"].cuda.get_current_stream().ptr
-    stream = torch.cuda.ExternalStream(address, device=device) if address else torch.cuda.default_stream(device)
-    return torch.cuda.stream(stream)
+    ours = torch.cuda.current_stream(device)
+    if ours.cuda_stream == address:
+        yield
+        return
+    theirs = torch.cuda.ExternalStream(address, device=device) if address else torch.cuda.default_stream(device)
+    with torch.cuda.stream(theirs):
+        # a graph that CuPy captures can have nothing from outside in it
+        alone = torch.cuda.is_current_stream_capturing()
+        if not alone:
+            theirs.wait_stream(ours)
+        try:
+            yield
+        finally:
+            if not alone:
+                ours.wait_stream(theirs)

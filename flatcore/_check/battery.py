@@ -20,9 +20,9 @@ from .._engine import paths
 from .._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
 from .._row_norms import row_norms
 from .._unmasked_cross_entropy import unmasked_cross_entropy
-from .cases import DTYPES, IGNORED, ORDS, Case, Inputs, battery_cases, inputs_of, summary, tensor
+from .cases import DTYPES, IGNORED, ORDS, WHOLE, Case, Inputs, battery_cases, inputs_of, summary, tensor
 from .record import Row
-from .tolerance import Bound, worst
+from .tolerance import Bound, cotangent_tolerance, worst
 
 STEMS = ("head_metrics", "head_metrics_backward", "row_norms", "unmasked_cross_entropy")
 FIELDS = HeadMetrics._fields
@@ -39,6 +39,8 @@ class Golden(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------ golden answers
 GOLDEN = "golden_answers.npz"
+ROWS = " rows"
+"""Behind a large gradient's name: what the entries of each of its rows may be off, at most."""
 
 
 @functools.cache
@@ -173,7 +175,8 @@ def judge(case: Case, results: Results, chunked: bool) -> tuple[float, str | Non
             want_dtype = DTYPES[case.dtype]
         if got.dtype != want_dtype:
             return math.inf, f"{quantity} of {case.name}: wanted {want_dtype}, got {got.dtype}"
-        numbers = summary(got.to(torch.float64).numpy())
+        entries = got.to(torch.float64).numpy()
+        numbers = summary(entries)
         if numbers.shape != golden.truth.shape:
             return math.inf, f"{quantity} of {case.name}: wanted {golden.truth.size} numbers, got {numbers.size}"
         # NaN is wanted where the answer is NaN, and only there
@@ -184,11 +187,52 @@ def judge(case: Case, results: Results, chunked: bool) -> tuple[float, str | Non
         if ratio > largest:
             largest = ratio
             if not ratio <= 1:
-                sentence = (
-                    f"{quantity} of {case.name}, number {place}: wanted {golden.truth[place]:.17g}, "
-                    f"got {numbers[place]:.17g}, {ratio:.3g} tolerances off"
+                sentence = _sentence(f"{quantity} of {case.name}, number {place}", truth[place], numbers[place], ratio)
+        if ratio <= 1 and quantity.startswith("d ") and got.numel() > WHOLE:
+            want, bounds = _entries(case)[quantity]
+            if not (np.abs(entries - want) <= bounds[int(chunked)]).all():  # NaN is not
+                ratio, place = worst(quantity, entries, want, Bound(bounds[int(chunked)], 0.0))
+                at = tuple(int(i) for i in np.unravel_index(place, want.shape))
+                largest, sentence = (
+                    ratio,
+                    _sentence(f"{quantity} of {case.name}, entry {at}", want[at], entries[at], ratio),
                 )
     return largest, sentence
+
+
+def _sentence(what: str, wanted: float, got: float, ratio: float) -> str:
+    return f"{what}: wanted {wanted:.17g}, got {got:.17g}, {ratio:.3g} tolerances off"
+
+
+@functools.lru_cache(maxsize=1)
+def _entries(case: Case) -> dict[str, tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+    """Large gradients of a call by the reference in float64 on the CPU, and what entries may be off, fused and chunked.
+
+    The reference is another implementation of the formulas, not an answer that came with the package: it is asked beside
+    the golden numbers, whose sums do not show a single entry that is small among many. Entries have twice what they may
+    be off, once for the kernels and once for the reference.
+    """
+    wide = case._replace(dtype="float64", weight_dtype=None, aligned=True)
+    inputs = inputs_of(case)
+    with _forced(None, None):
+        *_, (_, results) = CALLS[case.stem](wide, given_of(wide, inputs, torch.device("cpu")))
+    answers, dtype = golden_answers()[case.name], DTYPES[case.dtype]
+    found = {}
+    for quantity, value in results.items():
+        if not quantity.startswith("d ") or value.numel() <= WHOLE:
+            continue
+        want = value.numpy()
+        if case.stem == "unmasked_cross_entropy":  # as in tests/make_golden_answers.py, at the largest upstream
+            assert inputs.upstream is not None
+            one, most = cotangent_tolerance(dtype), float(np.abs(inputs.upstream).max())
+            relative = one.relative + 2 * torch.finfo(dtype).eps
+            allowed = most * one.absolute + torch.finfo(dtype).tiny + relative * np.abs(want)
+            found[quantity] = want, (2 * allowed, 2 * allowed)
+        else:
+            rows = 2 * answers[quantity + ROWS].allowed
+            fused, chunked = rows[..., None] if want.ndim == 2 else rows
+            found[quantity] = want, (fused, chunked)
+    return found
 
 
 class Tally:

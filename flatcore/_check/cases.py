@@ -193,6 +193,7 @@ class Inputs(NamedTuple):
     upstream: np.ndarray | None = None
 
 
+@functools.lru_cache(maxsize=1)
 def inputs_of(case: Case) -> Inputs:
     """Make the inputs of a call."""
     if case.stem == "row_norms":
@@ -335,16 +336,22 @@ def summary(x: np.ndarray, absolute: bool = False) -> np.ndarray:
         x = x.reshape(-1)
         if x.size <= WHOLE:
             return x
-    seed = f"summary {'x'.join(map(str, x.shape))}"
-    weights = integers(seed, x.shape, 1, 3) * (2 * integers(seed + " sign", x.shape, 0, 1) - 1)
+    weights, at = _weights(x.shape)
     weighted = x * (np.abs(weights) if absolute else weights)
-    last = x.size - 1
-    at = np.concatenate([[0, last, x.shape[-1] - 1, last - x.shape[-1] + 1], integers(seed + " at", SAMPLES, 0, last)])
     parts = [x.reshape(-1)[at]]
     for axis in range(x.ndim):
         sums = weighted if x.ndim == 1 else weighted.sum(axis=1 - axis)
         parts.append(np.array([sums[k::BUCKETS].sum() for k in range(min(BUCKETS, sums.size))]))
     return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of a summary's sums, and the places of its single entries."""
+    seed, last = f"summary {'x'.join(map(str, shape))}", math.prod(shape) - 1
+    weights = integers(seed, shape, 1, 3) * (2 * integers(seed + " sign", shape, 0, 1) - 1)
+    corners = [0, last, shape[-1] - 1, last - shape[-1] + 1]
+    return weights, np.concatenate([corners, integers(seed + " at", SAMPLES, 0, last)])
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

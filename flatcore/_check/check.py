@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from .._arguments.checks import check_flag
-from ..cuda import show_config
+from .._engine import extensions
+from .._engine.backend import is_native_built
+from ..cuda import is_built, show_config
 from .record import Check, Row
 
 
@@ -43,7 +45,7 @@ def check(device: Any = None, *, full: bool = False) -> Check:
     Numerics: inputs are multiples of powers of two, from an integer generator, that all four dtypes hold and whose logits
     float32 forms exactly; the answers have 60 digits behind them (``tests/make_golden_answers.py``), and what each may be
     off is the test suite's one tolerance (``flatcore/_check/tolerance.py``). Of large gradients weighted sums and
-    samples are compared.
+    samples are compared, and every entry with the reference in float64.
 
     Source: docs/check.md.
 
@@ -63,6 +65,11 @@ def check(device: Any = None, *, full: bool = False) -> Check:
         from .battery import battery
 
         rows += battery(torch.device("cpu"), full=full)
+        if not is_native_built():
+            notes.append(
+                "cpu: this install has no compiled kernels, so the PyTorch reference was checked: pip install . in "
+                "flatcore's source folder, with a C++17 compiler, builds them"
+            )
     if chosen is None or chosen.type == "cuda":
         wanted = devices if chosen is None or chosen.index is None else [d for d in devices if d == chosen]
         if not wanted:
@@ -98,9 +105,11 @@ def _cuda_devices() -> tuple[list[torch.device], str | None]:
     """The CUDA devices that can be used, or why there is none."""
     reason = show_config()["reason"]
     if reason is None and not torch.cuda.is_available():
-        reason = "torch finds no CUDA device (torch.cuda.is_available() is False)"
+        return [], "torch finds no CUDA device (torch.cuda.is_available() is False)"
     if reason is not None:
-        return [], reason
+        if not is_built() and not torch.cuda.is_available():
+            return [], f"{reason}, and torch finds no CUDA device"
+        return [], f"{reason}. {extensions.cuda_remedy(reason)}"
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())], None
 
 

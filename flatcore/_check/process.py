@@ -86,21 +86,9 @@ def _hindrance() -> str | None:
 
 def _limit(index: int, full: bool) -> float:
     """Seconds for the check proper."""
-    quick = not full and has_machine_code(extensions.cuda_architectures(), device.capability(index))
+    major, minor = device.capability(index)
+    quick = not full and extensions.has_machine_code(extensions.cuda_architectures(), 10 * major + minor)
     return CHECK_SECONDS if quick else PTX_SECONDS
-
-
-def has_machine_code(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a module for these architectures, as CMake names them, has code that the device runs as it is.
-
-    Code for x.y runs on x.z from y on; that of 90a on 9.0 alone.
-    """
-    for number, exact, kind in re.findall(r"(\d+)([a-z]?)(-real|-virtual)?", architectures):
-        major, minor = divmod(int(number), 10)
-        runs = minor == capability[1] or (minor < capability[1] and not exact)
-        if kind != "-virtual" and major == capability[0] and runs:
-            return True
-    return False
 
 
 def _environment(index: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import distributed
 
-from .._engine import device, proof
+from .._engine import cuda, device, proof
 from . import cache, process
 from .record import Check
 
@@ -29,7 +29,8 @@ def first_use(index: int, may_run: bool) -> tuple[Check, Path | None] | None:
 def prove(index: int, *, full: bool = False) -> Check:
     """Check a device now, whatever is known of it, keep the result and let the engine go by it."""
     check, file = _made(index, cache.key(index), full, fresh=True)
-    proof.adopt(index, check, file)
+    if any(proof.adopt(index, check, file).passed.values()):
+        cuda.load(index)  # a graph's capture may be what comes next
     return check
 
 

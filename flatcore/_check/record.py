@@ -39,6 +39,7 @@ class Check(NamedTuple):
         >>> print(check)
         backend   stem       path  cases  worst
         cpu-avx2  row_norms  -        20   0.25  passed
+        All passed. "worst" is the largest error in tolerances: 1 is the last that passes.
     """
 
     rows: tuple[Row, ...]
@@ -75,7 +76,7 @@ class Check(NamedTuple):
             raise ValueError(f"no record of a check: {text[:200]!r}") from error
 
     def __str__(self) -> str:
-        """A table; below it every failure, the notes, and why a device could not be checked."""
+        """A table; below it the outcome, every failure, the notes, and why a device could not be checked."""
         cells = [_TITLES, *map(_cells, self.rows)]
         width = [max(len(line[i]) for line in cells) for i in range(len(_TITLES))]
         lines = []
@@ -83,6 +84,9 @@ class Check(NamedTuple):
             left = [f"{text:<{w}}" for text, w in zip(line[:3], width, strict=False)]
             right = [f"{text:>{w}}" for text, w in zip(line[3:5], width[3:], strict=False)]
             lines.append("  ".join([*left, *right, line[5]]).rstrip())
+        if compared := [row for row in self.rows if row.cases]:
+            count = f"{len(self.failures)} of {len(compared)} rows FAILED" if self.failures else "All passed"
+            lines.append(f'{count}. "worst" is the largest error in tolerances: 1 is the last that passes.')
         lines += [f"{row.backend}, {row.stem}, path {row.path}: {row.failure}" for row in self.failures]
         lines += self.notes
         if self.reason:

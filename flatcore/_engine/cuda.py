@@ -25,6 +25,18 @@ def stream(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+_loaded: set[int] = set()
+
+
+def load(index: int) -> None:
+    """Load every kernel on a device that the process works on, once: CUDA would load each at its own first launch.
+
+    Within a graph's capture that would take its time, and memory, between kernels that are being recorded.
+    """
+    if index not in _loaded and cuda_module().cuda_load(index):
+        _loaded.add(index)
+
+
 def path_of(stem: str, C: int, usable: frozenset[str]) -> str | None:
     """The path that this stem's kernels take for a head of C classes, None where no usable one can."""
     if stem == "head_metrics":

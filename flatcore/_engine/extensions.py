@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -112,18 +113,63 @@ def cuda_reason(index: int | None = None) -> str:
     return ""
 
 
-def has_image(built: str, capability: int) -> bool:
-    """Whether architectures, as CMake names them, serve a GPU; True where that is not known.
+_BUILD = "FLATCORE_CUDA=ON pip install . in its source folder (FLATCORE_NVCC=pypi before it brings nvcc)"
 
-    Machine code of 8.0 serves 8.x, 8.6 those from 8.6 on; PTX serves every later one. A plain number is both.
+
+def cuda_remedy(reason: str) -> str:
+    """The way out of what :func:`cuda_reason` says, a sentence without its full stop."""
+    if not is_cuda_built():
+        return f"To build its CUDA kernels: {_BUILD}"
+    if "no NVIDIA driver" in reason:
+        return "Install the NVIDIA driver of this GPU"
+    if "driver is too old" in reason:
+        build = "CUDACXX=<its bin folder>/nvcc FLATCORE_CUDA=ON pip install . in flatcore's source folder"
+        return f"To build with that toolkit: {build}"
+    if (
+        "could not be loaded" in reason
+        or "kernels were built for" in reason
+        or "runs no kernel of this build" in reason
+    ):
+        return f"To build them for this device: {_BUILD}"
+    return "To see what the driver finds: nvidia-smi (CUDA_VISIBLE_DEVICES may hide a device)"
+
+
+def _architectures(built: str) -> Iterator[tuple[int, str, str] | None]:
+    """Number, suffix and kind of each architecture, as CMake names them; None for "native" and the like.
+
+    A plain number is machine code and PTX.
     """
-    for architecture in built.replace(";", " ").split():
-        found = re.fullmatch(r"(\d+)(-real|-virtual)?", architecture)
-        if found is None:  # "native", "90a": only the driver knows
+    for name in built.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name)
+        yield None if found is None else (int(found[1]), found[2], found[3] or "")
+
+
+def has_machine_code(built: str, capability: int) -> bool:
+    """Whether architectures, as CMake names them, have code that a GPU runs as it is; False where that is not known.
+
+    Code of 8.0 runs on 8.x, of 8.6 on those from 8.6 on, of 10.0f on 10.x, of 9.0a on 9.0 alone.
+    """
+    for known in _architectures(built):
+        if known is None or known[2] == "-virtual":
+            continue
+        number, suffix, _ = known
+        if number == capability or (suffix != "a" and number // 10 == capability // 10 and number < capability):
             return True
-        number, kind = int(found[1]), found[2]
-        if kind != "-virtual" and number // 10 == capability // 10 and number <= capability:
+    return False
+
+
+def has_image(built: str, capability: int) -> bool:
+    """Whether they serve a GPU, as they are or by PTX, which the driver compiles for it; True where that is not known.
+
+    PTX serves every later GPU, that of 10.0f 10.x, that of 9.0a 9.0 alone.
+    """
+    if has_machine_code(built, capability):
+        return True
+    for known in _architectures(built):
+        if known is None:
             return True
-        if kind != "-real" and number <= capability:
+        number, suffix, kind = known
+        later = not suffix or (suffix == "f" and number // 10 == capability // 10)
+        if kind != "-real" and (number == capability or (later and number < capability)):
             return True
     return False

@@ -184,7 +184,8 @@ def say(index: int, why: str, remedy: str) -> None:
     """Warn that a device's tensors go to the reference: once for a device and reason."""
     if (index, why) not in _said:
         _said.add((index, why))
-        warn_at_caller(f"flatcore: {why}. {_SLOW}. {remedy}", RuntimeWarning)
+        named = why if why.startswith("flatcore ") else f"flatcore: {why}"
+        warn_at_caller(f"{named}. {_SLOW}. {remedy}", RuntimeWarning)
 
 
 def explain_absence(index: int) -> None:
@@ -193,17 +194,9 @@ def explain_absence(index: int) -> None:
         return
     _explained.add((index, ""))
     reason = extensions.cuda_reason(index)
-    rebuild = "FLATCORE_CUDA=ON pip install . (FLATCORE_NVCC=pypi beside it brings nvcc where there is no CUDA toolkit)"
-    if not extensions.is_cuda_built():
-        say(index, reason, f"To build its CUDA kernels: {rebuild}")
-    elif "no NVIDIA driver" in reason:
-        say(index, reason, "Install the NVIDIA driver of this GPU")
-    elif "driver" in reason:
-        say(
-            index, reason, "To build it with that toolkit: CUDACXX=<its bin folder>/nvcc FLATCORE_CUDA=ON pip install ."
-        )
-    else:
-        say(index, f"its kernels cannot run on cuda:{index}: {reason}", f"To build them for this device: {rebuild}")
+    # these two say enough by themselves; the others are of this device
+    alone = not extensions.is_cuda_built() or "NVIDIA driver" in reason
+    say(index, reason if alone else f"no kernel can run on cuda:{index}: {reason}", extensions.cuda_remedy(reason))
 
 
 def _explain(index: int, known: Verdict, stem: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments.arrays import on_the_arrays_stream
 from .._arguments.checks import check_flag, check_temperature, check_tensor, one_output, storage_covers
 from .._engine.precision import full_precision
 from .._head_metrics import HeadMetrics, feature_gradient_norms, head_metrics, hessian_trace, relative_flatness
@@ -305,6 +306,7 @@ class Probe:
         return readable(tensor, name, module, self._names[module], self.model)
 
     # ---------------------------------------------------------------------------------------------------- the measures
+    @on_the_arrays_stream
     def hessian_trace(self, target: Any = None, **options: Any) -> Any:
         """:func:`flatcore.hessian_trace` of the captured features; ``options`` are its other arguments.
 
@@ -313,6 +315,7 @@ class Probe:
         """
         return hessian_trace(target=target, **self._arguments(options))
 
+    @on_the_arrays_stream
     def relative_flatness(self, target: Any = None, **options: Any) -> Any:
         """:func:`flatcore.relative_flatness` of the captured features; ``options`` are its other arguments.
 
@@ -321,6 +324,7 @@ class Probe:
         """
         return relative_flatness(target=target, **self._arguments(options))
 
+    @on_the_arrays_stream
     def feature_gradient_norms(self, target: Any, **options: Any) -> Any:
         """:func:`flatcore.feature_gradient_norms` of the captured features; ``options`` are its other arguments.
 
@@ -329,6 +333,7 @@ class Probe:
         """
         return feature_gradient_norms(target=target, **self._arguments(options))
 
+    @on_the_arrays_stream
     def head_metrics(self, target: Any = None, **options: Any) -> HeadMetrics:
         """:func:`flatcore.head_metrics` of the captured features, detached: these statistics have no derivative.
 

@@ -204,7 +204,7 @@ def _passed(
             found = input_gradients(probe.model, inputs, target, ignore_index=ignore_index)
         except ValueError:  # of a label, perhaps, by its row in this batch
             with suppress(RuntimeError):  # the model has not run
-                _check_labels(target, numbers, _classes(probe), ignore_index)
+                _refuse_bad_labels(target, numbers, _classes(probe), ignore_index)
             raise
         norms = row_norms(found.direction.flatten(1), ord=2).double().log() + found.log_scale
     else:
@@ -218,7 +218,7 @@ def _passed(
             f"loader must yield a target of the features' leading shape {shape}, got {tuple(target.shape)}{_remedy(target)}"
         )
     if target.device.type == "cpu":  # elsewhere it would have to be waited for: when the rows are counted
-        _check_labels(target, numbers, classes, ignore_index)
+        _refuse_bad_labels(target, numbers, classes, ignore_index)
     return arguments, norms
 
 
@@ -230,7 +230,7 @@ def _classes(probe: Probe) -> int:
     return classes
 
 
-def _check_labels(target: Tensor, numbers: np.ndarray, classes: int, ignore_index: int) -> None:
+def _refuse_bad_labels(target: Tensor, numbers: np.ndarray, classes: int, ignore_index: int) -> None:
     """Refuse a label that is no class, by its row in the loader: target (N, ...) and the rows' numbers (N,)."""
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
@@ -356,7 +356,7 @@ class _Rows:
         numbers, positions, *tensors = zip(*self.waiting, strict=True)
         target, prediction, values = (torch.cat(part, dim=-1).cpu().numpy() for part in tensors)
         table = {"row": np.concatenate(numbers)}
-        _check_labels(torch.from_numpy(target), table["row"], self.classes, self.ignore_index)
+        _refuse_bad_labels(torch.from_numpy(target), table["row"], self.classes, self.ignore_index)
         kept = target != self.ignore_index
         if self.has_positions:
             table["position"] = np.concatenate(positions)

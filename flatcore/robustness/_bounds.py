@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arguments.arrays import returner
+from .._arguments.arrays import on_the_arrays_stream, returner
 from .._arguments.checks import check_integer, check_number, check_option
 from .._arguments.head import checked_inputs
 from .._head_metrics import head_metrics
@@ -127,6 +127,7 @@ def _check_feature_norm(kind: str, feature_norm: Any) -> None:
         raise ValueError(f"feature_norm belongs to kind='paper', got {feature_norm!r} with kind='certified'")
 
 
+@on_the_arrays_stream
 def loss_change_bound(
     features: Any,
     linear_weight: Any,
@@ -192,6 +193,7 @@ def loss_change_bound(
     return given.give(torch.minimum(a * h + b * h**2 / 2 + c * h**3, reach * h) * (1 + _PAD))
 
 
+@on_the_arrays_stream
 def loss_change_radius(
     features: Any,
     linear_weight: Any,
@@ -258,6 +260,7 @@ def loss_change_radius(
     return given.give(torch.where(a.isnan() | b.isnan(), math.nan, radius))
 
 
+@on_the_arrays_stream
 def margin_radius(
     features: Any,
     linear_weight: Any,

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <utility>
 
 #define __global__
@@ -100,6 +101,7 @@ struct Devices {
   int capability[kCount] = {80, 80};
   cudaError_t image = cudaSuccess;  // what the query of a kernel's attributes says
   int queries = 0;                  // how often it was made
+  std::set<const void*> loaded;     // of which kernels, whatever the device
 };
 extern Devices devices;
 
@@ -134,8 +136,9 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
 }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel* kernel) {
   ++emulator::devices.queries;
+  emulator::devices.loaded.insert(reinterpret_cast<const void*>(kernel));
   return emulator::devices.image;
 }
 

@@ -1,4 +1,5 @@
 // The scheduler of the emulated threads, and a module with the bindings of the CUDA kernels compiled for the host.
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -257,6 +258,18 @@ void widen_halves(uintptr_t bits, uintptr_t half, uintptr_t bhalf, int64_t count
   }
 }
 
+// Kernels whose attributes were asked for, as addresses in this module's file; a call of it forgets them.
+pybind11::list loaded(emulator::Devices& all) {
+  pybind11::list found;
+  for (const void* kernel : all.loaded) {
+    Dl_info where;
+    if (dladdr(kernel, &where) == 0) throw std::runtime_error("a kernel lies in no module");
+    found.append(reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(where.dli_fbase));
+  }
+  all.loaded.clear();
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_emulated, module) {
@@ -268,6 +281,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
   pybind11::class_<Devices>(module, "Devices", pybind11::module_local())
       .def_readwrite("current", &Devices::current)
       .def_readonly("queries", &Devices::queries)
+      .def_property_readonly("loaded", &loaded)
       .def_property_readonly("active",
                              [](const Devices& all) { return pybind11::make_tuple(all.active[0], all.active[1]); })
       .def("set",

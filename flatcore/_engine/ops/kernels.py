@@ -28,6 +28,8 @@ def _is_proven(index: int, stem: str, C: int) -> bool:
     path = cuda.path_of(stem, C, proof.usable(index, stem))
     if path is None and backend.selected == "native":
         proof.refuse(index, stem, cuda.path_of(stem, C, proof.paths_of(stem)) or "-")
+    if path is not None:
+        cuda.load(index)
     return path is not None
 
 
