@@ -1,0 +1,89 @@
+"""In which dtype the formulas are computed on a device, and how much of a problem at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities of the GPUs with float64 at half the rate of float32: P100, V100, A100, H100, B200. Others have
+between 1/32 and 1/64 of it."""
+_FULL_RATE_HIP = ("gfx908", "gfx90a", "gfx94", "gfx95")  # MI100 to MI355; others have between 1/16 and 1/32
+
+_BLOCK = {"cpu": 1 << 20}
+"""Bytes of a block of rows: a core's second-level cache, and below what an allocator gives back to the system at once, whose
+page faults took four times as long as the arithmetic at 2 MiB."""
+_BLOCK_ELSEWHERE = 1 << 26  # a device is kept busy by 10^5 rows, and starts a kernel per operation and block
+_ROWS = 128  # at least, as long as a block takes no more than a tile: a product of fewer reads W too often
+_TILE = 1 << 22
+"""Numbers of a tile of classes of W: 16 MiB of float32. A larger W is never widened or centred as a whole."""
+
+_forced: torch.dtype | None = None
+
+
+@contextmanager
+def arithmetic_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute in ``dtype`` where the inputs are no wider, whatever the device; for float32 as where there is no float64."""
+    global _forced
+    previous, _forced = _forced, dtype
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest dtype that a device has: float64, but float32 on MPS and on an XPU that says so.
+
+    Of it are the sums over rows and the results that are asked for in full, N numbers each.
+    """
+    if _forced is torch.float32 or device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def arithmetic(*inputs: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype to compute in: ``dtype`` if given, float64 if any input is, otherwise what the device is fast in.
+
+    float64 on a CPU (half the speed of float32) and on the GPUs that have it at half the rate of float32, by their
+    compute capability (6.0, 7.0, 8.0, 9.0, 10.0) or architecture (gfx908, gfx90a, gfx94x, gfx95x); float32 on any other
+    device.
+    """
+    given = [x for x in inputs if x is not None]
+    if any(x.dtype == torch.float64 for x in given):
+        return torch.float64
+    if dtype is not None or _forced is not None:
+        return dtype or _forced or torch.float64
+    device = given[0].device
+    if device.type in ("cpu", "meta"):
+        return torch.float64
+    if device.type != "cuda":
+        return torch.float32
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return torch.float64 if name.startswith(_FULL_RATE_HIP) else torch.float32
+    return torch.float64 if torch.cuda.get_device_capability(device) in _FULL_RATE else torch.float32
+
+
+def blocks(N: int, width: int, wide: torch.dtype, device: torch.device) -> list[slice]:  # noqa: N803
+    """The rows 0 to N, one block if there are none, as many at once as a block may hold at ``width`` numbers a row."""
+    width = max(width, 1)
+    rows = _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // (width * wide.itemsize)
+    rows = max(rows, min(_ROWS, _TILE // width), 1)
+    return [slice(start, min(start + rows, N)) for start in range(0, max(N, 1), rows)]
+
+
+def tiles(C: int, D: int) -> list[slice]:  # noqa: N803
+    """The classes 0 to C in tiles of W, (C, D)."""
+    classes = max(_TILE // max(D, 1), 1)
+    return [slice(start, min(start + classes, C)) for start in range(0, C, classes)]
+
+
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """One tensor of the parts; the part itself where it is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
