@@ -21,14 +21,14 @@ _ROWS = 128  # at least, as long as a block takes no more than a tile: a product
 _TILE = 1 << 22
 """Numbers of a tile of classes of W: 16 MiB of float32. A larger W is never widened or centred as a whole."""
 
-_forced: torch.dtype | None = None
+_forced: tuple[torch.dtype | None, torch.dtype | None] = None, None
 
 
 @contextmanager
-def arithmetic_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Compute in ``dtype`` where the inputs are no wider, whatever the device; for float32 as where there is no float64."""
+def arithmetic_in(dtype: torch.dtype | None, widest: torch.dtype | None = None) -> Iterator[None]:
+    """Compute in ``dtype`` where no input is wider, whatever the device; as if ``widest`` were the widest that it has."""
     global _forced
-    previous, _forced = _forced, dtype
+    previous, _forced = _forced, (dtype, widest)
     try:
         yield
     finally:
@@ -40,7 +40,9 @@ def widest(device: torch.device) -> torch.dtype:
 
     Of it are the sums over rows and the results that are asked for in full, N numbers each.
     """
-    if _forced is torch.float32 or device.type == "mps":
+    if _forced[1] is not None:
+        return _forced[1]
+    if device.type == "mps":
         return torch.float32
     if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return torch.float32
@@ -57,8 +59,8 @@ def arithmetic(*inputs: Tensor | None, dtype: torch.dtype | None = None) -> torc
     given = [x for x in inputs if x is not None]
     if any(x.dtype == torch.float64 for x in given):
         return torch.float64
-    if dtype is not None or _forced is not None:
-        return dtype or _forced or torch.float64
+    if chosen := dtype or _forced[0]:
+        return chosen
     device = given[0].device
     if device.type in ("cpu", "meta"):
         return torch.float64
@@ -70,7 +72,7 @@ def arithmetic(*inputs: Tensor | None, dtype: torch.dtype | None = None) -> torc
     return torch.float64 if torch.cuda.get_device_capability(device) in _FULL_RATE else torch.float32
 
 
-def blocks(N: int, width: int, wide: torch.dtype, device: torch.device) -> list[slice]:  # noqa: N803
+def blocks(N: int, width: int, wide: torch.dtype, device: torch.device) -> list[slice]:
     """The rows 0 to N, one block if there are none, as many at once as a block may hold at ``width`` numbers a row."""
     width = max(width, 1)
     rows = _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // (width * wide.itemsize)
@@ -78,7 +80,7 @@ def blocks(N: int, width: int, wide: torch.dtype, device: torch.device) -> list[
     return [slice(start, min(start + rows, N)) for start in range(0, max(N, 1), rows)]
 
 
-def tiles(C: int, D: int) -> list[slice]:  # noqa: N803
+def tiles(C: int, D: int) -> list[slice]:
     """The classes 0 to C in tiles of W, (C, D)."""
     classes = max(_TILE // max(D, 1), 1)
     return [slice(start, min(start + classes, C)) for start in range(0, C, classes)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import arithmetic, blocks, joined, widest
-from .split import About, Parts, Rows, Split
+from .split import About, Parts, Rows, Split, parts_of, width
 from .weight import Weight
 
 FIELDS = (
@@ -43,8 +43,8 @@ GRADIENT_ORDS = {
     "log_feature_gradient_norm_1": 1,
     "log_feature_gradient_norm_inf": math.inf,
 }
-PAIRWISE_CLASSES = 256
-"""Up to here the (C, C) table of squared distances is formed, from differences: a pass of C^2 D, once a call."""
+_PAIRWISE = {256: 1 << 62, 2048: 1 << 26}
+"""Up to so many classes, and numbers C^2 D, the (C, C) table of squared distances is formed, from differences, a call."""
 
 
 def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -58,13 +58,14 @@ def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype |
     features, weight = head.features, head.linear_weight
     inputs = (features, weight, head.logits)
     wide = arithmetic(*inputs, dtype=dtype)
-    double = wide_result or any(x is not None and x.dtype == torch.float64 for x in inputs)
-    result = widest(features.device) if double else torch.float32
+    result = widest(features.device) if wide_result else torch.float32
+    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+        result = torch.float64
     names = [name for bit, name in enumerate(FIELDS) if fields >> bit & 1]
     (N, D), C = features.shape, weight.shape[0]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         call = _Call(head, wide, names)
-        found = [call.rows(rows) for rows in blocks(N, max(C, D), wide, features.device)]
+        found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
         values, m, bad = (joined(list(parts), dim=-1) for parts in zip(*found, strict=True))
         values = torch.where(bad, math.nan, values)
         if names and names[-1] in LABELLED:
@@ -86,9 +87,7 @@ class _Call:
             self.weight.prepare()
         self.distances = None
         if "log_neuronwise" in names:
-            self.counted.prepare()
-            if self.counted.C <= PAIRWISE_CLASSES:
-                self.distances = self.counted.distances()
+            self.distances = distances(self.counted.prepare())
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of some rows the fields (K, N), the top class, and which are no numbers, (N,)."""
@@ -125,7 +124,7 @@ class _Call:
             else:
                 if about_label is None or delta is None:
                     about_label = About(split, self.weight, self.y[rows])
-                    delta = Parts(about_label).delta
+                    delta = parts_of(about_label).delta
                 norm = norms(delta, GRADIENT_ORDS[name])
                 value = about_label.rho + norm.log() + (self.weight.log_scale - math.log(temperature))
             values.append(value)
@@ -162,7 +161,14 @@ def labels(head: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(valid & known, head.target, 0), valid, known
 
 
-def variance(about: About, distances: Tensor | None, parts: Parts | None = None) -> Tensor:
+def distances(weight: Weight) -> Tensor | None:
+    """||w_j - w_k||^2, (C, C), where the table is small enough: rows are close to many others where D is small."""
+    C, numbers = weight.C, weight.C**2 * weight.D
+    small = any(classes >= C and numbers <= most for classes, most in _PAIRWISE.items())
+    return weight.distances() if small else None
+
+
+def variance(about: About, distances: Tensor | None) -> Tensor:
     """Var_p(w) exp(-rho) = sum_j p_j ||w_j - sum_k p_k w_k||^2 exp(-rho), about the top class.
 
     With the classes whose row equals w_m taken as one top group of probability P, J all others, p_j = exp(rho) u_j there:
@@ -174,7 +180,7 @@ def variance(about: About, distances: Tensor | None, parts: Parts | None = None)
         to_rest = distances @ about.u  # (C, N): sum_J u_k D_jk
         from_top = to_rest.gather(0, about.anchor.unsqueeze(0)).squeeze(0)
         return P * from_top + share * (0.5 * (about.u * to_rest).sum(dim=0))
-    points, spread = (parts or Parts(about)).points()
+    points, spread = Parts(about).points()
     inner = spread
     for i, (a, x) in enumerate(points):
         inner = inner + P * (a * x.square().sum(dim=1))

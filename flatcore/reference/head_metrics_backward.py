@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from .arithmetic import arithmetic, blocks, joined
-from .head_metrics import FIELDS, GRADIENT_ORDS, PAIRWISE_CLASSES, labels, norms, variance, weights
-from .split import About, Parts, Rows, Split
-from .weight import Weight
+from .head_metrics import FIELDS, GRADIENT_ORDS, distances, labels, norms, variance, weights
+from .split import About, Rows, Split, parts_of, width
 
 DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *GRADIENT_ORDS)
 """The fields that have a derivative."""
@@ -55,7 +54,7 @@ def head_metrics_backward(
     (N, D), C = features.shape, linear_weight.shape[0]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         call = _Call(upstream, log_coefficient, head, name, wide)
-        found = [call.rows(rows) for rows in blocks(N, max(C, D), wide, features.device)]
+        found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
         d_features, d_logits = (joined(list(parts)) for parts in zip(*found, strict=True))
         d_weight, d_bias = call.of_weight()
     gradients = ((d_features, features), (d_weight, linear_weight), (d_bias, linear_bias), (d_logits, logits))
@@ -80,25 +79,27 @@ class _Call:
         # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
         double = any(x is not None and x.dtype == torch.float64 for x in inputs)
         self.keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
-        half = (0.5 * logs).exp()  # in two steps: exp of -740 has few digits left
-        self.upstream, self.logs, self.c = upstream.to(wide), logs.to(wide), (upstream * half * half).to(wide)
+        self.upstream, self.logs = upstream, logs
         self.gradient_norm = name in GRADIENT_ORDS
         if self.gradient_norm:
             self.y, valid, self.known = labels(head)
             self.keep &= valid
             self.plain.prepare()
         elif name == "log_neuronwise":
-            self.counted.prepare()
-            self.distances = self.counted.distances() if self.counted.C <= PAIRWISE_CLASSES else None
+            self.distances = distances(self.counted.prepare())
         elif name == "log_layerwise":
             self.log_square = self.counted.log_square()
-        D = self.plain.D  # noqa: N806
-        self.through_logits = self.c.new_zeros((self.plain.C, D)), self.c.new_zeros(self.plain.C)
-        self.beside: Tensor | float = (
-            0.0  # (C, D) or, with the bias counted, (C, D + 1): what does not pass through logits
-        )
-        self.total = self.c.new_zeros(())
-        self.poison = self.c.new_zeros(())
+        C, D = self.plain.C, self.plain.D
+        zero = self.plain.scale.new_zeros
+        self.through_logits = zero((C, D)), zero(C)
+        # what does not pass through logits, (C, D) or, with the bias counted, (C, D + 1)
+        self.beside: Tensor | float = 0.0
+        self.total, self.poison = zero(()), zero(())
+
+    def coefficient(self, rows: slice, live: Tensor, log: Tensor | float = 0.0) -> Tensor:
+        """c_n exp(-log), 0 where a row adds nothing: in one exponent, for c alone may leave the range."""
+        half = (0.5 * (self.logs[rows] - log)).exp()  # in two steps: exp of -740 has few digits left
+        return torch.where(live, (self.upstream[rows] * half * half).to(self.wide), 0)
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Of some rows the gradients of the features (N, D) and logits (N, C); W's are added up."""
@@ -110,11 +111,10 @@ class _Call:
             bad = bad | (keep & ~self.known[rows])
         split = Split(given, head.temperature, self.index)
         live = keep & ~bad
-        c = torch.where(live, self.c[rows], 0)
         phi = torch.where(bad.unsqueeze(1), 0, given.phi)
         d_features: Tensor | float = 0.0
         if self.gradient_norm:
-            cotangent, beside = self._of_gradient_norm(split, rows, c, live)
+            cotangent, beside = self._of_gradient_norm(split, rows, live)
             self.beside = self.beside + beside
         else:
             log_n = given.log_square()
@@ -122,16 +122,18 @@ class _Call:
             none = (log_n == -math.inf) | (split.log_eps == -math.inf)
             if name == "log_layerwise":
                 none |= self.log_square == -math.inf
-            c = torch.where(none, 0, c)
+            live = live & ~none
             if name == "log_neuronwise":
-                cotangent, beside, c = _of_variance(split, self.counted, self.distances, c)
+                cotangent, beside, live = self._of_variance(split, rows, live)
                 self.beside = self.beside + beside
             else:
-                cotangent = _of_trace(split, c)
-            self.total = self.total + c.sum()
+                cotangent = _of_trace(split, self.coefficient(rows, live))
+            if name == "log_layerwise":
+                self.total = self.total + self.coefficient(rows, live, 0.5 * self.log_square).sum()
             # 2 phi/||phi||^2 in two steps: ||phi||^-2 alone may leave the range
-            half = torch.where(c == 0, 0, (-0.5 * log_n).exp()).unsqueeze(1)
-            d_features = torch.where(c.unsqueeze(1) == 0, 0, 2 * (phi * half) * half * c.unsqueeze(1))
+            half = torch.where(live, (-0.5 * log_n).exp(), 0)
+            twice = 2 * self.coefficient(rows, live, 0.5 * torch.where(live, log_n, 0))
+            d_features = (phi * half.unsqueeze(1)) * twice.unsqueeze(1)
         if head.logits is None:
             of_weight, of_bias = self.through_logits
             tiles = self.plain.tiles
@@ -146,48 +148,63 @@ class _Call:
 
     def of_weight(self) -> tuple[Tensor, Tensor]:
         """The gradients of W and of the bias."""
-        (of_weight, of_bias), D = self.through_logits, self.plain.D  # noqa: N806
+        (of_weight, of_bias), D = self.through_logits, self.plain.D
         beside = self.beside
         if self.name == "log_layerwise":
             half = torch.where(self.log_square == -math.inf, 0, (-0.5 * self.log_square).exp())
             w = self.counted.rows(slice(None)) * self.counted.scale
-            beside = self.head.norm_power * self.total * (w * half) * half
+            beside = self.head.norm_power * self.total * (w * half)
         if isinstance(beside, Tensor):
             of_weight = of_weight + beside[:, :D]
             if self.head.include_bias and beside.shape[1] > D:
                 of_bias = of_bias + beside[:, D]
         return of_weight + self.poison, of_bias + self.poison
 
-    def _of_gradient_norm(self, split: Split, rows: slice, c: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_gradient_norm(self, split: Split, rows: slice, live: Tensor) -> tuple[Tensor, Tensor]:
         """Cotangent of z, and the gradient of W that does not pass through z."""
-        ord, weight, T = GRADIENT_ORDS[self.name], self.plain, split.temperature  # noqa: N806
+        ord, weight, T = GRADIENT_ORDS[self.name], self.plain, split.temperature
         about = About(split, weight, self.y[rows])
-        parts = Parts(about)
+        parts = parts_of(about)
         equal, u, log_p = about.equal, about.u, split.log_p()
-        delta = parts.delta if ord == 2 else parts.settled()
+        delta = parts.delta if ord == 2 else parts.settled
         nu = norms(delta, ord)
-        zero = (nu == 0) | ~live
-        nu = torch.where(zero, 1, nu)
-        dual = torch.where(zero.unsqueeze(1), 0, _dual(delta, nu.unsqueeze(1), ord))
-        c = torch.where(zero, 0, c)
-        h = weight.dots(dual)  # e (w_j - w_y): about the centre, and from the differences where those are
-        h = h - h.gather(0, about.anchor.unsqueeze(0))
-        for members, _, d in parts.heavy:
-            h = torch.where(members, (dual * d).sum(dim=1), h)
+        live = live & (nu != 0)
+        nu = torch.where(live, nu, 1)
+        dual = torch.where(live.unsqueeze(1), _dual(delta, nu.unsqueeze(1), ord), 0)
+        c, log_scale = self.coefficient(rows, live), weight.log_scale
+        h = parts.along(dual)
         cotangent = c * torch.where(equal, -log_p.exp(), u * (h - about.rho.exp() * nu) / nu) / T
-        cotangent = torch.where(c == 0, 0, cotangent)
+        cotangent = torch.where(live, cotangent, 0)
         # a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
         others = cotangent.masked_fill(split.is_top, 0)
         wrong = ~torch.where(split.is_top, equal, False).any(dim=0)
         cotangent = torch.where(split.is_top & wrong, -others.sum(dim=0), cotangent)
         # c p_j/(T F) = c p_j exp(-rho)/nu of the classes whose row equals the label's: 0 for the label alone. In one
         # exponent, as p_j over F may leave the range where c is as small.
-        twin = equal & ~about.is_anchor & ~zero
-        twins = torch.where(twin, self.upstream[rows] * (log_p + (self.logs[rows] - about.rho)).exp() / nu, 0)
-        k = torch.where(equal, twins, c * u / nu)
+        twin = equal & ~about.is_anchor & live
+        log_ratio = log_p + (self.logs[rows] - about.rho - log_scale)
+        twins = torch.where(twin, self.upstream[rows] * log_ratio.exp() / nu, 0).to(self.wide)
+        k = torch.where(equal, twins, self.coefficient(rows, live, log_scale) * u / nu)
         k = torch.where(about.is_anchor, -k.sum(dim=0), k)
         largest = torch.finfo(k.dtype).max  # not inf: the product with a 0 of the direction is 0
-        return cotangent, k.clamp(-largest, largest) @ dual / weight.scale
+        return cotangent, k.clamp(-largest, largest) @ dual
+
+    def _of_variance(self, split: Split, rows: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangent of z, the gradient that does not pass through z, and the rows whose value is not 0."""
+        weight = self.counted
+        about = About(split, weight, split.m)
+        parts = parts_of(about)
+        equal, u, share, p = about.equal, about.u, about.rho.exp(), split.log_p().exp()
+        moved = share.unsqueeze(1) * parts.delta  # mean - w_m
+        inner = variance(about, self.distances)
+        live = live & ~(inner <= 0)
+        inner = torch.where(live, inner, 1)
+        c = 2 * self.coefficient(rows, live, weight.log_scale) / inner
+        beside = parts.pulled(c * u, moved) - torch.where(equal, c * p, 0) @ parts.delta
+        of_rest = u * (parts.distances(moved) - share * inner) / inner
+        of_group = p * (share * parts.delta.square().sum(dim=1) / inner - 1)
+        cotangent = self.coefficient(rows, live) * torch.where(equal, of_group, of_rest) / split.temperature
+        return torch.where(live, cotangent, 0), beside, live
 
 
 def _of_trace(split: Split, c: Tensor) -> Tensor:
@@ -197,30 +214,6 @@ def _of_trace(split: Split, c: Tensor) -> Tensor:
     rest = 2 * q * (sum_p2 - split.eps * q)
     top = -2 * split.p_m * (split.p_m - split.eps * s2)
     return torch.where(c == 0, 0, torch.where(split.is_top, top, rest) * (c / (bracket * split.temperature)))
-
-
-def _of_variance(split: Split, weight: Weight, distances: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangent of z, the gradient that does not pass through z, and c with the rows of value 0 taken out."""
-    about = About(split, weight, split.m)
-    parts = Parts(about)
-    equal, u, share, p = about.equal, about.u, about.rho.exp(), split.log_p().exp()
-    moved = share.unsqueeze(1) * parts.delta  # mean - w_m
-    inner = variance(about, distances, parts)
-    empty = inner <= 0
-    c, inner = torch.where(empty, 0, c), torch.where(empty, 1, inner)
-    # mean and ||w_j - mean||^2: about the centre, and from the differences where those are
-    mean = weight.sum(about.is_anchor.to(moved.dtype)) + moved
-    distance = weight.squares().unsqueeze(1) - 2 * weight.dots(mean) + mean.square().sum(dim=1)
-    k = 2 * c * u / inner
-    beside = weight.differences(torch.where(parts.rest > 0, k, 0), mean)
-    for members, _, d in parts.heavy:
-        distance = torch.where(members, (d - moved).square().sum(dim=1), distance)
-        beside = beside + torch.where(members, k, 0) @ (d - moved)
-    of_rest = u * (distance - share * inner) / inner
-    of_group = p * (share * parts.delta.square().sum(dim=1) / inner - 1)
-    cotangent = torch.where(c == 0, 0, c * torch.where(equal, of_group, of_rest) / split.temperature)
-    beside = beside - torch.where(equal, 2 * c * p / inner, 0) @ parts.delta
-    return cotangent, beside / weight.scale, c
 
 
 def _dual(x: Tensor, norm: Tensor, ord: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import joined, tiles
-from .weight import HEAVY, Weight
+from .weight import EXPLICIT, HEAVY, Weight
 
 
 class Rows:
@@ -104,8 +104,40 @@ class About:
         return torch.where(self.equal, self.split.log_p().exp(), 0).sum(dim=0)
 
 
+def width(C: int, D: int) -> int:
+    """The numbers that the largest tensor of a block of rows has for each of them."""
+    return C * D if C * D <= EXPLICIT else max(C, D)
+
+
+def parts_of(about: About) -> Differences | Parts:
+    """delta = sum_J u_j (w_j - w_a), (N, D), and sums like it: from all differences where W is small, else by parts."""
+    small = about.weight.C * about.weight.D <= EXPLICIT
+    return Differences(about) if small else Parts(about)
+
+
+class Differences:
+    """All differences d_j = w_j - w_a, (C, N, D): exact, whatever W is."""
+
+    def __init__(self, about: About):
+        w = about.weight.rows(slice(None))
+        self.d = w.unsqueeze(1) - w.index_select(0, about.anchor)
+        self.delta = self.settled = (about.u.unsqueeze(2) * self.d).sum(dim=0)
+
+    def along(self, x: Tensor) -> Tensor:
+        """x d_j of x (N, D), as (C, N)."""
+        return (self.d * x).sum(dim=2)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """||d_j - x||^2 of x (N, D), as (C, N)."""
+        return (self.d - x).square().sum(dim=2)
+
+    def pulled(self, k: Tensor, x: Tensor) -> Tensor:
+        """sum_n k_jn (d_jn - x_n) of k (C, N), 0 outside J, and x (N, D), as (C, D)."""
+        return (k.unsqueeze(2) * (self.d - x)).sum(dim=1)
+
+
 class Parts:
-    """delta = sum_J u_j (w_j - w_a) and the parts of J that it is made of.
+    """The same for a larger W, by parts of J.
 
     ``heavy``: groups of equal rows, whose difference to w_a is formed first, each as its classes (C, N), the sum of their
     u (N,) and the difference (N, D). The others: their u ``rest`` (C, N), its sum, and their part of delta. See ``weight``.
@@ -130,10 +162,38 @@ class Parts:
         for _, share, d in self.heavy:
             self.delta = self.delta + share.unsqueeze(1) * d
 
+    def along(self, x: Tensor) -> Tensor:
+        """x d_j of x (N, D), as (C, N)."""
+        dots = self.about.weight.dots(x)
+        dots = dots - dots.gather(0, self.about.anchor.unsqueeze(0))
+        for members, _, d in self.heavy:
+            dots = torch.where(members, (x * d).sum(dim=1), dots)
+        return dots
+
+    def distances(self, x: Tensor) -> Tensor:
+        """||d_j - x||^2 of x (N, D), as (C, N)."""
+        weight, moved = self.about.weight, self._from_centre(x)
+        distance = weight.squares().unsqueeze(1) - 2 * weight.dots(moved) + moved.square().sum(dim=1)
+        for members, _, d in self.heavy:
+            distance = torch.where(members, (d - x).square().sum(dim=1), distance)
+        return distance
+
+    def pulled(self, k: Tensor, x: Tensor) -> Tensor:
+        """sum_n k_jn (d_jn - x_n) of k (C, N), 0 outside J, and x (N, D), as (C, D)."""
+        total = self.about.weight.differences(torch.where(self.rest > 0, k, 0), self._from_centre(x))
+        for members, _, d in self.heavy:
+            total = total + torch.where(members, k, 0) @ (d - x)
+        return total
+
+    def _from_centre(self, x: Tensor) -> Tensor:
+        """v_a + x: the point that d_j - x is the difference of v_j to."""
+        return self.about.weight.sum(self.about.is_anchor.to(x.dtype)) + x
+
+    @property
     def settled(self) -> Tensor:
         """delta with a 0 where it is no larger than what rounding may leave of terms that cancel: there it has no sign."""
         weight = self.about.weight
-        most = weight.C * torch.finfo(weight.wide).eps * weight.sum(self._coefficients, absolute=True)
+        most = 2 * weight.C**0.5 * torch.finfo(weight.wide).eps * weight.sum(self._coefficients, absolute=True)
         return torch.where(self.delta.abs() <= most, 0, self.delta)
 
     def points(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .arithmetic import joined, tiles
 
+EXPLICIT = 2048
+"""Up to so many numbers of W, C D, all differences to the anchor are formed first."""
 HEAVY = {torch.float32: 1, torch.float64: 2}
 """Groups of equal rows whose differences to the anchor are formed first."""
 
