@@ -86,6 +86,12 @@ def tiles(C: int, D: int) -> list[slice]:
     return [slice(start, min(start + classes, C)) for start in range(0, C, classes)]
 
 
+def within_range(largest: Tensor) -> Tensor:
+    """A number to divide by, near the largest of some: normal and finite."""
+    limits = torch.finfo(largest.dtype)
+    return largest.clamp(limits.tiny, limits.max)
+
+
 def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     """One tensor of the parts; the part itself where it is one."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -67,10 +67,10 @@ def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype |
         call = _Call(head, wide, names)
         found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
         values, m, bad = (joined(list(parts), dim=-1) for parts in zip(*found, strict=True))
-        values = torch.where(bad, math.nan, values)
+        values = values.masked_fill(bad, math.nan)
         if names and names[-1] in LABELLED:
             values = torch.stack([call.chosen(*field) for field in zip(names, values.unbind(0), strict=True)])
-    return values.to(result), torch.where(bad, -1, m)
+    return values.to(result), m.masked_fill(bad, -1)
 
 
 class _Call:
@@ -80,7 +80,8 @@ class _Call:
         self.head, self.wide, self.names = head, wide, names
         self.weight, self.counted = weights(head, wide)
         self.index = torch.arange(self.weight.C, device=head.features.device).unsqueeze(1)
-        self.y, self.valid, self.known = labels(head)
+        if any(name in LABELLED for name in names):
+            self.y, self.valid, self.known = labels(head)
         if "log_layerwise" in names:
             self.log_square = self.counted.log_square()
         if any(name in GRADIENT_ORDS for name in names):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import joined, tiles
-from .weight import EXPLICIT, HEAVY, Weight
+from .arithmetic import joined, tiles, within_range
+from .weight import HEAVY, Weight, is_small
 
 
 class Rows:
@@ -25,7 +25,7 @@ class Rows:
         w, b = head.linear_weight, head.linear_bias
         self.phi = head.features[rows].to(wide)
         if keep is not None:
-            self.phi = torch.where(keep.unsqueeze(1), self.phi, 0)
+            self.phi = self.phi.masked_fill(~keep.unsqueeze(1), 0)
         largest = self.phi.new_zeros(self.phi.shape[0])
         if self.phi.shape[1]:
             largest = torch.maximum(self.phi.amax(dim=1), -self.phi.amin(dim=1))
@@ -41,11 +41,11 @@ class Rows:
         zero = bad
         if keep is not None:
             bad, zero = bad & keep, bad | ~keep
-        self.bad, self.z, self.t = bad, torch.where(zero, 0, z), torch.where(zero, 0, t)
+        self.bad, self.z, self.t = bad, z.masked_fill(zero, 0), t.masked_fill(zero, 0)
 
     def log_square(self) -> Tensor:
         """log ||phi||^2; divided by the largest entry, so that no square leaves the range."""
-        scale = torch.where((self._largest > 0) & (self._largest < math.inf), self._largest, 1)
+        scale = within_range(self._largest)
         return (self.phi / scale.unsqueeze(1)).square().sum(dim=1).log() + 2 * scale.log()
 
 
@@ -69,7 +69,7 @@ class Split:
 
     def q(self) -> Tensor:
         """u_j/U1, 0 where there is no rest."""
-        return self.u / torch.where(self.u1 > 0, self.u1, 1)
+        return self.u / self.u1.clamp_min(1)  # the largest u_j is 1
 
     def bracket(self, q: Tensor) -> Tensor:
         """2 - eps (1 + sum q^2), in [1, 2]."""
@@ -106,13 +106,12 @@ class About:
 
 def width(C: int, D: int) -> int:
     """The numbers that the largest tensor of a block of rows has for each of them."""
-    return C * D if C * D <= EXPLICIT else max(C, D)
+    return C * D if is_small(C, D) else max(C, D)
 
 
 def parts_of(about: About) -> Differences | Parts:
     """delta = sum_J u_j (w_j - w_a), (N, D), and sums like it: from all differences where W is small, else by parts."""
-    small = about.weight.C * about.weight.D <= EXPLICIT
-    return Differences(about) if small else Parts(about)
+    return Differences(about) if is_small(about.weight.C, about.weight.D) else Parts(about)
 
 
 class Differences:
@@ -152,7 +151,7 @@ class Parts:
             weighed = self.rest * weight.multiplicity.unsqueeze(1)
             j = first(weighed == weighed.amax(dim=0), about.split.index)
             members = (weight.group.unsqueeze(1) == weight.group[j]) & (self.rest > 0)
-            share = torch.where(members, self.rest, 0).sum(dim=0)
+            share = self.rest.masked_fill(~members, 0).sum(dim=0)
             self.rest = self.rest.masked_fill(members, 0)
             self.heavy.append((members, share, weight.rows(j) - at))
         self.rest_share = self.rest.sum(dim=0)
@@ -207,12 +206,11 @@ class Parts:
 
 
 def first(found: Tensor, index: Tensor) -> Tensor:
-    """The lowest class where something was found; class 0 where nothing was. Neither max nor argmax promises it on ties."""
+    """The lowest class where something was found; the last where nothing was. Neither max nor argmax promises it on ties."""
     C = found.shape[0]
-    lowest = torch.where(found, index, C).amin(dim=0)
-    return torch.where(lowest == C, 0, lowest)
+    return index.masked_fill(~found, C - 1).amin(dim=0)
 
 
 def _exp_difference(z: Tensor, top: Tensor, temperature: float) -> Tensor:
     """exp((z_j - top)/T), and 0 for masked classes; (-inf) - (-inf) is never formed."""
-    return ((z - torch.where(top == -math.inf, 0, top)) / temperature).exp()
+    return ((z - top.clamp_min(torch.finfo(top.dtype).min)) / temperature).exp()

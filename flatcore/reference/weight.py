@@ -12,17 +12,20 @@ coincide with the anchor's and with each other, and no other row weighs as much.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .arithmetic import joined, tiles
+from .arithmetic import joined, tiles, within_range
 
-EXPLICIT = 2048
-"""Up to so many numbers of W, C D, all differences to the anchor are formed first."""
+_EXPLICIT = {1 << 62: 1 << 11, 16: 1 << 15}
+"""Of up to so many features, and numbers C D of W, all differences to the anchor are formed first."""
 HEAVY = {torch.float32: 1, torch.float64: 2}
 """Groups of equal rows whose differences to the anchor are formed first."""
+
+
+def is_small(C: int, D: int) -> bool:
+    """Whether all differences to the anchor are formed, (C, N, D)."""
+    return any(features >= D and numbers >= C * D for features, numbers in _EXPLICIT.items())
 
 
 class Weight:
@@ -35,8 +38,9 @@ class Weight:
         entries = [x for x in (self._w, self._column) if x is not None and x.numel()]
         self.scale = w.new_ones((), dtype=wide)
         if entries:
-            largest = torch.stack([torch.maximum(x.amax(), -x.amin()).to(wide) for x in entries]).amax()
-            largest = torch.where((largest > 0) & (largest < math.inf), largest, 1)
+            largest = within_range(
+                joined([torch.maximum(x.amax(), -x.amin()).to(wide).view(1) for x in entries]).amax()
+            )
             self.scale = largest / largest.frexp().mantissa  # mantissa * 2^e over mantissa: 2^e, without rounding
         self.log_scale = self.scale.log()
         self._whole: Tensor | None = None
