@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -84,6 +85,11 @@ def tiles(C: int, D: int) -> list[slice]:
     """The classes 0 to C in tiles of W, (C, D)."""
     classes = max(_TILE // max(D, 1), 1)
     return [slice(start, min(start + classes, C)) for start in range(0, C, classes)]
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of the parts, at least one."""
+    return reduce(torch.add, parts)
 
 
 def within_range(largest: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def unmasked_cross_entropy(
 
     The first two are float64 if the logits are, otherwise float32; the cotangent has the logits' dtype. ``dtype``: the
     arithmetic's, as in :func:`head_metrics`; in float32 a loss and a log are right to 4e-6 and 4 units in the last place,
-    an entry of the cotangent to 16 units.
+    an entry q of the cotangent to 8 + |log q| units of 2^-24.
     """
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     wide = arithmetic(logits, dtype=dtype)

@@ -1,13 +1,13 @@
 """W of a head, (C, D), as the formulas need it: over a power of two, about its centre, equal rows known.
 
-Letters as in ``head_metrics``. Sums over classes of differences of W's rows are taken here:
+Letters as in ``head_metrics``. Of a large W, sums over classes of differences to an anchor class a of each row are
 
     delta = sum_j u_j (w_j - w_a) = sum_heavy u_j (w_j - w_a) + sum_others u_j (v_j - v_a),   v_j = w_j - c
 
-for an anchor class a of each row, c the mean row. The groups of equal rows that weigh most enter by their differences to
-the anchor, formed before anything is summed; a row equal to the anchor's enters nowhere. What is left is a library's
-product; it is rounded by the size of the v_j, so that digits are lost only where more than ``HEAVY`` groups of rows nearly
-coincide with the anchor's and with each other, and no other row weighs as much.
+with c the mean row. The ``HEAVY`` groups of equal rows that weigh most enter by their differences to the anchor, formed before
+anything is summed; a row equal to the anchor's enters nowhere. What is left is a library's product; it is rounded by the size
+of the v_j, so that digits are lost only where more groups than these nearly coincide with the anchor's row and with each other,
+and no other row weighs as much. Of a small W (``is_small``) all differences are formed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import joined, tiles, within_range
+from .arithmetic import joined, tiles, total, within_range
 
 _EXPLICIT = {1 << 62: 1 << 11, 16: 1 << 15}
 """Of up to so many features, and numbers C D of W, all differences to the anchor are formed first."""
@@ -56,14 +56,14 @@ class Weight:
 
     def log_square(self) -> Tensor:
         """log ||W||_F^2."""
-        return sum(self.rows(tile).square().sum() for tile in self.tiles).log() + 2 * self.log_scale
+        return total(self.rows(tile).square().sum() for tile in self.tiles).log() + 2 * self.log_scale
 
     def prepare(self) -> Weight:
         """Find the centre and the equal rows: a pass over W each."""
         if len(self.tiles) == 1:
             self._whole = self.rows(self.tiles[0])
         self.group, self.multiplicity = self._equal_rows()
-        self.centre = sum(self.rows(tile).sum(dim=0) for tile in self.tiles) / self.C
+        self.centre = total(self.rows(tile).sum(dim=0) for tile in self.tiles) / self.C
         self._centred = [self.rows(tile) - self.centre for tile in self.tiles] if len(self.tiles) == 1 else None
         return self
 
@@ -75,7 +75,7 @@ class Weight:
         """sum_j k_jn v_j of k (C, N), as (N, D); or of absolute values."""
         k = coefficients.abs() if absolute else coefficients
         centred = (self.centred(i) for i in range(len(self.tiles)))
-        return sum(k[tile].T @ (v.abs() if absolute else v) for tile, v in zip(self.tiles, centred, strict=True))
+        return total(k[tile].T @ (v.abs() if absolute else v) for tile, v in zip(self.tiles, centred, strict=True))
 
     def dots(self, x: Tensor) -> Tensor:
         """The products of each v_j with x (N, D), as (C, N)."""
