@@ -92,6 +92,11 @@ def total(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
+def lengths(x: Tensor) -> Tensor:
+    """The L2 norm of each row. The library's norm makes no second (N, D) tensor, but adds up in 16 sums, or fewer."""
+    return x.square().sum(dim=1).sqrt() if x.shape[1] > 1024 else torch.linalg.vector_norm(x, dim=1)
+
+
 def within_range(largest: Tensor) -> Tensor:
     """A number to divide by, near the largest of some: normal and finite."""
     limits = torch.finfo(largest.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import arithmetic, blocks, joined, widest
+from .arithmetic import arithmetic, blocks, joined, lengths, widest
 from .split import About, Parts, Rows, Split, parts_of, width
 from .weight import Weight
 
@@ -86,12 +86,14 @@ class _Call:
         if any(name in LABELLED for name in names):
             self.y, self.valid, self.known = labels(head)
         if "log_layerwise" in names:
-            self.log_square = self.counted.log_square()
+            self.log_norm = 0.5 * head.norm_power * self.counted.log_square()
         if any(name in GRADIENT_ORDS for name in names):
             self.weight.prepare()
+            self.log_scale = self.weight.log_scale - math.log(head.temperature)
         self.distances = None
         if "log_neuronwise" in names:
             self.distances = distances(self.counted.prepare())
+            self.log_scale_square = 2 * (self.counted.log_scale - math.log(head.temperature))
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of some rows the fields (K, N), the top class, and which are no numbers, (N,)."""
@@ -101,6 +103,8 @@ class _Call:
         if any(name in _OF_FEATURES for name in names):
             log_n = given.log_square()
             log_n_head = torch.logaddexp(log_n, torch.zeros_like(log_n)) if head.include_bias else log_n
+        if any(name in _OF_TRACE for name in names):
+            log_trace = log_n_head + split.log_one_minus_sum_p2() - 2 * math.log(temperature)
         about_label = delta = None
         values = []
         for name in names:
@@ -113,14 +117,12 @@ class _Call:
             elif name == "log_feature_norm":
                 value = 0.5 * log_n
             elif name == "log_hessian_trace":
-                value = log_n_head + split.log_one_minus_sum_p2() - 2 * math.log(temperature)
+                value = log_trace
             elif name == "log_layerwise":
-                value = log_n_head + split.log_one_minus_sum_p2() - 2 * math.log(temperature)
-                value = value + 0.5 * head.norm_power * self.log_square
+                value = log_trace + self.log_norm
             elif name == "log_neuronwise":
                 about = About(split, self.counted, split.m)
-                log_scale = self.counted.log_scale - math.log(temperature)
-                value = log_n_head + (about.rho + variance(about, self.distances).log()) + 2 * log_scale
+                value = log_n_head + (about.rho + variance(about, self.distances).log()) + self.log_scale_square
             elif name == "loss":
                 # log-sum-exp minus the target's logit, as differences to the top one
                 z_y = split.z.gather(0, self.y[rows].unsqueeze(0)).squeeze(0)
@@ -128,9 +130,9 @@ class _Call:
             else:
                 if about_label is None or delta is None:
                     about_label = About(split, self.weight, self.y[rows])
-                    delta = parts_of(about_label).delta
+                    delta = parts_of(about_label).use_up()
                 norm = norms(delta, GRADIENT_ORDS[name])
-                value = about_label.rho + norm.log() + (self.weight.log_scale - math.log(temperature))
+                value = about_label.rho + norm.log() + self.log_scale
             values.append(value)
         block = torch.stack(values) if values else given.t.new_empty((0, given.t.shape[0]))
         return block, split.m, given.bad
@@ -143,7 +145,8 @@ class _Call:
         return torch.where(self.valid, value, 0.0 if name == "loss" else -math.inf)
 
 
-_OF_FEATURES = ("log_feature_norm", "log_hessian_trace", "log_layerwise", "log_neuronwise")
+_OF_TRACE = ("log_hessian_trace", "log_layerwise")
+_OF_FEATURES = ("log_feature_norm", *_OF_TRACE, "log_neuronwise")
 LABELLED = ("loss", *GRADIENT_ORDS)
 
 
@@ -198,5 +201,5 @@ def norms(x: Tensor, ord: float) -> Tensor:
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[0])
     if ord == 2:
-        return x.square().sum(dim=1).sqrt()
+        return lengths(x)
     return x.abs().sum(dim=1) if ord == 1 else x.abs().amax(dim=1)

@@ -183,11 +183,12 @@ class _Call:
         cotangent = torch.where(split.is_top & wrong, -others.sum(dim=0), cotangent)
         # c p_j/(T F) = c p_j exp(-rho)/nu of the classes whose row equals the label's: 0 for the label alone. In one
         # exponent, as p_j over F may leave the range where c is as small.
-        twin = equal & ~about.is_anchor & live
+        own = self.index == about.anchor
+        twin = equal & ~own & live
         log_ratio = log_p + (self.logs[rows] - about.rho - log_scale)
         twins = torch.where(twin, self.upstream[rows] * log_ratio.exp() / nu, 0).to(self.wide)
         k = torch.where(equal, twins, self.coefficient(rows, live, log_scale) * u / nu)
-        k = torch.where(about.is_anchor, -k.sum(dim=0), k)
+        k = torch.where(own, -k.sum(dim=0), k)
         largest = torch.finfo(k.dtype).max  # not inf: the product with a 0 of the direction is 0
         return cotangent, k.clamp(-largest, largest) @ dual
 
@@ -197,14 +198,15 @@ class _Call:
         about = About(split, weight, split.m)
         parts = parts_of(about)
         equal, u, share, p = about.equal, about.u, about.rho.exp(), split.log_p().exp()
-        moved = share.unsqueeze(1) * parts.delta  # mean - w_m
+        delta = parts.delta
+        moved = share.unsqueeze(1) * delta  # mean - w_m
         inner = variance(about, self.distances)
         live = live & ~(inner <= 0)
         inner = torch.where(live, inner, 1)
         c = 2 * self.coefficient(rows, live, weight.log_scale) / inner
-        beside = parts.pulled(c * u, moved) - torch.where(equal, c * p, 0) @ parts.delta
+        beside = parts.pulled(c * u, moved) - torch.where(equal, c * p, 0) @ delta
         of_rest = u * (parts.distances(moved) - share * inner) / inner
-        of_group = p * (share * parts.delta.square().sum(dim=1) / inner - 1)
+        of_group = p * (share * delta.square().sum(dim=1) / inner - 1)
         cotangent = self.coefficient(rows, live) * torch.where(equal, of_group, of_rest) / split.temperature
         return torch.where(live, cotangent, 0), beside, live
 

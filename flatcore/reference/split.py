@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import joined, tiles, within_range
+from .arithmetic import joined, lengths, tiles, total, within_range
 from .weight import HEAVY, Weight, is_small
 
 
@@ -37,7 +37,7 @@ class Rows:
         else:
             z = head.logits[rows].to(wide).T.contiguous()
         t = z.amax(dim=0)
-        bad |= ~t.isfinite()  # NaN, inf, or all -inf
+        bad |= ~(t.abs() < math.inf)  # NaN, inf, or all -inf
         zero = bad
         if keep is not None:
             bad, zero = bad & keep, bad | ~keep
@@ -46,7 +46,7 @@ class Rows:
     def log_square(self) -> Tensor:
         """log ||phi||^2; divided by the largest entry, so that no square leaves the range."""
         scale = within_range(self._largest)
-        return (self.phi / scale.unsqueeze(1)).square().sum(dim=1).log() + 2 * scale.log()
+        return 2 * (lengths(self.phi / scale.unsqueeze(1)).log() + scale.log())
 
 
 class Split:
@@ -92,7 +92,6 @@ class About:
 
     def __init__(self, split: Split, weight: Weight, anchor: Tensor):
         self.split, self.weight, self.anchor = split, weight, anchor
-        self.is_anchor = split.index == anchor
         self.equal = weight.group.unsqueeze(1) == weight.group[anchor]
         z = split.z.masked_fill(self.equal, -math.inf)
         top = z.amax(dim=0)
@@ -122,6 +121,10 @@ class Differences:
         self.d = w.unsqueeze(1) - w.index_select(0, about.anchor)
         self.delta = self.settled = (about.u.unsqueeze(2) * self.d).sum(dim=0)
 
+    def use_up(self) -> Tensor:
+        """The sum."""
+        return self.delta
+
     def along(self, x: Tensor) -> Tensor:
         """x d_j of x (N, D), as (C, N)."""
         return (self.d * x).sum(dim=2)
@@ -146,20 +149,29 @@ class Parts:
         self.about, weight = about, about.weight
         self.rest = about.u
         self.heavy: list[tuple[Tensor, Tensor, Tensor]] = []
-        at = weight.rows(about.anchor)
         for _ in range(min(HEAVY[weight.wide], weight.C - 1)):
             weighed = self.rest * weight.multiplicity.unsqueeze(1)
             j = first(weighed == weighed.amax(dim=0), about.split.index)
             members = (weight.group.unsqueeze(1) == weight.group[j]) & (self.rest > 0)
             share = self.rest.masked_fill(~members, 0).sum(dim=0)
             self.rest = self.rest.masked_fill(members, 0)
-            self.heavy.append((members, share, weight.rows(j) - at))
+            self.heavy.append((members, share, weight.pairs(j, about.anchor)))
         self.rest_share = self.rest.sum(dim=0)
-        self._coefficients = torch.where(about.is_anchor, -self.rest_share, self.rest)
+        self._is_anchor = about.split.index == about.anchor
+        self._coefficients = torch.where(self._is_anchor, -self.rest_share, self.rest)
         self.rest_delta = weight.sum(self._coefficients)
-        self.delta = self.rest_delta
+
+    @property
+    def delta(self) -> Tensor:
+        """The sum."""
+        return total([self.rest_delta, *(share.unsqueeze(1) * d for _, share, d in self.heavy)])
+
+    def use_up(self) -> Tensor:
+        """The sum, in the memory of the differences: what is not asked of a system need not be given back to it."""
+        delta = self.rest_delta
         for _, share, d in self.heavy:
-            self.delta = self.delta + share.unsqueeze(1) * d
+            delta = d.mul_(share.unsqueeze(1)).add_(delta)
+        return delta
 
     def along(self, x: Tensor) -> Tensor:
         """x d_j of x (N, D), as (C, N)."""
@@ -186,14 +198,15 @@ class Parts:
 
     def _from_centre(self, x: Tensor) -> Tensor:
         """v_a + x: the point that d_j - x is the difference of v_j to."""
-        return self.about.weight.sum(self.about.is_anchor.to(x.dtype)) + x
+        return self.about.weight.sum(self._is_anchor.to(x.dtype)) + x
 
     @property
     def settled(self) -> Tensor:
         """delta with a 0 where it is no larger than what rounding may leave of terms that cancel: there it has no sign."""
         weight = self.about.weight
         most = 2 * weight.C**0.5 * torch.finfo(weight.wide).eps * weight.sum(self._coefficients, absolute=True)
-        return torch.where(self.delta.abs() <= most, 0, self.delta)
+        delta = self.delta
+        return torch.where(delta.abs() <= most, 0, delta)
 
     def points(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Sum of u (N,) and mean difference to w_a (N, D) of each part; and sum u_j ||w_j - mean||^2 of the others."""

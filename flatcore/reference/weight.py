@@ -4,10 +4,10 @@ Letters as in ``head_metrics``. Of a large W, sums over classes of differences t
 
     delta = sum_j u_j (w_j - w_a) = sum_heavy u_j (w_j - w_a) + sum_others u_j (v_j - v_a),   v_j = w_j - c
 
-with c the mean row. The ``HEAVY`` groups of equal rows that weigh most enter by their differences to the anchor, formed before
-anything is summed; a row equal to the anchor's enters nowhere. What is left is a library's product; it is rounded by the size
-of the v_j, so that digits are lost only where more groups than these nearly coincide with the anchor's row and with each other,
-and no other row weighs as much. Of a small W (``is_small``) all differences are formed.
+with c the mean row. The ``HEAVY`` groups of equal rows that weigh most enter by their differences to the anchor, formed
+before anything is summed; a row equal to the anchor's enters nowhere. What is left is a library's product; it is rounded by
+the size of the v_j, so that digits are lost only where more groups than these nearly coincide with the anchor's row and with
+each other, and no other row weighs as much. Of a small W (``is_small``) all differences are formed.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Weight:
             self.scale = largest / largest.frexp().mantissa  # mantissa * 2^e over mantissa: 2^e, without rounding
         self.log_scale = self.scale.log()
         self._whole: Tensor | None = None
+        self._pairs: Tensor | None = None
 
     def rows(self, which: slice | Tensor) -> Tensor:
         """Some rows of W over ``scale``: exact, so that their differences are."""
@@ -54,6 +55,12 @@ class Weight:
             rows = torch.cat([rows, _taken(self._column, which).to(self.wide).unsqueeze(1)], dim=1)
         return rows / self.scale
 
+    def pairs(self, j: Tensor, k: Tensor) -> Tensor:
+        """w_j - w_k of classes j and k (N,), as (N, D); from a table where that is small."""
+        if self._pairs is not None:
+            return self._pairs.index_select(0, j * self.C + k)
+        return self.rows(j) - self.rows(k)
+
     def log_square(self) -> Tensor:
         """log ||W||_F^2."""
         return total(self.rows(tile).square().sum() for tile in self.tiles).log() + 2 * self.log_scale
@@ -62,6 +69,9 @@ class Weight:
         """Find the centre and the equal rows: a pass over W each."""
         if len(self.tiles) == 1:
             self._whole = self.rows(self.tiles[0])
+        if self.C**2 * self.D <= 1 << 18:
+            w = self.rows(slice(None))
+            self._pairs = (w.unsqueeze(1) - w).flatten(0, 1)
         self.group, self.multiplicity = self._equal_rows()
         self.centre = total(self.rows(tile).sum(dim=0) for tile in self.tiles) / self.C
         self._centred = [self.rows(tile) - self.centre for tile in self.tiles] if len(self.tiles) == 1 else None
