@@ -14,9 +14,9 @@ _FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 between 1/32 and 1/64 of it."""
 _FULL_RATE_HIP = ("gfx908", "gfx90a", "gfx94", "gfx95")  # MI100 to MI355; others have between 1/16 and 1/32
 
-_BLOCK = {"cpu": 1 << 20}
-"""Bytes of a block of rows: a core's second-level cache, and below what an allocator gives back to the system at once, whose
-page faults took four times as long as the arithmetic at 2 MiB."""
+_BLOCK = {"cpu": 1 << 21}
+"""Bytes of a block's largest tensor: half as much takes 1.2 times as long in operations on 10 classes, twice as much in page
+faults, where an allocator gives the memory of such tensors back to the system."""
 _BLOCK_ELSEWHERE = 1 << 26  # a device is kept busy by 10^5 rows, and starts a kernel per operation and block
 _ROWS = 128  # at least, as long as a block takes no more than a tile: a product of fewer reads W too often
 _TILE = 1 << 22
