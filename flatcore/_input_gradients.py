@@ -194,7 +194,7 @@ def _norms(found: InputGradients, orders: tuple[float, ...], log: bool) -> Tenso
     order = sorted(range(1, direction.dim()), key=direction.stride, reverse=True)
     rows = direction.permute(0, *order).reshape(direction.shape[0], -1) if direction.numel() else direction.flatten(1)
     norms = ops.row_norms(rows, orders)
-    wide = torch.float32 if norms.device.type == "mps" else torch.float64
+    wide = reference.widest(norms.device)
     logs = norms.to(wide).log() + found.log_scale.to(wide)
     return (logs if log else logs.exp()).to(torch.promote_types(norms.dtype, found.log_scale.dtype))
 

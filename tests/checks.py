@@ -48,6 +48,7 @@ class Problem:
         if case.logits is None:
             self.logit_error = logit_error(case.features, case.weight, case.bias, case.temperature, self.dtype)
         self.logit_error = self.logit_error.repeat(case.targets.shape[1])
+        self.largest_log: Any = 0.0
         self._expected: dict[str, tuple[np.ndarray, Any]] = {}
 
     def expected(self, field: str) -> tuple[np.ndarray, Any]:
@@ -63,8 +64,20 @@ class Problem:
         for ord, gradient in oracles.GRADIENTS.items():
             if gradient == name:
                 condition = np.array(self.truth.condition[ord])
-        bound = tolerance(field, linear, log, self.dtype, logit_error=self.logit_error, condition=condition)
+        bound = tolerance(
+            field, linear, log, self.dtype,
+            logit_error=self.logit_error, condition=condition, largest_log=self.largest_log,
+        )  # fmt: skip
         return (log if field.startswith("log_") else linear), bound
+
+    def add_logs_in_float32(self) -> None:
+        """Expect each log as a float32 sum of 2 log ||phi||, log eps, log ||W||^2 and what is smaller."""
+        norm, trace = self.truth.log("feature_norm"), self.truth.log("hessian_trace")
+        finite = np.isfinite(trace)
+        head = np.where(finite, self.truth.log("layerwise"), 0) - np.where(finite, trace, 0)
+        parts = np.abs([2 * norm, self.truth.log("one_minus_confidence"), head])
+        self.largest_log = np.where(np.isfinite(parts), parts, 0.0).max(axis=0)
+        self._expected.clear()
 
     def check(self, field: str, got: Any) -> None:
         """Require the values of a field, one per row and label."""

@@ -42,6 +42,13 @@ class Plant:
 
 PLANTS = (
     Plant(
+        "1 - p in the reference's float32",
+        "flatcore/reference/split.py",
+        "self.log_eps = self.u1.log() - self.g - self.log1p_tau",
+        "self.log_eps = (1 - self.p_m).log()",
+        ("tests/test_reference.py", "-k", "exact"),
+    ),
+    Plant(
         "1 - sum p^2",
         "csrc/math/epsilon_split.h",
         "split.log_one_minus_sum_p2 = split.log_eps + log_nonnegative(2.0 - split.eps * (1.0 + s2));",
@@ -140,8 +147,8 @@ PLANTS = (
     Plant(
         "class weight forgotten",
         "flatcore/_engine/reduction.py",
-        "s = valid.double() if weight is None else torch.where(valid, weight.double()[label], 0.0)",
-        "s = valid.double()",
+        "s = valid.to(wide) if weight is None else torch.where(valid, weight.to(wide)[label], 0.0)",
+        "s = valid.to(wide)",
         (*_VALUES, "-k", "mean or weights"),
     ),
     Plant(

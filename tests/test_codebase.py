@@ -99,7 +99,10 @@ def test_every_public_function_has_an_example():
 def test_the_reference_imports_nothing_else_of_flatcore():
     for path in (ROOT / "flatcore/reference").glob("*.py"):
         imported = re.findall(r"^\s*(?:from|import)\s+(\S+)", path.read_text(), re.MULTILINE)
-        assert all(re.match(r"(__future__|collections.abc|math|torch|typing|\.\w)", name) for name in imported), (
+        assert all(
+            re.match(r"(__future__|collections.abc|contextlib|functools|math|torch|typing|\.\w)", name)
+            for name in imported
+        ), (
             path,
             imported,
         )

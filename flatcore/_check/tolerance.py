@@ -76,6 +76,7 @@ def tolerance(
     condition: Any = 1.0,
     oracle_epsilon: Any = None,
     terms: int = 0,
+    largest_log: Any = 0.0,
 ) -> Bound:
     """Every tolerance of the suite, from the result's dtype and the problem; nothing is fitted.
 
@@ -89,12 +90,14 @@ def tolerance(
         condition: of the feature gradient, see ``oracles.Truth``.
         oracle_epsilon: 1 - p_max, where the truth is the float64 autograd Hessian's, which has an error of its own.
         terms: length of the sum, for ``row_norm``.
+        largest_log: where logs are added in float32, as the reference does on devices that are slow in float64: the largest
+            of those that a log is the sum of.
 
     float32, given exact logits: a log within 4e-6 + 4 units in its last place. 4e-6 is 67 roundings of 2^-24, which the
     two exponentials, the sums over classes and the logs share; the units in the last place are those of subtracting
-    logs of up to 10,000, where one unit is 1e-3. A linear value is exp of its log, so the same bound is its relative
-    error; below the smallest normal number the format has no relative accuracy to give, there the absolute error stays
-    below that.
+    logs of up to 10,000, where one unit is 1e-3 (of the largest log, where they are added in float32). A linear value is
+    exp of its log, so the same bound is its relative error; below the smallest normal number the format has no relative
+    accuracy to give, there the absolute error stays below that.
     float64: 1e-12 relative to max(1, |log|), about 4,500 roundings, which also holds the 2^-53 |log| of the log itself.
 
     From features the logits' own error comes on top, see ``_moved`` and ``_SLOPE``. Gradient: a relative error e of the
@@ -111,6 +114,7 @@ def tolerance(
     is_log, name = field.startswith("log_"), field.removeprefix("log_")
     log = np.abs(np.where(np.isfinite(log_truth), log_truth, 0.0))
     if dtype == torch.float32:
+        log = np.maximum(log, largest_log)
         base = 4e-6 + 4 * np.spacing(log.astype(np.float32)).astype(np.float64)
     else:
         base = 1e-12 * np.maximum(1.0, log)

@@ -2,7 +2,8 @@
 
 With s_n = sum_k weight_k target_k (hard label: weight_y; ignored: 0; no target: 1) the mean is
 sum_n s_n t_n / sum_n d_n, with torch's divisor: d_n = weight_{y_n} over valid rows for hard labels, d_n = 1 for soft
-targets or none. Everything is summed in float64; the log of a mean is a log-sum-exp, never a mean of logs.
+targets or none. Everything is summed in float64 (in float32 on a device that has no float64); the log of a mean is a
+log-sum-exp, never a mean of logs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..reference import widest
 
 
 class Reduction(NamedTuple):
@@ -23,7 +26,7 @@ class Reduction(NamedTuple):
     target: Tensor | None  # labels (N,), or None
     ignore_index: int
     C: int
-    s: Tensor | None = None  # (N,) float64; None: 1, or 0 where the label is ignored
+    s: Tensor | None = None  # (N,) in the widest dtype; None: 1, or 0 where the label is ignored
     count_rows: bool = False  # the mean's divisor is N, not the sum of s
 
 
@@ -32,12 +35,13 @@ def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int, C: 
 
     NaN for a label that is no class, which the CPU's kernels refuse: on a device a look at it would wait.
     """
+    wide = widest(target.device)
     if target.is_floating_point():
-        scaled = target.double() if weight is None else target.double() * weight.double()
+        scaled = target.to(wide) if weight is None else target.to(wide) * weight.to(wide)
         return scaled.sum(dim=1)
     valid = target != ignore_index
     label = target.clamp(0, C - 1)
-    s = valid.double() if weight is None else torch.where(valid, weight.double()[label], 0.0)
+    s = valid.to(wide) if weight is None else torch.where(valid, weight.to(wide)[label], 0.0)
     return torch.where((s < 0) | (valid & (label != target)), math.nan, s)
 
 
@@ -54,7 +58,7 @@ def _weighed(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor | None]:
 
 
 def reduce(logs: Tensor, how: Reduction) -> Tensor:
-    """Reduce per-sample logs (N,), float64, to the value asked for; autograd follows."""
+    """Reduce per-sample logs (N,), in the widest dtype, to the value asked for; autograd follows."""
     logs, s = _weighed(logs, how)
     if how.reduction == "none":
         return (logs if how.log else logs.exp()).to(how.dtype)
@@ -73,7 +77,7 @@ def _count(logs: Tensor, s: Tensor | None, count_rows: bool) -> Tensor:
 
 
 def reduce_with_log_coefficient(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor]:
-    """Reduce as :func:`reduce`, and the log of the value's derivative by each row's log (N,), float64.
+    """Reduce as :func:`reduce`, and the log of the value's derivative by each row's log (N,), in the logs' dtype.
 
     -inf where a row's value is 0. A log, for e^-760 is 0 in float64, and its quotient by as small a value is not.
     """

@@ -1,7 +1,8 @@
 """Per-sample curvature and gradient statistics of a softmax head, in plain PyTorch.
 
 Letters: N samples, D features, C classes; features phi (N, D), linear_weight W (C, D) with rows w_j, logits
-z = (W phi + b)/T, p = softmax(z), target y. Everything is carried in float64 and in the log domain.
+z = (W phi + b)/T, p = softmax(z), target y. Everything is carried in the log domain, in float64 or float32 as
+``arithmetic`` says, class by row: tensors are (C, N), for a few classes are summed fastest so.
 
 The split that keeps every value exact at every confidence: with m the top class, r the best of the other logits and
 u_j = exp(z_j - r) for j != m, U1 = sum u_j, U2 = sum u_j^2, q_j = u_j/U1,
@@ -18,6 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import arithmetic, blocks, joined, lengths, widest
+from .split import About, Parts, Rows, Split, parts_of, width
+from .weight import Weight
+
 FIELDS = (
     "confidence",
     "margin",
@@ -33,224 +38,168 @@ FIELDS = (
 )
 """The rows of the result, in the order of the bits of ``fields``."""
 
-_GRADIENT_ORDS = {
+GRADIENT_ORDS = {
     "log_feature_gradient_norm": 2,
     "log_feature_gradient_norm_1": 1,
     "log_feature_gradient_norm_inf": math.inf,
 }
-_PAIRWISE_CLASSES = 2048  # up to here the (C, C) table of squared distances is formed, from differences
+_PAIRWISE = {256: 1 << 62, 2048: 1 << 26}
+"""Up to so many classes, and numbers C^2 D, the (C, C) table of squared distances is formed, from differences, a call."""
 
 
-def head_metrics(head: Any, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
+def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return the chosen ``FIELDS`` as (K, N) and the prediction (N,), int64.
 
     ``head`` is a record with features (N, D), linear_weight (C, D), linear_bias (C,), logits (N, C), target (N,), the last
     three or None, temperature, ignore_index, include_bias and norm_power. The block is float64 if ``wide_result`` or any
-    of features, weight and logits is, otherwise float32.
+    of features, weight and logits is, otherwise float32; float32 also where the device has nothing wider. ``dtype``: the
+    arithmetic's, float32 or float64, instead of what ``arithmetic`` chooses; inputs of float64 are never narrowed.
+
+    Numerics: from exact logits a log is right to 1e-12 of max(1, |log|) in float64; in float32 to 4e-6 and 4 units in the
+    last place of the largest log that it is a sum of (2 log ||phi||, log eps, log ||W||^2), at every confidence.
     """
-    features, linear_weight, linear_bias, logits = head.features, head.linear_weight, head.linear_bias, head.logits
-    target, temperature, include_bias = head.target, head.temperature, head.include_bias
-    inputs = [x for x in (features, linear_weight, logits) if x is not None]
-    result = torch.float64 if wide_result or any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    wide = torch.float32 if features.device.type == "mps" else torch.float64
+    features, weight = head.features, head.linear_weight
+    inputs = (features, weight, head.logits)
+    wide = arithmetic(*inputs, dtype=dtype)
+    result = widest(features.device) if wide_result else torch.float32
+    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+        result = torch.float64
     names = [name for bit, name in enumerate(FIELDS) if fields >> bit & 1]
-
-    phi, w = features.detach().to(wide), linear_weight.detach().to(wide)
-    b = None if linear_bias is None else linear_bias.detach().to(wide)
-    bad = ~phi.isfinite().all(dim=1)
-    if logits is None:
-        with torch.autocast(phi.device.type, enabled=False):
-            z = phi @ w.T
-        bad |= ~z.isfinite().all(dim=1)  # an overflowed product is not a masked class
-        z = z if b is None else z + b
-    else:
-        z = logits.detach().to(wide)
-    bad |= (z.isnan() | (z == math.inf)).any(dim=1) | (z == -math.inf).all(dim=1)
-    z = torch.where(bad.unsqueeze(1), 0, z)
-
-    split = _Split(z, temperature)
-    log_n = _log_sum_of_squares(torch.where(bad.unsqueeze(1), 0, phi))  # log ||phi||^2
-    log_n_head = torch.logaddexp(log_n, torch.zeros_like(log_n)) if include_bias else log_n
-    w_head = torch.cat([w, b.unsqueeze(1)], dim=1) if include_bias and b is not None else w
-    log_trace = log_n_head + split.log_one_minus_sum_p2 - 2 * math.log(temperature)
-
-    if target is None:
-        valid, known, y = torch.ones_like(bad), torch.zeros_like(bad), torch.zeros_like(split.m)
-    else:
-        valid, known = target != head.ignore_index, (target >= 0) & (target < w.shape[0])
-        y = torch.where(valid & known, target, 0)
-    values = []
-    for name in names:
-        if name == "confidence":
-            value = split.p_m
-        elif name == "margin":
-            value = split.g
-        elif name == "log_one_minus_confidence":
-            value = split.log_eps
-        elif name == "log_feature_norm":
-            value = 0.5 * log_n
-        elif name == "log_hessian_trace":
-            value = log_trace
-        elif name == "log_layerwise":
-            value = log_trace + 0.5 * head.norm_power * _log_sum_of_squares(w_head.reshape(1, -1))
-        elif name == "log_neuronwise":
-            value = log_n_head + _log_weight_variance(split, w_head) - 2 * math.log(temperature)
-        elif name == "loss":
-            # log-sum-exp minus the target's logit, as differences to the top one
-            value = (split.t - z.gather(1, y.unsqueeze(1)).squeeze(1)) / temperature + split.tau.log1p()
-        else:
-            value = _log_gradient_norm(split, w, y, _GRADIENT_ORDS[name]) - math.log(temperature)
-        value = torch.where(bad, math.nan, value)
-        if name == "loss" or name in _GRADIENT_ORDS:
-            value = torch.where(known, value, math.nan)  # a label that is no class, where it could not be refused
-            value = torch.where(valid, value, 0.0 if name == "loss" else -math.inf)
-        values.append(value)
-    prediction = torch.where(bad, -1, split.m)
-    block = torch.stack(values) if values else z.new_empty((0, z.shape[0]))
-    return block.to(result), prediction
+    (N, D), C = features.shape, weight.shape[0]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        call = _Call(head, wide, names)
+        found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
+        values, m, bad = (joined(list(parts), dim=-1) for parts in zip(*found, strict=True))
+        values = values.masked_fill(bad, math.nan)
+        if names and names[-1] in LABELLED:
+            values = torch.stack([call.chosen(*field) for field in zip(names, values.unbind(0), strict=True)])
+    return values.to(result), m.masked_fill(bad, -1)
 
 
-class _Split:
-    """The top class against the rest, every difference formed before it is divided by the temperature."""
+class _Call:
+    """A head and the fields that are asked of it, in one arithmetic; what belongs to W alone is found once."""
 
-    def __init__(self, z: Tensor, temperature: float):
-        self.z, self.temperature = z, temperature
-        # argmax does not promise the lowest index on ties; the first True of an equality does
-        self.t = z.amax(dim=1)
-        self.m = (z == self.t.unsqueeze(1)).to(torch.uint8).argmax(dim=1)
-        self.is_top = torch.zeros_like(z, dtype=torch.bool).scatter_(1, self.m.unsqueeze(1), True)
-        rest = z.masked_fill(self.is_top, -math.inf)
-        self.r = rest.amax(dim=1)
-        u = _exp_difference(rest, self.r, temperature)
-        u1 = u.sum(dim=1)
-        self.q = u / torch.where(u1 > 0, u1, 1).unsqueeze(1)
-        s2 = (self.q * self.q).sum(dim=1)
-        self.g = (self.t - self.r) / temperature
-        self.tau = (-self.g).exp() * u1
-        self.p_m = 1 / (1 + self.tau)
-        self.eps = self.tau / (1 + self.tau)
-        self.log_eps = -self.g + u1.log() - self.tau.log1p()
-        self.log_one_minus_sum_p2 = self.log_eps + (2 - self.eps * (1 + s2)).log()
+    def __init__(self, head: Any, wide: torch.dtype, names: list[str]):
+        self.head, self.wide, self.names = head, wide, names
+        self.weight, self.counted = weights(head, wide)
+        self.index = torch.arange(self.weight.C, device=head.features.device).unsqueeze(1)
+        if any(name in LABELLED for name in names):
+            self.y, self.valid, self.known = labels(head)
+        if "log_layerwise" in names:
+            self.log_norm = 0.5 * head.norm_power * self.counted.log_square()
+        if any(name in GRADIENT_ORDS for name in names):
+            self.weight.prepare()
+            self.log_scale = self.weight.log_scale - math.log(head.temperature)
+        self.distances = None
+        if "log_neuronwise" in names:
+            self.distances = distances(self.counted.prepare())
+            self.log_scale_square = 2 * (self.counted.log_scale - math.log(head.temperature))
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows the fields (K, N), the top class, and which are no numbers, (N,)."""
+        head, names, temperature = self.head, self.names, self.head.temperature
+        given = Rows(head, rows, self.wide)
+        split = Split(given, temperature, self.index)
+        if any(name in _OF_FEATURES for name in names):
+            log_n = given.log_square()
+            log_n_head = torch.logaddexp(log_n, torch.zeros_like(log_n)) if head.include_bias else log_n
+        if any(name in _OF_TRACE for name in names):
+            log_trace = log_n_head + split.log_one_minus_sum_p2() - 2 * math.log(temperature)
+        about_label = delta = None
+        values = []
+        for name in names:
+            if name == "confidence":
+                value = split.p_m
+            elif name == "margin":
+                value = split.g
+            elif name == "log_one_minus_confidence":
+                value = split.log_eps
+            elif name == "log_feature_norm":
+                value = 0.5 * log_n
+            elif name == "log_hessian_trace":
+                value = log_trace
+            elif name == "log_layerwise":
+                value = log_trace + self.log_norm
+            elif name == "log_neuronwise":
+                about = About(split, self.counted, split.m)
+                value = log_n_head + (about.rho + variance(about, self.distances).log()) + self.log_scale_square
+            elif name == "loss":
+                # log-sum-exp minus the target's logit, as differences to the top one
+                z_y = split.z.gather(0, self.y[rows].unsqueeze(0)).squeeze(0)
+                value = (split.t - z_y) / temperature + split.log1p_tau
+            else:
+                if about_label is None or delta is None:
+                    about_label = About(split, self.weight, self.y[rows])
+                    delta = parts_of(about_label).use_up()
+                norm = norms(delta, GRADIENT_ORDS[name])
+                value = about_label.rho + norm.log() + self.log_scale
+            values.append(value)
+        block = torch.stack(values) if values else given.t.new_empty((0, given.t.shape[0]))
+        return block, split.m, given.bad
+
+    def chosen(self, name: str, value: Tensor) -> Tensor:
+        """A field where labels decide: NaN for one that is no class and could not be refused, 0 or -inf for ignored rows."""
+        if name not in LABELLED:
+            return value
+        value = torch.where(self.known, value, math.nan)
+        return torch.where(self.valid, value, 0.0 if name == "loss" else -math.inf)
 
 
-def _exp_difference(z: Tensor, top: Tensor, temperature: float) -> Tensor:
-    """exp((z_j - top)/T), and 0 for masked classes; (-inf) - (-inf) is never formed."""
-    finite_top = torch.where(top == -math.inf, 0, top)
-    return ((z - finite_top.unsqueeze(1)) / temperature).exp()
+_OF_TRACE = ("log_hessian_trace", "log_layerwise")
+_OF_FEATURES = ("log_feature_norm", *_OF_TRACE, "log_neuronwise")
+LABELLED = ("loss", *GRADIENT_ORDS)
 
 
-def _log_sum_of_squares(x: Tensor) -> Tensor:
-    """Log of the sum of squares of each row, scaled by the largest entry so that no square leaves the range."""
-    if x.shape[1] == 0:
-        return x.new_full((x.shape[0],), -math.inf)
-    largest = x.abs().amax(dim=1)
-    scale = torch.where((largest > 0) & (largest < math.inf), largest, 1)
-    return ((x / scale.unsqueeze(1)) ** 2).sum(dim=1).log() + 2 * scale.log()
+def weights(head: Any, wide: torch.dtype) -> tuple[Weight, Weight]:
+    """W, and W with the bias as a further column where that counts as a parameter."""
+    plain = Weight(head.linear_weight, None, wide)
+    if head.linear_bias is None or not head.include_bias:
+        return plain, plain
+    return plain, Weight(head.linear_weight, head.linear_bias, wide)
 
 
-def _power_of_two_scaled(w: Tensor) -> tuple[Tensor, Tensor]:
-    """W over a power of two near its largest entry (exact, so that differences of rows stay exact), and its log."""
-    largest = w.abs().amax() if w.numel() else w.new_ones(())
-    largest = torch.where((largest > 0) & (largest < math.inf), largest, 1)
-    scale = largest / largest.frexp().mantissa  # mantissa * 2^e over mantissa: 2^e, without rounding
-    return w / scale, scale.log()
+def labels(head: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows' labels, 0 where there is none; which of them count, and which are classes."""
+    if head.target is None:
+        none = torch.zeros(head.features.shape[0], dtype=torch.int64, device=head.features.device)
+        return none, none == 0, none != 0
+    valid = head.target != head.ignore_index
+    known = (head.target >= 0) & (head.target < head.linear_weight.shape[0])
+    return torch.where(valid & known, head.target, 0), valid, known
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """||a_j - b_k||^2 from differences."""
-    if a.device.type == "mps":
-        return ((a.unsqueeze(1) - b.unsqueeze(0)) ** 2).sum(dim=2)
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+def distances(weight: Weight) -> Tensor | None:
+    """||w_j - w_k||^2, (C, C), where the table is small enough: rows are close to many others where D is small."""
+    C, numbers = weight.C, weight.C**2 * weight.D
+    small = any(classes >= C and numbers <= most for classes, most in _PAIRWISE.items())
+    return weight.distances() if small else None
 
 
-def _log_weight_variance(split: _Split, w: Tensor) -> Tensor:
-    """log Var_p(w), Var_p(w) = sum_j p_j ||w_j - sum_k p_k w_k||^2.
+def variance(about: About, distances: Tensor | None) -> Tensor:
+    """Var_p(w) exp(-rho) = sum_j p_j ||w_j - sum_k p_k w_k||^2 exp(-rho), about the top class.
 
     With the classes whose row equals w_m taken as one top group of probability P, J all others, p_j = exp(rho) u_j there:
     Var_p(w) = exp(rho) [ P sum_J u_j D_mj + exp(rho) 1/2 sum_JJ u_j u_k D_jk ]. Every term is >= 0: nothing cancels.
-    Above 2048 classes the same about the mean of J (``_About``).
+    Without the table of distances D the same over the parts of J, each at its mean, and the spread within.
     """
-    w, log_scale = _power_of_two_scaled(w)
-    if w.shape[0] <= _PAIRWISE_CLASSES:
-        distance = _squared_distances(w, w)
-        from_top = distance[split.m]
-        rho, u = _rest(split, from_top == 0)
-        pairs = 0.5 * ((u @ distance) * u).sum(dim=1)
-        top_group = 1 - rho.exp() * u.sum(dim=1)
-        # 1 - (...) is at least 1/C: the top class is in the group
-        inner = top_group * (u * from_top).sum(dim=1) + rho.exp() * pairs
-        return rho + inner.log() + 2 * log_scale
-    out = torch.full_like(split.t, -math.inf)
-    for top in split.m.unique().tolist():
-        rows = (split.m == top).nonzero().squeeze(1)
-        about = _About(split, w, top, rows)
-        out[rows] = about.rho + about.variance().log()
-    return out + 2 * log_scale
+    P, share = about.group(), about.rho.exp()
+    if distances is not None:
+        to_rest = distances @ about.u  # (C, N): sum_J u_k D_jk
+        from_top = to_rest.gather(0, about.anchor.unsqueeze(0)).squeeze(0)
+        return P * from_top + share * (0.5 * (about.u * to_rest).sum(dim=0))
+    points, spread = Parts(about).points()
+    inner = spread
+    for i, (a, x) in enumerate(points):
+        inner = inner + P * (a * x.square().sum(dim=1))
+        for c, y in points[:i]:
+            inner = inner + share * (a * c * (x - y).square().sum(dim=1))
+    return inner
 
 
-class _About:
-    """Some rows of a split with differences of W's rows to that of an anchor class, where none of them are rounded twice.
-
-    ``d`` (C, D); ``equal`` (C,): where they vanish; of all other classes p_j = exp(rho) u_j with the largest u_j equal to 1;
-    ``delta`` = sum_j u_j d_j, ``total`` = sum_j u_j.
-    """
-
-    def __init__(self, split: _Split, w: Tensor, anchor: int, rows: Tensor):
-        self.d = w - w[anchor]
-        self.equal = (self.d == 0).all(dim=1)
-        self.part = _Rows(split, rows)
-        self.rho, self.u = _rest(self.part, self.equal.expand(rows.shape[0], -1))
-        self.delta, self.total = self.u @ self.d, self.u.sum(dim=1)
-
-    def variance(self) -> Tensor:
-        """Var_p(w)/exp(rho): spread + group ||delta||^2/total, the spread about the mean of the classes that differ.
-
-        sum_j u_j ||d_j||^2 - exp(rho) ||delta||^2 would lose a factor of 1/group, which is C for a flat row: there the
-        spread is taken from differences to the mean.
-        """
-        group = torch.where(self.equal, self.part.p(), 0).sum(dim=1)
-        total = torch.where(self.total > 0, self.total, 1)
-        mean = self.delta / total.unsqueeze(1)
-        mean2 = (mean * mean).sum(dim=1)
-        spread = (self.u @ (self.d * self.d).sum(dim=1) - total * mean2).clamp_min(0)
-        flat = (group < 0.25).nonzero().squeeze(1)
-        if flat.numel():
-            spread[flat] = (self.u[flat] * _squared_distances(mean[flat], self.d)).sum(dim=1)
-        return torch.where(self.total > 0, spread + group * total * mean2, 0)
-
-
-def _rest(split: _Split | _Rows, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes that are not excluded: p_j = exp(rho) u_j with the largest u_j equal to 1; rho = -inf if there are none."""
-    z = split.z.masked_fill(excluded, -math.inf)
-    top = z.amax(dim=1)
-    u = _exp_difference(z, top, split.temperature)
-    rho = (top - split.t) / split.temperature - split.tau.log1p()
-    return rho, u
-
-
-def _log_gradient_norm(split: _Split, w: Tensor, y: Tensor, ord: float) -> Tensor:
-    """log ||sum_j p_j (w_j - w_y)||, over the classes whose row differs from w_y."""
-    w, log_scale = _power_of_two_scaled(w)
-    out = torch.full_like(split.t, -math.inf)
-    for label in y.unique().tolist():
-        rows = (y == label).nonzero().squeeze(1)
-        about = _About(split, w, label, rows)
-        if w.shape[1] > 0:
-            out[rows] = about.rho + torch.linalg.vector_norm(about.delta, ord=ord, dim=1).log()
-    return out + log_scale
-
-
-class _Rows:
-    """Some rows of a split."""
-
-    def __init__(self, split: _Split, rows: Tensor):
-        self.z, self.t, self.tau = split.z[rows], split.t[rows], split.tau[rows]
-        self.temperature = split.temperature
-
-    def log_p(self) -> Tensor:
-        """The logs of their probabilities."""
-        return (self.z - self.t.unsqueeze(1)) / self.temperature - self.tau.log1p().unsqueeze(1)
-
-    def p(self) -> Tensor:
-        """Their probabilities."""
-        return self.log_p().exp()
+def norms(x: Tensor, ord: float) -> Tensor:
+    """The norm of each row."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0])
+    if ord == 2:
+        return lengths(x)
+    return x.abs().sum(dim=1) if ord == 1 else x.abs().amax(dim=1)

@@ -24,99 +24,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_metrics import _GRADIENT_ORDS, FIELDS, _About, _log_sum_of_squares, _power_of_two_scaled, _Split
+from .arithmetic import arithmetic, blocks, joined, total
+from .head_metrics import FIELDS, GRADIENT_ORDS, distances, labels, norms, variance, weights
+from .split import About, Rows, Split, parts_of, width
 
-DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *_GRADIENT_ORDS)
+DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *GRADIENT_ORDS)
 """The fields that have a derivative."""
 
 
 def head_metrics_backward(
-    upstream: Tensor, log_coefficient: Tensor | None, head: Any, field: int, wanted: Sequence[bool]
+    upstream: Tensor,
+    log_coefficient: Tensor | None,
+    head: Any,
+    field: int,
+    wanted: Sequence[bool],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of the head's features, linear_weight, linear_bias and logits, None where not wanted.
 
-    ``head`` as in :func:`head_metrics`. ``upstream`` (N,) or one number, times exp(``log_coefficient``) (N,) (None: 0), is
-    the derivative of the result with respect to each row's log. A row where either says 0, an ignored one and one whose
-    value is 0 add nothing, whatever stands in them.
-    """
-    features, linear_weight, linear_bias, logits = head.features, head.linear_weight, head.linear_bias, head.logits
-    target, temperature, include_bias, norm_power = head.target, head.temperature, head.include_bias, head.norm_power
-    name = FIELDS[field]
-    wide = torch.float32 if features.device.type == "mps" else torch.float64
-    w = linear_weight.detach().to(wide)
-    b = None if linear_bias is None else linear_bias.detach().to(wide)
-    D, C = features.shape[1], w.shape[0]
-    upstream = upstream.detach().to(wide).expand(features.shape[0])
-    logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient.detach().to(wide)
-    keep = (upstream != 0) & (logs != -math.inf)
-    # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
-    double = any(x is not None and x.dtype == torch.float64 for x in (features, linear_weight, logits))
-    keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
-    half = (0.5 * logs).exp()  # in two steps: exp of -740 has few digits left
-    c = upstream * half * half
-    if target is not None and name in _GRADIENT_ORDS:
-        keep &= target != head.ignore_index
-    phi = torch.where(keep.unsqueeze(1), features.detach().to(wide), 0)
-    bad = ~phi.isfinite().all(dim=1)
-    if logits is None:
-        with torch.autocast(phi.device.type, enabled=False):
-            z = phi @ w.T
-        bad |= keep & ~z.isfinite().all(dim=1)
-        z = z if b is None else z + b
-    else:
-        z = torch.where(keep.unsqueeze(1), logits.detach().to(wide), 0)
-    bad |= keep & ((z.isnan() | (z == math.inf)).any(dim=1) | (z == -math.inf).all(dim=1))
-    z = torch.where(bad.unsqueeze(1), 0, z)
-    split = _Split(z, temperature)
-    y = None
-    if name in _GRADIENT_ORDS:
-        if target is None:
-            raise ValueError("the gradient of a gradient norm needs a target")
-        known = (target >= 0) & (target < C)
-        bad |= keep & ~known
-        y = torch.where(known & keep, target, 0)
-    c = torch.where(keep & ~bad, c, 0)
+    ``head`` and ``dtype`` as in :func:`head_metrics`. ``upstream`` (N,) or one number, times exp(``log_coefficient``) (N,)
+    (None: 0), is the derivative of the result with respect to each row's log. A row where either says 0, an ignored one and
+    one whose value is 0 add nothing, whatever stands in them.
 
-    d_weight, d_bias = torch.zeros_like(w), w.new_zeros(C)
-    d_features = torch.zeros_like(phi)
-    augmented = torch.cat([w, b.unsqueeze(1)], dim=1) if include_bias and b is not None else w
-    if y is not None:
-        cotangent, explicit = _of_gradient_norm(split, w, y, c, keep & ~bad, upstream, logs, _GRADIENT_ORDS[name])
-        d_weight += explicit
-    else:
-        log_n = _log_sum_of_squares(torch.where(bad.unsqueeze(1), 0, phi))
-        log_n = torch.logaddexp(log_n, torch.zeros_like(log_n)) if include_bias else log_n
-        c = torch.where((log_n == -math.inf) | (split.log_eps == -math.inf), 0, c)
-        if name == "log_neuronwise":
-            cotangent, explicit, c = _of_variance(split, augmented, c)
-        else:
-            cotangent = _of_trace(split, c)
-            explicit = torch.zeros_like(augmented)
-            if name == "log_layerwise":
-                log_square = _log_sum_of_squares(augmented.reshape(1, -1))
-                c = torch.where(log_square == -math.inf, 0, c)
-                cotangent = torch.where(log_square == -math.inf, 0, cotangent)
-                half = torch.where(log_square == -math.inf, 0, (-0.5 * log_square).exp())
-                explicit = norm_power * c.sum() * (augmented * half) * half
-        d_weight += explicit[:, :D]
-        if include_bias:
-            d_bias += explicit[:, D]
-        # 2 phi/||phi||^2 in two steps: ||phi||^-2 alone may leave the range
-        half = torch.where(c == 0, 0, (-0.5 * log_n).exp()).unsqueeze(1)
-        d_features += torch.where(c.unsqueeze(1) == 0, 0, 2 * (phi * half) * half * c.unsqueeze(1))
-    if logits is None:
-        with torch.autocast(phi.device.type, enabled=False):
-            d_features += cotangent @ w
-            # a row left out, whatever its features, has cotangent 0 and features 0
-            d_weight += cotangent.T @ torch.where(bad.unsqueeze(1), 0, phi)
-        d_bias += cotangent.sum(dim=0)
-    poisoned = bad & keep
-    d_features = torch.where(poisoned.unsqueeze(1), math.nan, d_features)
-    cotangent = torch.where(poisoned.unsqueeze(1), math.nan, cotangent)
-    if linear_weight.device.type != "meta":
-        poison = torch.where(poisoned.any(), math.nan, 0.0)
-        d_weight, d_bias = d_weight + poison, d_bias + poison
-    gradients = ((d_features, features), (d_weight, linear_weight), (d_bias, linear_bias), (cotangent, logits))
+    Numerics: each entry to 2e-12 (float64) or 8e-6 (float32) and a rounding for each term of its sums, of the terms' size.
+    """
+    name = FIELDS[field]
+    if name in GRADIENT_ORDS and head.target is None:
+        raise ValueError("the gradient of a gradient norm needs a target")
+    features, linear_weight, linear_bias, logits = head.features, head.linear_weight, head.linear_bias, head.logits
+    wide = arithmetic(features, linear_weight, logits, dtype=dtype)
+    (N, D), C = features.shape, linear_weight.shape[0]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        call = _Call(upstream, log_coefficient, head, name, wide)
+        found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
+        d_features, d_logits = (joined(list(parts)) for parts in zip(*found, strict=True))
+        d_weight, d_bias = call.of_weight()
+    gradients = ((d_features, features), (d_weight, linear_weight), (d_bias, linear_bias), (d_logits, logits))
     of_features, of_weight, of_bias, of_logits = (
         gradient.to(x.dtype) if want and x is not None else None
         for (gradient, x), want in zip(gradients, wanted, strict=True)
@@ -124,78 +67,157 @@ def head_metrics_backward(
     return of_features, of_weight, of_bias, of_logits
 
 
-def _of_trace(split: _Split, c: Tensor) -> Tensor:
-    s2 = (split.q * split.q).sum(dim=1)
-    bracket = 2 - split.eps * (1 + s2)
-    sum_p2 = 1 - split.eps * bracket
-    rest = 2 * split.q * (sum_p2.unsqueeze(1) - split.eps.unsqueeze(1) * split.q)
-    top = (-2 * split.p_m * (split.p_m - split.eps * s2)).unsqueeze(1)
-    scale = (c / (bracket * split.temperature)).unsqueeze(1)
-    return torch.where(c.unsqueeze(1) == 0, 0, torch.where(split.is_top, top, rest) * scale)
+class _Call:
+    """A head, the field that is differentiated, what comes from upstream, and the sums over rows, which are W's gradient."""
 
+    def __init__(self, upstream: Tensor, log_coefficient: Tensor | None, head: Any, name: str, wide: torch.dtype):
+        self.head, self.name, self.wide = head, name, wide
+        self.plain, self.counted = weights(head, wide)
+        self.index = torch.arange(self.plain.C, device=head.features.device).unsqueeze(1)
+        inputs = (head.features, head.linear_weight, head.logits)
+        upstream = upstream.expand(head.features.shape[0])
+        logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient
+        self.keep = (upstream != 0) & (logs != -math.inf)
+        # of value 0, 2^-150 or 2^-1075 of the result's format, its log masked by the caller: an inf or NaN that counts as 0
+        double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+        self.keep &= upstream.isfinite() | ~(logs < (-745.133 if double else -103.972))
+        self.upstream, self.logs = upstream, logs
+        self.gradient_norm = name in GRADIENT_ORDS
+        if self.gradient_norm:
+            self.y, valid, self.known = labels(head)
+            self.keep &= valid
+            self.plain.prepare()
+        elif name == "log_neuronwise":
+            self.distances = distances(self.counted.prepare())
+        elif name == "log_layerwise":
+            self.log_square = self.counted.log_square()
+        C, D = self.plain.C, self.plain.D
+        zero = self.plain.scale.new_zeros
+        self.through_logits = zero((C, D)), zero(C)
+        # what does not pass through logits, (C, D) or, with the bias counted, (C, D + 1)
+        self.beside: Tensor | float = 0.0
+        self.total, self.poison = zero(()), zero(())
 
-def _of_variance(split: _Split, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangent of z, the gradient that does not pass through z, and c with the rows of value 0 taken out."""
-    w, log_scale = _power_of_two_scaled(w)
-    scale = log_scale.exp()
-    cotangent, explicit, c = torch.zeros_like(split.z), torch.zeros_like(w), c.clone()
-    for anchor in split.m[c != 0].unique().tolist():
-        rows = ((split.m == anchor) & (c != 0)).nonzero().squeeze(1)
-        about = _About(split, w, anchor, rows)
-        d, equal, u, delta = about.d, about.equal, about.u, about.delta
-        square, share = (d * d).sum(dim=1), about.rho.exp().unsqueeze(1)
-        delta_square = (delta * delta).sum(dim=1, keepdim=True)
-        inner = about.variance().unsqueeze(1)
-        empty = inner <= 0
-        c[rows] = torch.where(empty.squeeze(1), 0, c[rows])
-        inner = torch.where(empty, 1, inner)
-        cn = c[rows].unsqueeze(1)
-        distance = square - 2 * share * (delta @ d.T) + share * share * delta_square
-        of_rest = u * (distance - share * inner) / inner
-        of_group = about.part.p() * (share * delta_square / inner - 1)
-        cotangent[rows] = cn * torch.where(equal, of_group, of_rest) / split.temperature
-        k = 2 * cn * u / inner
-        group = torch.where(equal, 2 * cn * about.part.p() / inner, 0)
-        explicit += k.sum(dim=0).unsqueeze(1) * d - k.T @ (share * delta) - group.T @ delta
-    return cotangent, explicit / scale, c
+    def coefficient(self, rows: slice, live: Tensor, log: Tensor | float = 0.0) -> Tensor:
+        """c_n exp(-log), 0 where a row adds nothing: in one exponent, for c alone may leave the range."""
+        half = (0.5 * (self.logs[rows] - log)).exp()  # in two steps: exp of -740 has few digits left
+        return torch.where(live, (self.upstream[rows] * half * half).to(self.wide), 0)
 
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Of some rows the gradients of the features (N, D) and logits (N, C); W's are added up."""
+        head, name = self.head, self.name
+        keep = self.keep[rows]
+        given = Rows(head, rows, self.wide, keep)
+        bad = given.bad
+        if self.gradient_norm:
+            bad = bad | (keep & ~self.known[rows])
+        split = Split(given, head.temperature, self.index)
+        live = keep & ~bad
+        phi = torch.where(bad.unsqueeze(1), 0, given.phi)
+        d_features: Tensor | float = 0.0
+        if self.gradient_norm:
+            cotangent, beside = self._of_gradient_norm(split, rows, live)
+            self.beside = self.beside + beside
+        else:
+            log_n = given.log_square()
+            log_n = torch.logaddexp(log_n, torch.zeros_like(log_n)) if head.include_bias else log_n
+            none = (log_n == -math.inf) | (split.log_eps == -math.inf)
+            if name == "log_layerwise":
+                none |= self.log_square == -math.inf
+            live = live & ~none
+            if name == "log_neuronwise":
+                cotangent, beside, live = self._of_variance(split, rows, live)
+                self.beside = self.beside + beside
+            else:
+                cotangent = _of_trace(split, self.coefficient(rows, live))
+            if name == "log_layerwise":
+                self.total = self.total + self.coefficient(rows, live, 0.5 * self.log_square).sum()
+            # 2 phi/||phi||^2 in two steps: ||phi||^-2 alone may leave the range
+            half = torch.where(live, (-0.5 * log_n).exp(), 0)
+            twice = 2 * self.coefficient(rows, live, 0.5 * torch.where(live, log_n, 0))
+            d_features = (phi * half.unsqueeze(1)) * twice.unsqueeze(1)
+        if head.logits is None:
+            of_weight, of_bias = self.through_logits
+            tiles = self.plain.tiles
+            d_features = d_features + total(
+                cotangent[tile].T @ head.linear_weight.detach()[tile].to(self.wide) for tile in tiles
+            )
+            # a row left out, whatever its features, has cotangent 0 and features 0
+            self.through_logits = of_weight + cotangent @ phi, of_bias + cotangent.sum(dim=1)
+        d_features = torch.where(bad.unsqueeze(1), math.nan, d_features + torch.zeros_like(phi))
+        self.poison = self.poison + torch.where(bad, math.nan, 0).sum()
+        return d_features, torch.where(bad, math.nan, cotangent).T
 
-def _of_gradient_norm(
-    split: _Split, w: Tensor, y: Tensor, c: Tensor, live: Tensor, upstream: Tensor, logs: Tensor, ord: float
-) -> tuple[Tensor, Tensor]:
-    w, log_scale = _power_of_two_scaled(w)
-    scale = log_scale.exp()
-    cotangent, explicit = torch.zeros_like(split.z), torch.zeros_like(w)
-    for label in y[live].unique().tolist():
-        rows = ((y == label) & live).nonzero().squeeze(1)
-        about = _About(split, w, label, rows)
-        d, equal, rho, u, gradient = about.d, about.equal, about.rho, about.u, about.delta
-        if gradient.shape[1] == 0:
-            continue
-        nu = torch.linalg.vector_norm(gradient, ord=ord, dim=1, keepdim=True)
-        zero = nu == 0
-        cn = torch.where(zero, 0, c[rows].unsqueeze(1))
-        nu = torch.where(zero, 1, nu)
-        dual = torch.where(zero, 0, _dual(gradient, nu, ord))
-        share = rho.exp().unsqueeze(1)
-        p = about.part.p()
-        of_rest = u * (dual @ d.T - share * nu) / nu
-        cotangent[rows] = torch.where(cn == 0, 0, cn * torch.where(equal, -p, of_rest) / split.temperature)
+    def of_weight(self) -> tuple[Tensor, Tensor]:
+        """The gradients of W and of the bias."""
+        (of_weight, of_bias), D = self.through_logits, self.plain.D
+        beside = self.beside
+        if self.name == "log_layerwise":
+            half = torch.where(self.log_square == -math.inf, 0, (-0.5 * self.log_square).exp())
+            w = self.counted.rows(slice(None)) * self.counted.scale
+            beside = self.head.norm_power * self.total * (w * half)
+        if isinstance(beside, Tensor):
+            of_weight = of_weight + beside[:, :D]
+            if self.head.include_bias and beside.shape[1] > D:
+                of_bias = of_bias + beside[:, D]
+        return of_weight + self.poison, of_bias + self.poison
+
+    def _of_gradient_norm(self, split: Split, rows: slice, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangent of z, and the gradient of W that does not pass through z."""
+        ord, weight, T = GRADIENT_ORDS[self.name], self.plain, split.temperature
+        about = About(split, weight, self.y[rows])
+        parts = parts_of(about)
+        equal, u, log_p = about.equal, about.u, split.log_p()
+        delta = parts.delta if ord == 2 else parts.settled
+        nu = norms(delta, ord)
+        live = live & (nu != 0)
+        nu = torch.where(live, nu, 1)
+        dual = torch.where(live.unsqueeze(1), _dual(delta, nu.unsqueeze(1), ord), 0)
+        c, log_scale = self.coefficient(rows, live), weight.log_scale
+        h = parts.along(dual)
+        cotangent = c * torch.where(equal, -log_p.exp(), u * (h - about.rho.exp() * nu) / nu) / T
+        cotangent = torch.where(live, cotangent, 0)
         # a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
-        wrong = rows[~equal[split.m[rows]]]
-        top = split.m[wrong].unsqueeze(1)
-        others = cotangent[wrong].scatter(1, top, 0.0)
-        cotangent[wrong] = others.scatter(1, top, -others.sum(dim=1, keepdim=True))
-        own = torch.zeros_like(equal).index_fill_(0, torch.tensor([label], device=w.device), True)
+        others = cotangent.masked_fill(split.is_top, 0)
+        wrong = ~torch.where(split.is_top, equal, False).any(dim=0)
+        cotangent = torch.where(split.is_top & wrong, -others.sum(dim=0), cotangent)
         # c p_j/(T F) = c p_j exp(-rho)/nu of the classes whose row equals the label's: 0 for the label alone. In one
         # exponent, as p_j over F may leave the range where c is as small.
-        log_ratio = about.part.log_p() + (logs[rows] - rho).unsqueeze(1)
-        twins = torch.where(equal & ~own & ~zero, upstream[rows].unsqueeze(1) * log_ratio.exp() / nu, 0)
-        k = torch.where(equal, twins, cn * u / nu)
-        k = torch.where(own, -k.sum(dim=1, keepdim=True), k)
+        own = self.index == about.anchor
+        twin = equal & ~own & live
+        log_ratio = log_p + (self.logs[rows] - about.rho - log_scale)
+        twins = torch.where(twin, self.upstream[rows] * log_ratio.exp() / nu, 0).to(self.wide)
+        k = torch.where(equal, twins, self.coefficient(rows, live, log_scale) * u / nu)
+        k = torch.where(own, -k.sum(dim=0), k)
         largest = torch.finfo(k.dtype).max  # not inf: the product with a 0 of the direction is 0
-        explicit += k.clamp(-largest, largest).T @ dual
-    return cotangent, explicit / scale
+        return cotangent, k.clamp(-largest, largest) @ dual
+
+    def _of_variance(self, split: Split, rows: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangent of z, the gradient that does not pass through z, and the rows whose value is not 0."""
+        weight = self.counted
+        about = About(split, weight, split.m)
+        parts = parts_of(about)
+        equal, u, share, p = about.equal, about.u, about.rho.exp(), split.log_p().exp()
+        delta = parts.delta
+        moved = share.unsqueeze(1) * delta  # mean - w_m
+        inner = variance(about, self.distances)
+        live = live & ~(inner <= 0)
+        inner = torch.where(live, inner, 1)
+        c = 2 * self.coefficient(rows, live, weight.log_scale) / inner
+        beside = parts.pulled(c * u, moved) - torch.where(equal, c * p, 0) @ delta
+        of_rest = u * (parts.distances(moved) - share * inner) / inner
+        of_group = p * (share * delta.square().sum(dim=1) / inner - 1)
+        cotangent = self.coefficient(rows, live) * torch.where(equal, of_group, of_rest) / split.temperature
+        return torch.where(live, cotangent, 0), beside, live
+
+
+def _of_trace(split: Split, c: Tensor) -> Tensor:
+    q = split.q()
+    s2, bracket = q.square().sum(dim=0), split.bracket(q)
+    sum_p2 = 1 - split.eps * bracket
+    rest = 2 * q * (sum_p2 - split.eps * q)
+    top = -2 * split.p_m * (split.p_m - split.eps * s2)
+    return torch.where(c == 0, 0, torch.where(split.is_top, top, rest) * (c / (bracket * split.temperature)))
 
 
 def _dual(x: Tensor, norm: Tensor, ord: float) -> Tensor:

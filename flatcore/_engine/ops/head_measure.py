@@ -13,7 +13,7 @@ from ..reduction import Reduction, reduce, reduce_with_log_coefficient
 from ..threads import alone_after_fork
 from .head_metrics import head_metrics
 from .head_metrics_backward import head_metrics_backward, run_backward
-from .kernels import kernels_of, reference, refuse_bad_labels
+from .kernels import exact_products, kernels_of, reference, refuse_bad_labels
 
 
 class _Measure(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _Measure(torch.autograd.Function):
         if is_direct(upstream, *head.inputs):
             gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted, ctx.prepared)
         else:  # a graph is asked for, a vmap over upstreams, a trace
-            rows = upstream.to(torch.float64).expand(log_coefficient.shape)
+            rows = upstream.to(log_coefficient.dtype).expand(log_coefficient.shape)
             gradients = head_metrics_backward(rows, log_coefficient, head, ctx.field, wanted)
         return (*gradients, None, None, None)
 
@@ -48,7 +48,8 @@ def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tupl
     if kernels is not reference:
         value, log_coefficient, prepared = kernels.head_measure(head, field, how, with_coefficient)
         return value, log_coefficient, (kernels, prepared)
-    values, _ = reference.head_metrics(head, 1 << field, True)
+    with exact_products(kernels, head.features):
+        values, _ = reference.head_metrics(head, 1 << field, True)
     if with_coefficient:
         return *reduce_with_log_coefficient(values[0], how), (None, None)
     return reduce(values[0], how), None, (None, None)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference import DIFFERENTIABLE, FIELDS
+from ...reference import DIFFERENTIABLE, FIELDS, widest
 from ..direct import is_direct
 from ..head import INPUTS, SCHEMA, Head, is_double
 from ..threads import alone_after_fork
 from .batching import folded_head, heads
 from .check_head import check_head
 from .head_metrics_backward import head_metrics_backward
-from .kernels import kernels_of, refuse_bad_labels
+from .kernels import exact_products, kernels_of, refuse_bad_labels
 from .operator import Operator, caller
 
 
@@ -23,7 +23,8 @@ def _run(head: Head, fields: int, wide_result: bool) -> tuple[Tensor, Tensor]:
     """The chosen fields (K, N) and the prediction (N,), without the dispatcher."""
     kernels = kernels_of(head.features, "head_metrics", head.C)
     refuse_bad_labels(head.target, head.C, head.ignore_index, kernels)
-    return kernels.head_metrics(head, fields, wide_result)
+    with exact_products(kernels, head.features):
+        return kernels.head_metrics(head, fields, wide_result)
 
 
 def _checked(*arguments):
@@ -36,7 +37,9 @@ def _checked(*arguments):
 
 def _fake(*arguments):
     head, (fields, wide_result) = Head.split(arguments)
-    dtype = torch.float64 if wide_result or is_double(head) else torch.float32
+    dtype = widest(head.features.device) if wide_result else torch.float32
+    if is_double(head):
+        dtype = torch.float64
     values = head.features.new_empty((int(fields).bit_count(), head.N), dtype=dtype)
     return values, head.features.new_empty((head.N,), dtype=torch.int64)
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..._arguments.checks import check_device, check_matrix
-from ...reference import DIFFERENTIABLE, FIELDS
+from ...reference import DIFFERENTIABLE, FIELDS, widest
 from ..head import SCHEMA, Head
 from ..threads import alone_after_fork
 from .batching import batch_first, folded_head, heads
 from .check_head import check_head
-from .kernels import kernels_of, refuse_bad_labels
+from .kernels import exact_products, kernels_of, refuse_bad_labels
 from .operator import Operator, caller
 
 _LABELLED = tuple(name for name in DIFFERENTIABLE if "gradient" in name)
@@ -36,7 +36,8 @@ def run_backward(
     kernels = kernels_of(head.features, "head_metrics_backward")
     theirs, found = prepared
     taken_over = () if found is None or theirs is not kernels else (found,)
-    return kernels.head_metrics_backward(upstream, log_coefficient, head, field, wanted, *taken_over)
+    with exact_products(kernels, head.features):
+        return kernels.head_metrics_backward(upstream, log_coefficient, head, field, wanted, *taken_over)
 
 
 def _checked(upstream, log_coefficient, *arguments):
@@ -45,7 +46,7 @@ def _checked(upstream, log_coefficient, *arguments):
     check_matrix(upstream, "upstream", (head.N,), (torch.float32, torch.float64))
     check_device(upstream, "upstream", head.features, "features")
     if log_coefficient is not None:
-        check_matrix(log_coefficient, "log_coefficient", (head.N,), (torch.float64,))
+        check_matrix(log_coefficient, "log_coefficient", (head.N,), (torch.float64, widest(head.features.device)))
         check_device(log_coefficient, "log_coefficient", head.features, "features")
     if not 0 <= field < len(FIELDS) or FIELDS[field] not in DIFFERENTIABLE:
         raise ValueError(f"field must be that of one of {', '.join(DIFFERENTIABLE)}, got {field}")

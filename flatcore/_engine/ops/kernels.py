@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from ... import reference
 from .. import backend, cpu, cuda, device, proof
+from ..precision import full_precision
 
 KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 """The compiled kernels, by type of device."""
@@ -21,6 +23,11 @@ def kernels_of(x: Tensor, stem: str, C: int = 0) -> Any:
     if kind == "cuda" and backend.selected == "auto":
         proof.explain_absence(index)
     return reference
+
+
+def exact_products(kernels: Any, x: Tensor) -> AbstractContextManager[None]:
+    """What surrounds a call: the reference's products, which may be in float32, in full; the kernels see to theirs."""
+    return full_precision(x.device.type) if kernels is reference else nullcontext()
 
 
 def _is_proven(index: int, stem: str, C: int) -> bool:
