@@ -24,7 +24,6 @@ from flatcore._check.tolerance import assert_same, logit_error
 from flatcore._engine import chunked_cuda, paths, tiles
 from flatcore._engine import cuda as native_cuda
 from flatcore._engine.head import Head
-from flatcore._engine.memory import HeadCall
 from flatcore.reference import FIELDS
 
 WIDTH = 16
@@ -144,10 +143,10 @@ def test_launches_of_a_gradients_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_buffer_has_n_times_c_numbers_and_all_are_bounded(
     field: str, dtype: torch.dtype, narrow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a bound of 44 KiB blocks of rows follow it, in the values and in the gradient; all that was ever allocated, beside
-    results, gradients and what is made anew for each block, is within it."""
-    N, D, C, bound = 200, 8, 330, 44 << 10
+    """Blocks of rows follow the bound, in the values and in the gradient, and all buffers of a call together keep it."""
+    N, D, C, bound = 200, 8, 330, (40 if "trace" in field else 60) << 10
     monkeypatch.setattr(chunked_cuda, "WORKSPACE_BYTES", bound)
+    monkeypatch.setattr(chunked_cuda, "_SCRATCH_BYTES", 1)
     head = head_of(N, D, C, dtype, target=torch.arange(N) % C)
     index = FIELDS.index(field)
     blocks = []
@@ -168,8 +167,7 @@ def test_no_buffer_has_n_times_c_numbers_and_all_are_bounded(
         with pytest.MonkeyPatch.context() as patch:
             mode = counted(run, patch)
         assert len(blocks) > 1 and mode.largest < 4 * N * C / 8
-        scratch = chunked_cuda.explicit_slots(HeadCall(emulation.module(), head, 1 << index, 1)) * 8 * (3 * C + D + 1)
-        print(field, dtype, len(blocks), mode.buffers, results, scratch, mode.largest)
+        assert mode.buffers <= bound + results
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
@@ -367,8 +365,11 @@ def _cut_product(a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_sums_that_are_cut_off_keep_the_promise(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,100 classes that all count. Of means over them tensor cores lose 3e-5 in one product, 5e-5 with the largest pieces
-    first, and 7e-7 in slices of 512 classes with the smallest first."""
+    """4,100 classes that all count.
+
+    Of means over them tensor cores lose 3e-5 in one product, 5e-5 with the largest pieces first, and 7e-7 in slices of 512
+    classes with the smallest first.
+    """
     monkeypatch.setattr(chunked_cuda, "half_product", lambda out, a, b: out.copy_(_cut_product(a, b)))
     monkeypatch.setattr(chunked_cuda, "add_half_product", lambda out, a, b: out.add_(_cut_product(a, b)))
     C, D = 4100, 6

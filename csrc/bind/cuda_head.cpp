@@ -56,9 +56,8 @@ CudaBackwardLoop make_backward_loop(int device, uintptr_t stream, const Problem&
                                     uintptr_t centered_squares, uintptr_t found, uintptr_t tails, bool all_tails,
                                     uintptr_t row_state, uintptr_t numbers, uintptr_t mean, uintptr_t direction,
                                     uintptr_t top_row, uintptr_t top_bias, uintptr_t top, uintptr_t d_features,
-                                    uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits, uintptr_t scratch,
-                                    int64_t slots) {
-  check_size("slots", slots, 1);
+                                    uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits, uintptr_t exact,
+                                    uintptr_t scratch) {
   auto call = head_call<cuda::HeadBackwardLoop>(device, stream, problem);
   call.upstream = pointer<const double>(upstream);
   call.log_coefficient = pointer<const double>(log_coefficient);
@@ -80,7 +79,7 @@ CudaBackwardLoop make_backward_loop(int device, uintptr_t stream, const Problem&
   call.d_bias = pointer<double>(d_bias);
   call.d_logits = pointer<void>(d_logits);
   call.scratch = pointer<double>(scratch);
-  call.slots = slots;
+  call.exact = pointer<double>(exact);
   return {call};
 }
 
@@ -97,6 +96,18 @@ auto over_rows(Launch launch) {
   return [launch](const Loop& loop, int64_t first, int64_t rows) {
     check_rows(loop.call, first, rows);
     run_released([&] { return launch(loop.call, first, rows); });
+  };
+}
+
+// One of the gradient's kernels that take a tile.
+template <class Launch>
+auto over_tile(Launch launch) {
+  return [launch](const CudaBackwardLoop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes,
+                  uintptr_t z, uintptr_t g) {
+    check_rows(loop.call, first, rows);
+    check_classes(loop.call, first_class, classes);
+    const cuda::HeadBackwardTile tile{first, rows, first_class, classes, pointer<void>(z), pointer<void>(g)};
+    run_released([&] { return launch(loop.call, tile); });
   };
 }
 
@@ -213,19 +224,14 @@ void register_cuda_head(py::module_& module) {
            py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
            py::arg("found"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("numbers"),
            py::arg("mean"), py::arg("direction"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
-           py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"), py::arg("scratch"),
-           py::arg("slots"))
+           py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"), py::arg("exact"),
+           py::arg("scratch"))
       .def("rows", over_rows<CudaBackwardLoop>(&cuda::head_backward_rows), py::arg("first"), py::arg("rows"))
-      .def(
-          "tile",
-          [](const CudaBackwardLoop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes,
-             uintptr_t z, uintptr_t g) {
-            check_rows(loop.call, first, rows);
-            check_classes(loop.call, first_class, classes);
-            const cuda::HeadBackwardTile tile{first, rows, first_class, classes, pointer<void>(z), pointer<void>(g)};
-            run_released([&] { return cuda::head_backward_tile(loop.call, tile); });
-          },
-          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"), py::arg("g"))
+      .def("tile", over_tile(&cuda::head_backward_tile), py::arg("first"), py::arg("rows"), py::arg("first_class"),
+           py::arg("classes"), py::arg("z"), py::arg("g"))
+      .def("unsure_tile", over_tile(&cuda::head_backward_unsure_tile), py::arg("first"), py::arg("rows"),
+           py::arg("first_class"), py::arg("classes"), py::arg("z"), py::arg("g"))
+      .def("unsure", over_rows<CudaBackwardLoop>(&cuda::head_backward_unsure), py::arg("first"), py::arg("rows"))
       .def("tops", over_rows<CudaBackwardLoop>(&cuda::head_backward_tops), py::arg("first"), py::arg("rows"))
       .def("explicit_rows", over_rows<CudaBackwardLoop>(&cuda::head_backward_explicit), py::arg("first"),
            py::arg("rows"));

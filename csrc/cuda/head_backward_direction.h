@@ -50,4 +50,23 @@ struct Direction {
   }
 };
 
+// A row's shares of its logits, from what was kept of it. V: float where logits are used as they stand.
+template <class V>
+struct RowShares {
+  double base, inverse_sum, inverse_temperature;
+
+  __device__ __forceinline__ double share(V z) const {
+    if (!(z > -static_cast<V>(math::kInfinity))) return 0.0;
+    if constexpr (sizeof(V) == 4) {
+      return static_cast<double>(math::exp_difference_float(z, static_cast<float>(base))) * inverse_sum;
+    } else {
+      return math::exp_nonpositive((z - base) * inverse_temperature) * inverse_sum;
+    }
+  }
+};
+template <class V>
+__device__ __forceinline__ RowShares<V> shares_of(const HeadBackwardLoop& call, const math::SoftmaxTail& tail) {
+  return {tail.r == -math::kInfinity ? 0.0 : tail.r, tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0, 1.0 / call.temperature};
+}
+
 }  // namespace flatcore::cuda

@@ -1,12 +1,10 @@
-// head_metrics_backward, what single rows need beside the tiles: rows from explicit differences, where the sums over
-// u (W - center) leave too little of what they were taken from, and directions of L1 and L-infinity where a sign, or
-// which component is the largest, would come from the product's rounding.
+// head_metrics_backward: rows from explicit differences, where the sums over u (W - center) leave too little of what
+// they were taken from.
 //
-// Buffers: as cuda/head_metrics.h says. Does not synchronise. Two runs agree bit for bit: explicit rows add to W's
-// gradient, so one block does them one after the other; an unsure row has a block, and `slots` are done at a time.
-// Numerics: csrc/cuda/explicit_row.h, from float64 logits.
-// Cost: a look at each row's kind. An explicit row takes about 12 C D operations in float64, an unsure one 2 C D and C
-// for each component in question. Never run on a device yet: no figure is known.
+// Buffers: as cuda/head_metrics.h says. Does not synchronise. Two runs agree bit for bit: such rows add to W's
+// gradient, so one block does them one after the other. Numerics: csrc/cuda/explicit_row.h, from float64 logits. Cost:
+// a look at each row's kind; a row takes about 12 C D operations in float64. Never run on a device yet: no figure is
+// known.
 #include "cuda/explicit_row.h"
 #include "cuda/head_backward_direction.h"
 #include "cuda/launch.h"
@@ -14,85 +12,6 @@
 
 namespace flatcore::cuda {
 namespace {
-
-// Component d of sum_j p_j (w_j - w_y), from differences, in the scale of the row's direction; q of all classes.
-template <class V>
-__device__ __forceinline__ double exact_component(const Direction<V>& of, const double* q, int64_t d) {
-  const HeadBackwardLoop& call = of.call;
-  const double own = element(call.weight, of.y, d);
-  double sum = 0.0;
-  FLATCORE_ROLLED
-  for (int64_t j = 0; j < call.C; ++j) {
-    // GradientMix::share keeps the mix alive, which spills on sm_80
-    const double share = !of.top_label && j == of.m ? of.alpha : of.beta * q[j];
-    if (share != 0.0) sum += share * (element(call.weight, j, d) - own);
-  }
-  return sum * of.scale;
-}
-
-template <class V>
-__device__ __forceinline__ void unsure_row(const HeadBackwardLoop& call, int64_t n, int64_t i, const HeadTail& kept,
-                                           double* q) {
-  using Block = ExplicitBlock;
-  const Direction<V> of(call, n, i, true);
-  explicit_logits(call, n, q);
-  const double inverse_temperature = 1.0 / call.temperature;
-  const double base = kept.tail.r == -math::kInfinity ? 0.0 : kept.tail.r;
-  Sums<1> total{};
-  for (int64_t j = threadIdx.x; j < call.C; j += kExplicitThreads) {
-    q[j] = j == of.m ? 0.0 : math::tail_scale(q[j] < base ? q[j] : base, base, inverse_temperature);
-    total.at[0] += q[j];
-  }
-  total = Block::merged(total, AddSums{});
-  for (int64_t j = threadIdx.x; j < call.C; j += kExplicitThreads) q[j] = total.at[0] > 0.0 ? q[j] / total.at[0] : 0.0;
-  __syncthreads();
-
-  HeadBackwardRow& row = call.numbers[i];
-  V* direction = static_cast<V*>(call.direction) + i * call.D;
-  const bool one = asks_for(call, kLogGradientNorm1);
-  const double found = row.inner;
-  double largest = 0.0, ties = 1.0;
-  if (!one) {
-    for (int64_t d = threadIdx.x; d < call.D; d += kExplicitThreads) {
-      if (of.may_be_largest(d, found)) largest = LargerOf{}(largest, fabs(exact_component(of, q, d)));
-    }
-    largest = Block::merged(largest, LargerOf{});
-    Sums<1> count{};
-    for (int64_t d = threadIdx.x; d < call.D; d += kExplicitThreads) {
-      count.at[0] += of.may_be_largest(d, found) && math::is_among_largest(fabs(exact_component(of, q, d)), largest);
-    }
-    ties = Block::merged(count, AddSums{}).at[0];
-  }
-  Sums<1> own{};
-  for (int64_t d = threadIdx.x; d < call.D; d += kExplicitThreads) {
-    double along = 0.0;
-    if (one) {
-      const double value = of.value_at(d);
-      along = math::sign_of(of.is_unsure(d, fabs(value)) ? exact_component(of, q, d) : value);
-    } else if (of.may_be_largest(d, found)) {
-      const double value = exact_component(of, q, d);
-      along = math::is_among_largest(fabs(value), largest) ? math::sign_of(value) / ties : 0.0;
-    }
-    direction[d] = static_cast<V>(along);
-    own.at[0] += static_cast<double>(static_cast<V>(along)) * of.centered(of.y, d);
-  }
-  own = Block::merged(own, AddSums{});
-  if (threadIdx.x != 0) return;
-  if (!one) row.inner = largest;
-  row.own = own.at[0];
-  row.kind = kOrdinary;
-}
-
-template <class V>
-__global__ void __launch_bounds__(kExplicitThreads)
-    unsure_explicit_rows(HeadBackwardLoop call, int64_t first, int64_t rows) {
-  double* q = call.scratch + blockIdx.x * head_backward_scratch(call.C, call.D);
-  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
-    if (call.numbers[i].kind != kUnsure) continue;
-    __syncthreads();  // all have read the kind, and the scratch is written again
-    unsure_row<V>(call, first + i, i, call.tails[(call.all_tails ? first : 0) + i], q);
-  }
-}
 
 // A row from explicit differences to the row of W of the top class (neuronwise) or of the label: all that it adds. By
 // one block, rows one after the other.
@@ -228,14 +147,6 @@ __global__ void __launch_bounds__(kExplicitThreads) explicit_rows(HeadBackwardLo
 }
 
 }  // namespace
-
-Launched head_backward_unsure(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
-  const char* what = "head_backward_unsure";
-  const unsigned grid = grid_for(call.slots < rows ? call.slots : rows);
-  return call.double_compute
-             ? launch(what, call.stream, grid, kExplicitThreads, &unsure_explicit_rows<double>, call, first, rows)
-             : launch(what, call.stream, grid, kExplicitThreads, &unsure_explicit_rows<float>, call, first, rows);
-}
 
 Launched head_backward_explicit(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
   if (rows == 0) return {};

@@ -15,6 +15,11 @@ struct HeadCall : HeadProblem {
   Stream stream = nullptr;
 };
 
+// Whether logits are used as the product left them: float32's exponentials are right for those.
+inline bool used_as_they_stand(const HeadProblem& problem) {
+  return problem.temperature == 1.0 && (problem.bias == nullptr || problem.logits.data != nullptr);
+}
+
 // Properties of W alone, for small and large heads.
 struct HeadWeights : HeadCall {
   double* workspace = nullptr;         // head_weights_workspace doubles
@@ -143,8 +148,8 @@ struct HeadBackwardLoop : HeadCall {
   void* d_weight = nullptr;    // (C, D), contiguous; or null
   double* d_bias = nullptr;    // (C,)
   void* d_logits = nullptr;    // (N, C), contiguous: given logits only
-  double* scratch = nullptr;   // slots of head_backward_scratch doubles
-  int64_t slots = 0;
+  double* exact = nullptr;     // (rows of a block, D): components of an unsure direction; L1 and L-infinity only
+  double* scratch = nullptr;   // head_backward_scratch doubles
 };
 // Doubles for a row that is done from explicit differences.
 FLATCORE_INLINE int64_t head_backward_scratch(int64_t C, int64_t D) { return 3 * C + D + 1; }
@@ -154,11 +159,12 @@ struct HeadBackwardTile {
   int64_t first_class = 0;
   int64_t classes = 0;
   void* z = nullptr;  // (rows, padded_classes), compute type: in, logits; out, factors of the directions
-  void* g = nullptr;  // the same: in, direction (2^e W - center)^T; out, dL/dz; z itself for the trace
+  void* g = nullptr;  // the same: in, direction (2^e W - center)^T; out, dL/dz; z itself for the trace; unsure: unused
 };
-// A row's c, its direction, and the part of its features' gradient that does not pass through the logits. The
-// directions of L1 and L-infinity that it leaves open are for head_backward_unsure, which it launches.
+// A row's c, its direction, and the part of its features' gradient that does not pass through the logits.
 Launched head_backward_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows);
+// Directions of L1 and L-infinity that it leaves unsure: their components over the tiles, z again, then the directions.
+Launched head_backward_unsure_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile);
 Launched head_backward_unsure(const HeadBackwardLoop& call, int64_t first, int64_t rows);
 Launched head_backward_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile);
 // After the last tile: what the top classes gain by themselves.

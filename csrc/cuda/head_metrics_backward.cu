@@ -182,21 +182,6 @@ __global__ void __launch_bounds__(kThreads) backward_directions(HeadBackwardLoop
   }
 }
 
-// A row's factors, from what was kept of it. V: float where logits are used as they stand.
-template <class V>
-struct RowShares {
-  double base, inverse_sum, inverse_temperature;
-
-  __device__ __forceinline__ double share(V z) const {
-    if (!(z > -static_cast<V>(math::kInfinity))) return 0.0;
-    if constexpr (sizeof(V) == 4) {
-      return static_cast<double>(math::exp_difference_float(z, static_cast<float>(base))) * inverse_sum;
-    } else {
-      return math::exp_nonpositive((z - base) * inverse_temperature) * inverse_sum;
-    }
-  }
-};
-
 template <class Z, class V, int width>
 __global__ void __launch_bounds__(kThreads) backward_tile(HeadBackwardLoop call, HeadBackwardTile tile) {
   using Group = Team<width>;
@@ -217,8 +202,7 @@ __global__ void __launch_bounds__(kThreads) backward_tile(HeadBackwardLoop call,
     const bool live = row.c != 0.0 && row.kind == kOrdinary;
     const Z dead = static_cast<Z>(row.kind == kPoisoned ? kNan : 0.0);
     const double* bias = call.bias != nullptr && call.logits.data == nullptr ? call.bias + tile.first_class : nullptr;
-    const RowShares<V> shares{tail.r == -math::kInfinity ? 0.0 : tail.r, tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0,
-                              inverse_temperature};
+    const RowShares<V> shares = shares_of<V>(call, tail);
     const double scale = row.c * inverse_temperature, inverse = 1.0 / row.inner;
     const int64_t top = state.m - tile.first_class;  // may lie outside
     const auto trace =
@@ -280,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) backward_tile(HeadBackwardLoop call,
 // What row `top` of W gains by itself, and the bias and the features with it. A block per row; of the rows with one top
 // class the first adds what all of them give, in their order: no atomics, whatever the order of the blocks.
 template <class V>
-__global__ void __launch_bounds__(kThreads) backward_tops(HeadBackwardLoop call, int64_t first, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 2) backward_tops(HeadBackwardLoop call, int64_t first, int64_t rows) {
   const bool gradient = is_gradient(call), given = call.logits.data != nullptr;
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t m = call.top[i];
@@ -334,13 +318,8 @@ Launched run_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile) {
 
 template <class V>
 Launched run_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
-  const char* what = "head_backward_rows";
-  if ((call.fields & kWeightFields) == 0) {
-    return launch(what, call.stream, grid_for(rows), kThreads, &backward_rows<V>, call, first, rows);
-  }
-  const Launched done = launch(what, call.stream, grid_for(rows), kThreads, &backward_directions<V>, call, first, rows);
-  if (done.error != nullptr || !is_gradient(call) || asks_for(call, kLogGradientNorm)) return done;
-  return head_backward_unsure(call, first, rows);
+  const auto kernel = (call.fields & kWeightFields) != 0 ? &backward_directions<V> : &backward_rows<V>;
+  return launch("head_backward_rows", call.stream, grid_for(rows), kThreads, kernel, call, first, rows);
 }
 
 }  // namespace
@@ -357,8 +336,7 @@ Launched head_backward_tile(const HeadBackwardLoop& call, const HeadBackwardTile
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "head_backward_tile: the device");
   if (call.double_compute) return run_tile<double, double>(call, tile);
-  const bool as_they_stand = call.temperature == 1.0 && (call.bias == nullptr || call.logits.data != nullptr);
-  return as_they_stand ? run_tile<float, float>(call, tile) : run_tile<float, double>(call, tile);
+  return used_as_they_stand(call) ? run_tile<float, float>(call, tile) : run_tile<float, double>(call, tile);
 }
 
 Launched head_backward_tops(const HeadBackwardLoop& call, int64_t first, int64_t rows) {

@@ -373,8 +373,7 @@ Launched run(const HeadLoop& call, const HeadTile& tile) {
 template <bool weights>
 Launched run(const HeadLoop& call, const HeadTile& tile) {
   if (call.double_compute) return run<double, double, weights>(call, tile);
-  const bool as_they_stand = call.temperature == 1.0 && (call.bias == nullptr || call.logits.data != nullptr);
-  return as_they_stand ? run<float, float, weights>(call, tile) : run<float, double, weights>(call, tile);
+  return used_as_they_stand(call) ? run<float, float, weights>(call, tile) : run<float, double, weights>(call, tile);
 }
 
 }  // namespace

@@ -122,7 +122,11 @@ class Forward:
         width = padded(order.width)
         self.ld = padded(D)
         copies = self.pieces * min(width, core.HEAD_PIECE_CLASSES) * self.ld if self.pieces else 0
-        fixed = known.nbytes + (0 if self.in_halves else self.plain.nbytes) + 2 * copies
+        slots = max(1, min(_MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
+        scratch = max(16 * slots * call.C, 8 * core.cuda_head_backward_scratch(call.C, D))
+        fixed = (
+            known.nbytes + (scratch if self.weights else 0) + (0 if self.in_halves else self.plain.nbytes) + 2 * copies
+        )
         fixed += self.centered.nbytes if self.weights and not self.pieces else 0
         per_row = core.HEAD_ROW_BYTES + core.HEAD_TAIL_BYTES + 1
         per_row += itemsize * width if self.weights or not self.given else 0

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import FIELDS
 from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE
-from .chunked_cuda import Forward, Kept, explicit_slots, padded
+from .chunked_cuda import Forward, Kept, padded
 from .memory import HeadCall, address
 from .precision import full_precision
 from .reduction import derivative
+
+SIGNS = sum(1 << FIELDS.index(name) for name in ("log_feature_gradient_norm_1", "log_feature_gradient_norm_inf"))
+"""Measures whose gradient is made of signs: another sweep over the tiles makes sure of those."""
 
 
 def head_metrics_backward(
@@ -69,6 +73,8 @@ class _Backward:
         per_row = (
             core.HEAD_BACKWARD_ROW_BYTES + 16 + itemsize * (width * (1 + self.weights) + D * (1 + 2 * self.weights))
         )
+        self.signs = bool(call.fields & SIGNS)
+        per_row += 8 * D if self.signs else 0
         # of W's pieces the means would be about its raw rows: the gradient takes the centered ones
         self.forward = forward = Forward(core, where, call, per_row, kept, in_pieces=False)
         self.known = known = forward.known
@@ -83,15 +89,16 @@ class _Backward:
         self.top: Any = call.empty(rows, dtype=torch.int64) if self.weights else None
         self.rows_of_weight: Any = call.empty(C).zero_() if self.neuronwise else None
         self.poison, self.share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
-        slots = explicit_slots(call)
-        scratch = call.empty(slots * core.cuda_head_backward_scratch(C, D)) if self.weights else None
-        self._addresses = upstream, log_coefficient, scratch  # what the loop has the addresses of
+        exact = call.empty(rows, D) if self.signs else None
+        scratch = call.empty(core.cuda_head_backward_scratch(C, D)) if self.weights else None
+        self._addresses = upstream, log_coefficient, exact, scratch  # what the loop has the addresses of
         self.loop = core.HeadBackwardLoop(
             *where, call.problem, upstream.data_ptr(), address(log_coefficient), known.summary.data_ptr(),
             address(known.center), address(known.squares), address(known.found), forward.tails.data_ptr(),
             forward.all_tails, forward.state.data_ptr(), self.numbers.data_ptr(), address(forward.mean),
             address(self.direction), address(self.top_row), address(self.top_bias), address(self.top),
-            address(d_features), address(d_weight), address(d_bias), address(d_logits), address(scratch), slots,
+            address(d_features), address(d_weight), address(d_bias), address(d_logits), address(exact),
+            address(scratch),
         )  # fmt: skip
 
     def block(self, first: int, rows: int) -> None:
@@ -113,14 +120,15 @@ class _Backward:
         if not given and self.d_weight is not None:
             # a row that adds nothing stays out, whatever stands in it
             kept = self.head.features[here].to(self.dtype).masked_fill((self.c[here] == 0).unsqueeze(1), 0)
+        if self.signs:
+            for start, stop in self.known.order.tiles():
+                z = self.logits(x, here, start, stop)
+                self.loop.unsure_tile(first, rows, start, stop - start, z.data_ptr(), 0)
+            self.loop.unsure(first, rows)
         for start, stop in self.known.order.tiles():
             classes, width = stop - start, padded(stop - start)
-            z = self.z[: rows * width].view(rows, width)[:, :classes]
+            z = self.logits(x, here, start, stop)
             g = self.g[: rows * width].view(rows, width)[:, :classes]
-            if x is None:
-                z.copy_(self.head.logits[here, start:stop])
-            else:
-                forward.logits_into(z, x, start, stop)
             if self.weights:
                 forward.centered.multiply(g, self.direction[:rows], start, stop)
             self.loop.tile(first, rows, start, classes, z.data_ptr(), g.data_ptr())
@@ -141,6 +149,16 @@ class _Backward:
         if self.weights:
             self.loop.tops(first, rows)
             self.loop.explicit_rows(first, rows)
+
+    def logits(self, x: Tensor | None, here: slice, start: int, stop: int) -> Tensor:
+        """A tile of logits: multiplied, or copied from where they were given."""
+        rows, width = here.stop - here.start, padded(stop - start)
+        z: Tensor = self.z[: rows * width].view(rows, width)[:, : stop - start]
+        if x is None:
+            z.copy_(self.head.logits[here, start:stop])
+        else:
+            self.forward.logits_into(z, x, start, stop)
+        return z
 
     def finish(self) -> None:
         """What comes once for all rows: W's own part, and the poison."""
