@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import flatcore
 from flatcore._check.tolerance import assert_same, logit_error
-from flatcore._engine import chunked_cuda, paths, tiles
+from flatcore._engine import chunked_cuda, chunked_cuda_backward, paths, tiles
 from flatcore._engine import cuda as native_cuda
 from flatcore._engine.head import Head
+from flatcore._engine.memory import HeadCall
 from flatcore.reference import FIELDS
 
 WIDTH = 16
@@ -170,6 +171,40 @@ def test_no_buffer_has_n_times_c_numbers_and_all_are_bounded(
         assert mode.buffers <= bound + results
 
 
+@pytest.mark.parametrize("gradient", (False, True))
+@pytest.mark.parametrize(
+    ("D", "C", "dtype", "least"),
+    (
+        (640, 100, torch.float32, 16_384),  # narrow heads: blocks as long as the tile's bytes allow
+        (2048, 1000, torch.float32, 4096),
+        (4096, 128_256, torch.bfloat16, 1024),
+        (4096, 128_256, torch.float32, 1024),
+        (8192, 256_000, torch.float64, 256),
+    ),
+)
+def test_rows_of_a_block(D: int, C: int, dtype: torch.dtype, least: int, gradient: bool) -> None:
+    """Enough for a product to take longer than reading W for it, and a tile of logits that the cache holds."""
+    core = emulation.module()
+    features, weight = torch.zeros(1, D, dtype=dtype), torch.zeros(1, 1, dtype=dtype).expand(C, D)
+    for field in (TRACE, NEURONWISE):
+        call = HeadCall(core, Head(features, weight), field, 1)
+        known = chunked_cuda.Weights(core, (0, 0), HeadCall(core, Head(features, weight), TRACE, 1))
+        if field == NEURONWISE:  # what is found of W would take a minute here; its size counts
+            known.center, known.squares = torch.zeros(D + 1), torch.zeros(C)
+            known.nbytes = 8 * core.cuda_head_weights_workspace(D, C) + 40 * C
+        kept = chunked_cuda.Kept(known, None, None, 0)
+        call.prepared = kept
+        if gradient:
+            one = torch.ones(1, dtype=torch.float64)
+            forward = chunked_cuda_backward._Backward(core, (0, 0), call, one, None, None, None, None, None).forward
+        else:
+            forward = chunked_cuda.Forward(core, (0, 0), call, kept=kept)
+        assert forward.block >= (least // 2 if gradient else least), field
+        itemsize = call.dtype.itemsize
+        assert forward.block * forward.known.order.width * itemsize <= 16 << 20
+        assert forward.known.order.width * itemsize <= core.HEAD_TILE_BYTES
+
+
 # -------------------------------------------------------------------------------------------------------------- tiles
 def case(N: int, D: int, C: int, seed: int = 0, **changes: Any) -> Case:
     g = torch.Generator().manual_seed(seed)
@@ -236,7 +271,7 @@ def test_many_equal_rows_in_one_tile(dtype: torch.dtype) -> None:
 def test_one_row_and_more_rows_than_a_block(
     N: int, dtype: torch.dtype, narrow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "block_rows", lambda bytes_per_row, fixed, workspace: 16)
+    monkeypatch.setattr(tiles, "block_rows", lambda *_: 16)
     checked(case(N, 6, 2 * WIDTH + 3), dtype)
 
 
@@ -281,7 +316,7 @@ def test_a_gradient_by_tiles_and_blocks_is_that_of_the_formula(
             value = flatcore.relative_flatness(x, w, y, linear_bias=b, measure=measure, include_bias=True)
         return torch.autograd.grad(value, (x, w, b))
 
-    monkeypatch.setattr(tiles, "block_rows", lambda bytes_per_row, fixed, workspace: 16)
+    monkeypatch.setattr(tiles, "block_rows", lambda *_: 16)
     got = gradients()
     with flatcore.backend("reference"):
         want = gradients()

@@ -200,7 +200,7 @@ void register_cuda_head(py::module_& module) {
   module.attr("HEAD_TILE_BYTES") = cuda::kHeadTileBytes;
   module.attr("HEAD_PIECE_CLASSES") = cuda::kPieceClasses;
   module.def("cuda_head_backward_scratch", &cuda::head_backward_scratch, py::arg("C"), py::arg("D"));
-  py::class_<CudaLoop>(module, "HeadLoop", py::module_local())
+  py::class_<CudaLoop>(module, "HeadLoop")
       .def(py::init(&make_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("summary"),
            py::arg("center"), py::arg("centered_squares"), py::arg("order"), py::arg("runs"), py::arg("found"),
            py::arg("pieces"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("mean"),
@@ -219,7 +219,7 @@ void register_cuda_head(py::module_& module) {
           py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"),
           py::arg("z_stride"), py::arg("shares"))
       .def("values", over_rows<CudaLoop>(&cuda::head_loop_values), py::arg("first"), py::arg("rows"));
-  py::class_<CudaBackwardLoop>(module, "HeadBackwardLoop", py::module_local())
+  py::class_<CudaBackwardLoop>(module, "HeadBackwardLoop")
       .def(py::init(&make_backward_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("upstream"),
            py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
            py::arg("found"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("numbers"),

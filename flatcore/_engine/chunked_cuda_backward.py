@@ -71,7 +71,7 @@ class _Backward:
         width = padded(min(C, core.HEAD_TILE_BYTES // itemsize))
         # z where the values' loop needs none, g, direction, top_row, and the features in the compute type
         per_row = (
-            core.HEAD_BACKWARD_ROW_BYTES + 16 + itemsize * (width * (1 + self.weights) + D * (1 + 2 * self.weights))
+            core.HEAD_BACKWARD_ROW_BYTES + 16 + itemsize * (width * (1 + self.weights) + D * (2 + 2 * self.weights))
         )
         self.signs = bool(call.fields & SIGNS)
         per_row += 8 * D if self.signs else 0

@@ -32,10 +32,12 @@ def padded(rows: int) -> int:
     return -(-rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
 
 
-def block_rows(bytes_per_row: int, fixed: int, workspace: int = WORKSPACE_BYTES - _LIBRARY_BYTES) -> int:
+def block_rows(
+    bytes_per_row: int, fixed: int, workspace: int = WORKSPACE_BYTES - _LIBRARY_BYTES, most: int = _BLOCK_ROWS
+) -> int:
     """The rows of a block, a multiple of what the library is given at once."""
     fit = (workspace - fixed) // bytes_per_row
-    return max(_ROWS_AT_ONCE, min(_BLOCK_ROWS, fit) // _ROWS_AT_ONCE * _ROWS_AT_ONCE)
+    return max(_ROWS_AT_ONCE, min(most, fit) // _ROWS_AT_ONCE * _ROWS_AT_ONCE)
 
 
 class Order:
