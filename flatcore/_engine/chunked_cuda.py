@@ -105,9 +105,12 @@ class Forward:
 
     def __init__(
         self, core: Any, where: tuple[int, int], call: HeadCall, also_per_row: int = 0, kept: Kept | None = None,
-        in_pieces: bool = True,
+        for_gradient: bool = False,
     ):  # fmt: skip
-        """``also_per_row``: bytes of the caller's own buffers. ``kept``: the values' loop, for the gradient of its call."""
+        """``also_per_row``: bytes of the caller's own buffers. ``kept``: the values' loop, for the gradient of its call.
+
+        ``for_gradient``: not in pieces, whose sums would be about W's raw rows: the gradient takes the centered ones.
+        """
         self.core, self.call, self.N, self.D = core, call, call.N, call.D
         self.known = known = kept.known if kept is not None else Weights(core, where, call)
         head: Any = call.head
@@ -118,7 +121,7 @@ class Forward:
         self.borrowed = self.given and head.logits.dtype == dtype and head.logits.stride(1) == 1
         halves = W.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
         self.in_halves = halves and head.features.dtype == W.dtype and not self.given
-        self.pieces = _PIECES[W.dtype] if halves and self.weights and in_pieces else 0
+        self.pieces = _PIECES[W.dtype] if halves and self.weights and not for_gradient else 0
         self.plain = Rows(W, dtype, order, 1.0, None)
         center = known.center[:D] if self.weights else None
         self.centered = Rows(W, dtype, order, known.scale, center) if self.weights else self.plain
@@ -127,9 +130,8 @@ class Forward:
         copies = self.pieces * min(width, core.HEAD_PIECE_CLASSES) * self.ld if self.pieces else 0
         slots = max(1, min(_MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
         scratch = max(16 * slots * call.C, 8 * core.cuda_head_backward_scratch(call.C, D))
-        fixed = (
-            known.nbytes + (scratch if self.weights else 0) + (0 if self.in_halves else self.plain.nbytes) + 2 * copies
-        )
+        fixed = known.nbytes + (scratch if self.weights else 0) + 2 * copies
+        fixed += 0 if self.in_halves and not for_gradient else self.plain.nbytes
         fixed += self.centered.nbytes if self.weights and not self.pieces else 0
         per_row = core.HEAD_ROW_BYTES + core.HEAD_TAIL_BYTES + 1
         per_row += itemsize * width if self.weights or not self.given else 0

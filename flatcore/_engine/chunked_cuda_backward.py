@@ -75,8 +75,7 @@ class _Backward:
         )
         self.signs = bool(call.fields & SIGNS)
         per_row += 8 * D if self.signs else 0
-        # of W's pieces the means would be about its raw rows: the gradient takes the centered ones
-        self.forward = forward = Forward(core, where, call, per_row, kept, in_pieces=False)
+        self.forward = forward = Forward(core, where, call, per_row, kept, for_gradient=True)
         self.known = known = forward.known
         rows = min(call.N, forward.block)
         width = padded(known.order.width)

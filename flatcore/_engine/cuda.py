@@ -97,7 +97,7 @@ def head_metrics_backward(
     wanted: Sequence[bool],
     prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Run the kernels of this stem: a gradient of any head goes by chunks."""
+    """Run the kernels of this stem: a gradient of any head goes by tiles."""
     call = HeadCall(cuda_module(), head, 1 << field, 1)
     call.prepared = prepared
     N, D, C = call.N, call.D, call.C

@@ -136,14 +136,16 @@ class Rows:
         D, width = weight.shape[1], TILE_CLASSES if order is None else order.width
         self.columns = max(1, min(D, max(64, _COPY_BYTES // (width * dtype.itemsize)))) if self.copies else max(1, D)
         self.nbytes = width * self.columns * dtype.itemsize if self.copies else 0
-        self._buffer = weight.new_empty(self.nbytes // dtype.itemsize, dtype=dtype) if self.copies else None
+        self._buffer: Tensor | None = None  # made when it is first needed
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
         """First column, the one behind the last, and (stop - start, columns) of scale W - center."""
         D = self.weight.shape[1]
-        if self._buffer is None:
+        if not self.copies:
             yield 0, D, self.weight[start:stop]
             return
+        if self._buffer is None:
+            self._buffer = self.weight.new_empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
         index = None if self.classes is None else self.classes[start:stop]
         for first in range(0, max(D, 1), self.columns):
             last = min(D, first + self.columns)
