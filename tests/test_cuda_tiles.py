@@ -257,7 +257,24 @@ def test_equal_rows_across_tiles(kind: str, dtype: torch.dtype, narrow: None) ->
     checked(case(4, D, C, weight=weight), dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("width", (64, 2048))
+@pytest.mark.parametrize(("seed", "scale"), ((6, 1), (11, 16)))
+def test_terms_that_are_equal_do_not_round_to_one_side(
+    seed: int, scale: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse head: term by term neuronwise would be 9e-5 off (seed 6), a gradient norm 1.6e-5 (seed 11)."""
+    monkeypatch.setattr(tiles, "TILE_CLASSES", width)
+    g = torch.Generator().manual_seed(seed)
+    w = (torch.randint(-4, 5, (600, 3), generator=g) * (torch.rand(600, 3, generator=g) < 0.03)).float()
+    x, y = (torch.randint(-4, 5, (6, 3), generator=g) / scale).float(), torch.arange(6)
+    got = flatcore.head_metrics(x, w, y)
+    with flatcore.backend("reference"):
+        want = flatcore.head_metrics(x.double(), w.double(), y)
+    for name in ("log_neuronwise", "log_feature_gradient_norm"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=4 * 2.0**-24, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_many_equal_rows_in_one_tile(dtype: torch.dtype) -> None:
     """600 rows of zeros, each with a share: their sum has the rounding of one number, and float16 does not overflow."""
     C, D = 640, 6
