@@ -6,6 +6,7 @@
 #include "element.h"
 #include "math/norms.h"
 #include "math/portable.h"
+#include "math/softmax_tail.h"
 
 namespace flatcore {
 
@@ -65,13 +66,23 @@ FLATCORE_INLINE Label label_of(const HeadProblem& problem, int64_t n) {
   return y >= 0 && y < problem.C ? Label::kValid : Label::kBad;
 }
 
-// Large heads: numbers of a row kept between the kernels around the library's products.
+// Large heads: a row's statistics over the classes met so far, from one tile of classes to the next.
+struct HeadTail {
+  math::SoftmaxTail tail;  // u1 is NaN for a row that is not to be trusted
+  double own;              // logit of the label
+  // over the shares as stored, relative to the best logit but one: of u_j, u_j ||2^e w_j - center||^2 and
+  // u_j (2^e b_j - center_b)
+  double share_sum, square_sum, bias_sum;
+  double log_n;
+};
+
+// Numbers of a row after the last tile, kept between the kernels around the library's products.
 struct HeadRow {
-  double t, r, log1p_tau, eps, log_eps, confidence, log_n;
+  double log1p_tau, eps, log_eps, confidence, log_n;
   double square_mean;  // sum_j q_j ||2^e w_j - center||^2, if centered_squares is given
   double bias_mean;    // sum_j q_j (2^e b_j - center_b), 0 unless include_bias
   int64_t m;           // top class, kNoClass for a poisoned row
-  // Sum of the q_j as they were stored. On the CPU the two means above are divided by it: the weights are those of the
+  // Sum of the shares as they were stored, by which the two means above are divided: the weights are those of the
   // product to the last bit, so that their rounding is a change of each p_j by 2^-24 and no more, however much of the
   // variance cancels.
   double q_sum;
@@ -85,7 +96,11 @@ struct HeadBackwardRow {
   double bias;        // the direction's entry for the bias's column
   double delta2;      // ||w_m - w_q||^2
   int64_t kind;       // a RowKind
+  double own;         // a gradient norm's direction times the label's row of W, about the center
+  double others;      // sum of dL/dz over the classes met so far apart from the top one
 };
-enum RowKind : int64_t { kOrdinary = 0, kPoisoned = 1, kExplicit = 2 };  // explicit: from differences of rows of W
+// Explicit: from differences of rows of W. Unsure (CUDA, until its direction is there): signs, or which component is
+// the largest, may be a product's rounding.
+enum RowKind : int64_t { kOrdinary = 0, kPoisoned = 1, kExplicit = 2, kUnsure = 3 };
 
 }  // namespace flatcore

@@ -10,102 +10,79 @@ HEAD_BACKWARD_ROW_BIAS: Final[int]
 HEAD_BACKWARD_ROW_BYTES: Final[int]
 HEAD_BACKWARD_ROW_C: Final[int]
 HEAD_BACKWARD_ROW_KIND: Final[int]
+HEAD_BACKWARD_ROW_OTHERS: Final[int]
+HEAD_PIECE_CLASSES: Final[int]
 HEAD_ROW_BYTES: Final[int]
+HEAD_TAIL_BYTES: Final[int]
+HEAD_TILE_BYTES: Final[int]
 ORDINARY_ROW: Final[int]
 POISONED_ROW: Final[int]
 
 _Matrix = tuple[int, int, int, int]
 
+class HeadLoop:
+    def __init__(
+        self,
+        device: int,
+        stream: int,
+        problem: HeadProblem,
+        summary: int,
+        center: int,
+        centered_squares: int,
+        order: int,
+        runs: int,
+        found: int,
+        pieces: int,
+        tails: int,
+        all_tails: bool,
+        row_state: int,
+        mean: int,
+        special: int,
+    ) -> None: ...
+    def start(self, first: int, rows: int) -> None: ...
+    def statistics(
+        self, first: int, rows: int, first_class: int, classes: int, z: int, z_stride: int, shares: int
+    ) -> None: ...
+    def values(self, first: int, rows: int) -> None: ...
+
+class HeadBackwardLoop:
+    def __init__(
+        self,
+        device: int,
+        stream: int,
+        problem: HeadProblem,
+        upstream: int,
+        log_coefficient: int,
+        summary: int,
+        center: int,
+        centered_squares: int,
+        found: int,
+        tails: int,
+        all_tails: bool,
+        row_state: int,
+        numbers: int,
+        mean: int,
+        direction: int,
+        top_row: int,
+        top_bias: int,
+        top: int,
+        d_features: int,
+        d_weight: int,
+        d_bias: int,
+        d_logits: int,
+        exact: int,
+        scratch: int,
+    ) -> None: ...
+    def rows(self, first: int, rows: int) -> None: ...
+    def tile(self, first: int, rows: int, first_class: int, classes: int, z: int, g: int) -> None: ...
+    def unsure_tile(self, first: int, rows: int, first_class: int, classes: int, z: int, g: int) -> None: ...
+    def unsure(self, first: int, rows: int) -> None: ...
+    def tops(self, first: int, rows: int) -> None: ...
+    def explicit_rows(self, first: int, rows: int) -> None: ...
+
 def cuda_architectures() -> str: ...
 def cuda_device(index: int) -> tuple[int, bool, str]: ...
-def cuda_head_chunk_cotangent(
-    device: int,
-    stream: int,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    upstream: int,
-    log_coefficient: int,
-    q: int,
-    g: int,
-    summary: int,
-    center: int,
-    centered_squares: int,
-    row_state: int,
-    numbers: int,
-    d_features: int,
-    d_weight: int,
-    d_bias: int,
-    scratch: int,
-) -> None: ...
-def cuda_head_chunk_directions(
-    device: int,
-    stream: int,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    upstream: int,
-    log_coefficient: int,
-    summary: int,
-    center: int,
-    row_state: int,
-    numbers: int,
-    mean: int,
-    direction: int,
-    q: int,
-    top_row: int,
-    top_bias: int,
-    top: int,
-    runs: int,
-) -> None: ...
-def cuda_head_chunk_merge(
-    device: int,
-    stream: int,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    q: int,
-    merged: int,
-    q_pieces: int,
-    pieces: int,
-    order: int,
-    runs: int,
-    repeated: int,
-    summary: int,
-    center: int,
-    centered_squares: int,
-    row_state: int,
-) -> None: ...
-def cuda_head_chunk_statistics(
-    device: int,
-    stream: int,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    z: int,
-    z_stride: int,
-    q: int,
-    q_pieces: int,
-    pieces: int,
-    summary: int,
-    center: int,
-    centered_squares: int,
-    row_state: int,
-) -> None: ...
-def cuda_head_chunk_weights(
-    device: int,
-    stream: int,
-    problem: HeadProblem,
-    first: int,
-    rows: int,
-    q_pieces: int,
-    summary: int,
-    center: int,
-    row_state: int,
-    mean: int,
-    special: int,
-    runs: int,
-) -> None: ...
+def cuda_head_backward_scratch(C: int, D: int) -> int: ...
 def cuda_head_explicit(
     device: int,
     stream: int,
@@ -129,10 +106,21 @@ def cuda_head_metrics(
     special: int,
 ) -> None: ...
 def cuda_head_packing(problem: HeadProblem) -> tuple[int, int]: ...
-def cuda_head_repeat_joins(
-    device: int, stream: int, problem: HeadProblem, keys: int, order: int, joins: int
+def cuda_head_repeat_keys(
+    device: int, stream: int, problem: HeadProblem, tile_classes: int, positions: int, keys: int
 ) -> None: ...
-def cuda_head_repeat_keys(device: int, stream: int, problem: HeadProblem, summary: int, keys: int) -> None: ...
+def cuda_head_repeat_runs(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    tile_classes: int,
+    positions: int,
+    keys: int,
+    order: int,
+    joins: int,
+    runs: int,
+    found: int,
+) -> None: ...
 def cuda_head_weights(
     device: int,
     stream: int,

@@ -62,9 +62,13 @@ def module() -> ModuleType:
     return found
 
 
-def _half_product(a: Tensor, b: Tensor) -> Tensor:
+def _half_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """What the library does on a device; on the CPU it has no such product."""
-    return a.float() @ b.float()
+    torch.mm(a.float(), b.float(), out=out)
+
+
+def _add_half_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    out.addmm_(a.float(), b.float())
 
 
 @contextmanager
@@ -77,6 +81,7 @@ def emulated(order: str = "forwards") -> Iterator[None]:
             (_native_cuda, "cuda_module", lambda: core),
             (_native_cuda, "stream", lambda x: (0, 0)),
             (chunked_cuda, "half_product", _half_product),
+            (chunked_cuda, "add_half_product", _add_half_product),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.dict(kernels.KERNELS, cpu=_native_cuda))

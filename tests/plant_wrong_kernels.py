@@ -27,6 +27,7 @@ _BACKWARD = ("tests/test_head_metrics_backward.py", "-k", "gradcheck and fused a
 _FUSED = (*_VALUES, "-k", "fused and not cuda")
 _CHUNKED = (*_VALUES, "-k", "chunked and not cuda")
 _CUDA = (*_VALUES, "--emulate-all", "-k", "cuda")
+_CUDA_TILES = ("tests/test_cuda_tiles.py",)
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,37 @@ PLANTS = (
     Plant(
         "CUDA: u of the rest not rescaled",
         "csrc/cuda/head_metrics_chunk.cu",
-        "u1 = u1 * f + 1.0;",
-        "u1 = u1 + 1.0;",
-        _CUDA,
+        "both.u1 = before.u1 * factor + joins",
+        "both.u1 = before.u1 + joins",
+        _CUDA_TILES,
+    ),
+    Plant(
+        "CUDA: the product's sums not rescaled",
+        "csrc/cuda/head_metrics_chunk.cu",
+        "Z value = mean[d] * common;",
+        "Z value = mean[d];",
+        _CUDA_TILES,
+    ),
+    Plant(
+        "CUDA: a top class that is overtaken left out of the sums",
+        "csrc/cuda/head_metrics_chunk.cu",
+        "        if (share != Z{}) {  // the top class",
+        "        if (share > Z{1}) {  // the top class",
+        _CUDA_TILES,
+    ),
+    Plant(
+        "CUDA: shares of equal rows left apart",
+        "csrc/cuda/head_repeats.cu",
+        "call.found[kRepeated] = repeated != 0 ? 1 : 0;",
+        "call.found[kRepeated] = 0;",
+        _CUDA_TILES,
+    ),
+    Plant(
+        "CUDA: of the rows with one top class the first alone adds to W's gradient",
+        "csrc/cuda/head_metrics_backward.cu",
+        "for (int64_t k = i; k < rows; ++k) {\n        if (!adds(k)) continue;",
+        "for (int64_t k = i; k < i + 1; ++k) {\n        if (!adds(k)) continue;",
+        ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
     Plant(
         "CUDA: one lane's share dropped in the fold",
@@ -222,9 +251,9 @@ PLANTS = (
         _CUDA,
     ),
     Plant(
-        "CUDA: no barrier before q overwrites the target's logit",
+        "CUDA: no barrier before the shares of equal rows are read",
         "csrc/cuda/head_metrics_chunk.cu",
-        "    Group::sync();  // z_y is read before q overwrites it\n",
+        "        Group::sync();  // other warps' shares are there\n",
         "",
         ("tests/test_cuda_build.py", "-k", "order"),
     ),
@@ -237,9 +266,9 @@ PLANTS = (
     ),
     Plant(
         "CUDA: centre left in q W",
-        "csrc/cuda/head_metrics_chunk.cu",
-        "* raw_scale - q_sum * center;",
-        "* raw_scale + 0.0 * q_sum * center;",
+        "csrc/cuda/head_metrics_values.cu",
+        "* inverse - has_center * center;",
+        "* inverse - 0.0 * has_center * center;",
         _CUDA,
     ),
     Plant(

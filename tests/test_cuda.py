@@ -144,6 +144,11 @@ CALLS = {
     "small measure": (10, 33, "flatcore.relative_flatness(x, W, measure='neuronwise')"),
     "large head": (100, 33, "flatcore.head_metrics(x, W, y).neuronwise"),
     "half head": (100, 33, "flatcore.head_metrics(x.half(), W.half(), y).neuronwise"),
+    "head by tiles": (5000, 33, "flatcore.head_metrics(x, W, y).neuronwise"),
+    "half head by tiles": (5000, 33, "flatcore.head_metrics(x.half(), W.half(), y).neuronwise"),
+    "gradient by tiles": (
+        5000, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_(), measure='neuronwise'), W)[0]",
+    ),
     "gradient": (10, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
     "gradient of a norm": (
         100, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",

@@ -13,7 +13,7 @@ from checks import LABELLED_LOGS, Problem, bits
 from torch import Tensor
 
 import flatcore
-from flatcore._engine import chunked_cuda, paths, tiles
+from flatcore._engine import paths, tiles
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -102,10 +102,9 @@ def test_a_vocabulary_of_200_000(kind: str, given: bool) -> None:
 def test_many_blocks_and_tiles(path: str, name: str, classes: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows and a few classes at a time: the last block and the last tile are ragged, each starts at its own place."""
     case = BY_NAME[name].at(torch.float32)
-    monkeypatch.setattr(tiles, "block_rows", lambda bytes_per_row, fixed: rows)
+    monkeypatch.setattr(tiles, "block_rows", lambda *_: rows)
     monkeypatch.setattr(tiles, "TILE_CLASSES", classes)
     monkeypatch.setattr(tiles, "_COPY_BYTES", 1)  # pieces of 64 columns
-    monkeypatch.setattr(chunked_cuda, "_chunk_length", lambda N, per_row, fixed: min(N, rows))
     problem = Problem(case)
     problem.check_head_metrics()
     problem.check_views()

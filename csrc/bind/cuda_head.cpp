@@ -14,15 +14,101 @@ Call head_call(int device, uintptr_t stream, const Problem& problem) {
   return call;
 }
 
-template <class Call>
-Call chunk_call(int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows) {
-  check_size("first", first, 0);
-  check_size("rows", rows, 0);
-  if (first + rows > problem.N) throw std::invalid_argument("the chunk ends behind the last row");
-  Call call = head_call<Call>(device, stream, problem);
-  call.first = first;
-  call.rows = rows;
+cuda::HeadRepeats repeats_call(int device, uintptr_t stream, const Problem& problem, int64_t tile_classes,
+                               int64_t positions, uintptr_t keys) {
+  check_size("tile_classes", tile_classes, 1);
+  check_size("positions", positions, problem.C);
+  auto call = head_call<cuda::HeadRepeats>(device, stream, problem);
+  call.tile_classes = tile_classes;
+  call.positions = positions;
+  call.keys = pointer<double>(keys);
   return call;
+}
+
+// Loops over a large head, built once a call.
+struct CudaLoop {
+  cuda::HeadLoop call;
+};
+CudaLoop make_loop(int device, uintptr_t stream, const Problem& problem, uintptr_t summary, uintptr_t center,
+                   uintptr_t centered_squares, uintptr_t order, uintptr_t runs, uintptr_t found, int pieces,
+                   uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t mean, uintptr_t special) {
+  auto call = head_call<cuda::HeadLoop>(device, stream, problem);
+  call.summary = pointer<const double>(summary);
+  call.center = pointer<const double>(center);
+  call.centered_squares = pointer<const double>(centered_squares);
+  call.order = pointer<const int64_t>(order);
+  call.runs = pointer<const int32_t>(runs);
+  call.found = pointer<const int32_t>(found);
+  call.pieces = pieces;
+  call.tails = pointer<HeadTail>(tails);
+  call.all_tails = all_tails;
+  call.row_state = pointer<HeadRow>(row_state);
+  call.mean = pointer<void>(mean);
+  call.special = pointer<uint8_t>(special);
+  return {call};
+}
+
+struct CudaBackwardLoop {
+  cuda::HeadBackwardLoop call;
+};
+CudaBackwardLoop make_backward_loop(int device, uintptr_t stream, const Problem& problem, uintptr_t upstream,
+                                    uintptr_t log_coefficient, uintptr_t summary, uintptr_t center,
+                                    uintptr_t centered_squares, uintptr_t found, uintptr_t tails, bool all_tails,
+                                    uintptr_t row_state, uintptr_t numbers, uintptr_t mean, uintptr_t direction,
+                                    uintptr_t top_row, uintptr_t top_bias, uintptr_t top, uintptr_t d_features,
+                                    uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits, uintptr_t exact,
+                                    uintptr_t scratch) {
+  auto call = head_call<cuda::HeadBackwardLoop>(device, stream, problem);
+  call.upstream = pointer<const double>(upstream);
+  call.log_coefficient = pointer<const double>(log_coefficient);
+  call.summary = pointer<const double>(summary);
+  call.center = pointer<const double>(center);
+  call.centered_squares = pointer<const double>(centered_squares);
+  call.found = pointer<const int32_t>(found);
+  call.tails = pointer<const HeadTail>(tails);
+  call.all_tails = all_tails;
+  call.row_state = pointer<const HeadRow>(row_state);
+  call.numbers = pointer<HeadBackwardRow>(numbers);
+  call.mean = pointer<const void>(mean);
+  call.direction = pointer<void>(direction);
+  call.top_row = pointer<void>(top_row);
+  call.top_bias = pointer<double>(top_bias);
+  call.top = pointer<int64_t>(top);
+  call.d_features = pointer<void>(d_features);
+  call.d_weight = pointer<void>(d_weight);
+  call.d_bias = pointer<double>(d_bias);
+  call.d_logits = pointer<void>(d_logits);
+  call.scratch = pointer<double>(scratch);
+  call.exact = pointer<double>(exact);
+  return {call};
+}
+
+void check_classes(const HeadProblem& problem, int64_t first_class, int64_t classes) {
+  check_size("first_class", first_class, 0);
+  check_size("classes", classes, 1);
+  const int64_t most = cuda::kHeadTileBytes / (problem.double_compute ? 8 : 4);
+  if (classes > most || first_class + classes > problem.C) throw std::invalid_argument("the tile is too wide");
+}
+
+// One of the kernels that take a block of rows.
+template <class Loop, class Launch>
+auto over_rows(Launch launch) {
+  return [launch](const Loop& loop, int64_t first, int64_t rows) {
+    check_rows(loop.call, first, rows);
+    run_released([&] { return launch(loop.call, first, rows); });
+  };
+}
+
+// One of the gradient's kernels that take a tile.
+template <class Launch>
+auto over_tile(Launch launch) {
+  return [launch](const CudaBackwardLoop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes,
+                  uintptr_t z, uintptr_t g) {
+    check_rows(loop.call, first, rows);
+    check_classes(loop.call, first_class, classes);
+    const cuda::HeadBackwardTile tile{first, rows, first_class, classes, pointer<void>(z), pointer<void>(g)};
+    run_released([&] { return launch(loop.call, tile); });
+  };
 }
 
 }  // namespace
@@ -77,7 +163,10 @@ void register_cuda_head(py::module_& module) {
       [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t special,
          uintptr_t summary, uintptr_t scratch, int64_t slots) {
         check_size("slots", slots, 1);
-        auto call = chunk_call<cuda::HeadExplicit>(device, stream, problem, first, rows);
+        check_rows(problem, first, rows);
+        auto call = head_call<cuda::HeadExplicit>(device, stream, problem);
+        call.first = first;
+        call.rows = rows;
         call.special = pointer<const uint8_t>(special);
         call.summary = pointer<const double>(summary);
         call.scratch = pointer<double>(scratch);
@@ -87,135 +176,65 @@ void register_cuda_head(py::module_& module) {
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("special"),
       py::arg("summary"), py::arg("scratch"), py::arg("slots"));
   module.def(
-      "cuda_head_chunk_statistics",
-      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t z,
-         int64_t z_stride, uintptr_t q, uintptr_t q_pieces, int pieces, uintptr_t summary, uintptr_t center,
-         uintptr_t centered_squares, uintptr_t row_state) {
-        auto call = chunk_call<cuda::HeadChunk>(device, stream, problem, first, rows);
-        call.z = pointer<const void>(z);
-        call.z_stride = z_stride;
-        call.q = pointer<void>(q);
-        call.q_pieces = pointer<void>(q_pieces);
-        call.pieces = pieces;
-        call.summary = pointer<const double>(summary);
-        call.center = pointer<const double>(center);
-        call.centered_squares = pointer<const double>(centered_squares);
-        call.row_state = pointer<HeadRow>(row_state);
-        run_released([&] { return cuda::head_chunk_statistics(call); });
-      },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("z"),
-      py::arg("z_stride"), py::arg("q"), py::arg("q_pieces"), py::arg("pieces"), py::arg("summary"), py::arg("center"),
-      py::arg("centered_squares"), py::arg("row_state"));
-  module.def(
       "cuda_head_repeat_keys",
-      [](int device, uintptr_t stream, const Problem& problem, uintptr_t summary, uintptr_t keys) {
-        auto call = head_call<cuda::HeadRepeats>(device, stream, problem);
-        call.summary = pointer<const double>(summary);
-        call.keys = pointer<double>(keys);
+      [](int device, uintptr_t stream, const Problem& problem, int64_t tile_classes, int64_t positions,
+         uintptr_t keys) {
+        auto call = repeats_call(device, stream, problem, tile_classes, positions, keys);
         run_released([&] { return cuda::head_repeat_keys(call); });
       },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("summary"), py::arg("keys"));
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("tile_classes"), py::arg("positions"),
+      py::arg("keys"));
   module.def(
-      "cuda_head_repeat_joins",
-      [](int device, uintptr_t stream, const Problem& problem, uintptr_t keys, uintptr_t order, uintptr_t joins) {
-        auto call = head_call<cuda::HeadRepeats>(device, stream, problem);
-        call.keys = pointer<double>(keys);
+      "cuda_head_repeat_runs",
+      [](int device, uintptr_t stream, const Problem& problem, int64_t tile_classes, int64_t positions, uintptr_t keys,
+         uintptr_t order, uintptr_t joins, uintptr_t runs, uintptr_t found) {
+        auto call = repeats_call(device, stream, problem, tile_classes, positions, keys);
         call.order = pointer<const int64_t>(order);
         call.joins = pointer<uint8_t>(joins);
-        run_released([&] { return cuda::head_repeat_joins(call); });
+        call.runs = pointer<int32_t>(runs);
+        call.found = pointer<int32_t>(found);
+        run_released([&] { return cuda::head_repeat_runs(call); });
       },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("keys"), py::arg("order"), py::arg("joins"));
-  module.def(
-      "cuda_head_chunk_merge",
-      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t q,
-         uintptr_t merged, uintptr_t q_pieces, int pieces, uintptr_t order, uintptr_t runs, uintptr_t repeated,
-         uintptr_t summary, uintptr_t center, uintptr_t centered_squares, uintptr_t row_state) {
-        auto call = chunk_call<cuda::HeadChunk>(device, stream, problem, first, rows);
-        call.q = pointer<void>(q);
-        call.merged = pointer<void>(merged);
-        call.q_pieces = pointer<void>(q_pieces);
-        call.pieces = pieces;
-        call.order = pointer<const int64_t>(order);
-        call.runs = pointer<const int32_t>(runs);
-        call.repeated = pointer<const uint8_t>(repeated);
-        call.summary = pointer<const double>(summary);
-        call.center = pointer<const double>(center);
-        call.centered_squares = pointer<const double>(centered_squares);
-        call.row_state = pointer<HeadRow>(row_state);
-        run_released([&] { return cuda::head_chunk_merge(call); });
-      },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q"),
-      py::arg("merged"), py::arg("q_pieces"), py::arg("pieces"), py::arg("order"), py::arg("runs"), py::arg("repeated"),
-      py::arg("summary"), py::arg("center"), py::arg("centered_squares"), py::arg("row_state"));
-  module.def(
-      "cuda_head_chunk_weights",
-      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t q_pieces,
-         uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t mean, uintptr_t special, uintptr_t runs) {
-        auto call = chunk_call<cuda::HeadChunk>(device, stream, problem, first, rows);
-        call.q_pieces = pointer<void>(q_pieces);
-        call.summary = pointer<const double>(summary);
-        call.center = pointer<const double>(center);
-        call.row_state = pointer<HeadRow>(row_state);
-        call.mean = pointer<const double>(mean);
-        call.special = pointer<uint8_t>(special);
-        call.runs = pointer<const int32_t>(runs);
-        run_released([&] { return cuda::head_chunk_weights(call); });
-      },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("q_pieces"),
-      py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("mean"), py::arg("special"),
-      py::arg("runs"));
-  module.def(
-      "cuda_head_chunk_directions",
-      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-         uintptr_t log_coefficient, uintptr_t summary, uintptr_t center, uintptr_t row_state, uintptr_t numbers,
-         uintptr_t mean, uintptr_t direction, uintptr_t q, uintptr_t top_row, uintptr_t top_bias, uintptr_t top,
-         uintptr_t runs) {
-        auto call = chunk_call<cuda::HeadBackwardChunk>(device, stream, problem, first, rows);
-        call.upstream = pointer<const double>(upstream);
-        call.log_coefficient = pointer<const double>(log_coefficient);
-        call.summary = pointer<const double>(summary);
-        call.center = pointer<const double>(center);
-        call.row_state = pointer<const HeadRow>(row_state);
-        call.numbers = pointer<HeadBackwardRow>(numbers);
-        call.mean = pointer<const double>(mean);
-        call.direction = pointer<void>(direction);
-        call.q = pointer<void>(q);
-        call.top_row = pointer<void>(top_row);
-        call.top_bias = pointer<double>(top_bias);
-        call.top = pointer<int64_t>(top);
-        call.runs = pointer<const int32_t>(runs);
-        run_released([&] { return cuda::head_chunk_directions(call); });
-      },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("row_state"), py::arg("numbers"),
-      py::arg("mean"), py::arg("direction"), py::arg("q"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
-      py::arg("runs"));
-  module.def(
-      "cuda_head_chunk_cotangent",
-      [](int device, uintptr_t stream, const Problem& problem, int64_t first, int64_t rows, uintptr_t upstream,
-         uintptr_t log_coefficient, uintptr_t q, uintptr_t g, uintptr_t summary, uintptr_t center,
-         uintptr_t centered_squares, uintptr_t row_state, uintptr_t numbers, uintptr_t d_features, uintptr_t d_weight,
-         uintptr_t d_bias, uintptr_t scratch) {
-        auto call = chunk_call<cuda::HeadBackwardChunk>(device, stream, problem, first, rows);
-        call.upstream = pointer<const double>(upstream);
-        call.log_coefficient = pointer<const double>(log_coefficient);
-        call.q = pointer<void>(q);
-        call.g = pointer<void>(g);
-        call.summary = pointer<const double>(summary);
-        call.center = pointer<const double>(center);
-        call.centered_squares = pointer<const double>(centered_squares);
-        call.row_state = pointer<const HeadRow>(row_state);
-        call.numbers = pointer<HeadBackwardRow>(numbers);
-        call.d_features = pointer<void>(d_features);
-        call.d_weight = pointer<void>(d_weight);
-        call.d_bias = pointer<double>(d_bias);
-        call.scratch = pointer<double>(scratch);
-        run_released([&] { return cuda::head_chunk_cotangent(call); });
-      },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("first"), py::arg("rows"), py::arg("upstream"),
-      py::arg("log_coefficient"), py::arg("q"), py::arg("g"), py::arg("summary"), py::arg("center"),
-      py::arg("centered_squares"), py::arg("row_state"), py::arg("numbers"), py::arg("d_features"), py::arg("d_weight"),
-      py::arg("d_bias"), py::arg("scratch"));
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("tile_classes"), py::arg("positions"),
+      py::arg("keys"), py::arg("order"), py::arg("joins"), py::arg("runs"), py::arg("found"));
+  module.attr("HEAD_TILE_BYTES") = cuda::kHeadTileBytes;
+  module.attr("HEAD_PIECE_CLASSES") = cuda::kPieceClasses;
+  module.def("cuda_head_backward_scratch", &cuda::head_backward_scratch, py::arg("C"), py::arg("D"));
+  py::class_<CudaLoop>(module, "HeadLoop")
+      .def(py::init(&make_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("summary"),
+           py::arg("center"), py::arg("centered_squares"), py::arg("order"), py::arg("runs"), py::arg("found"),
+           py::arg("pieces"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("mean"),
+           py::arg("special"))
+      .def("start", over_rows<CudaLoop>(&cuda::head_loop_start), py::arg("first"), py::arg("rows"))
+      .def(
+          "statistics",
+          [](const CudaLoop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes, uintptr_t z,
+             int64_t z_stride, uintptr_t shares) {
+            check_rows(loop.call, first, rows);
+            check_classes(loop.call, first_class, classes);
+            const cuda::HeadTile tile{
+                first, rows, first_class, classes, pointer<const void>(z), z_stride, pointer<void>(shares)};
+            run_released([&] { return cuda::head_loop_statistics(loop.call, tile); });
+          },
+          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"),
+          py::arg("z_stride"), py::arg("shares"))
+      .def("values", over_rows<CudaLoop>(&cuda::head_loop_values), py::arg("first"), py::arg("rows"));
+  py::class_<CudaBackwardLoop>(module, "HeadBackwardLoop")
+      .def(py::init(&make_backward_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("upstream"),
+           py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
+           py::arg("found"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("numbers"),
+           py::arg("mean"), py::arg("direction"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
+           py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"), py::arg("exact"),
+           py::arg("scratch"))
+      .def("rows", over_rows<CudaBackwardLoop>(&cuda::head_backward_rows), py::arg("first"), py::arg("rows"))
+      .def("tile", over_tile(&cuda::head_backward_tile), py::arg("first"), py::arg("rows"), py::arg("first_class"),
+           py::arg("classes"), py::arg("z"), py::arg("g"))
+      .def("unsure_tile", over_tile(&cuda::head_backward_unsure_tile), py::arg("first"), py::arg("rows"),
+           py::arg("first_class"), py::arg("classes"), py::arg("z"), py::arg("g"))
+      .def("unsure", over_rows<CudaBackwardLoop>(&cuda::head_backward_unsure), py::arg("first"), py::arg("rows"))
+      .def("tops", over_rows<CudaBackwardLoop>(&cuda::head_backward_tops), py::arg("first"), py::arg("rows"))
+      .def("explicit_rows", over_rows<CudaBackwardLoop>(&cuda::head_backward_explicit), py::arg("first"),
+           py::arg("rows"));
 }
 
 }  // namespace flatcore::bind

@@ -44,7 +44,7 @@ Loop make_loop(const std::string& cpu_target, const Problem& problem, uintptr_t 
   loop.call.classes = pointer<const int64_t>(classes);
   loop.call.positions = pointer<const int64_t>(positions);
   loop.call.bias_by_position = pointer<const double>(bias_by_position);
-  loop.call.tails = pointer<cpu::HeadTail>(tails);
+  loop.call.tails = pointer<HeadTail>(tails);
   loop.call.all_tails = all_tails;
   loop.call.row_state = pointer<HeadRow>(row_state);
   loop.call.mean = pointer<void>(mean);
@@ -151,7 +151,6 @@ void register_head_metrics(py::module_& module) {
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("exponent"), py::arg("centered_squares"), py::arg("keys"),
       py::arg("members"), py::arg("starts"), py::arg("near"), py::arg("near_of"));
-  module.attr("HEAD_TAIL_BYTES") = sizeof(cpu::HeadTail);
   py::class_<Loop>(module, "HeadLoop")
       .def(py::init(&make_loop), py::arg("cpu_target"), py::arg("problem"), py::arg("summary"), py::arg("center"),
            py::arg("centered_squares"), py::arg("classes"), py::arg("positions"), py::arg("bias_by_position"),

@@ -21,10 +21,10 @@ BackwardLoop make_loop(const std::string& cpu_target, const Problem& problem, ui
   call.summary = pointer<const double>(summary);
   call.center = pointer<const double>(center);
   call.centered_squares = pointer<const double>(centered_squares);
-  call.tails = pointer<const cpu::HeadTail>(tails);
+  call.tails = pointer<const HeadTail>(tails);
   call.all_tails = all_tails;
   call.row_state = pointer<const HeadRow>(row_state);
-  call.numbers = pointer<cpu::BackwardRow>(numbers);
+  call.numbers = pointer<HeadBackwardRow>(numbers);
   call.mean = pointer<const void>(mean);
   call.direction = pointer<void>(direction);
   call.top_row = pointer<void>(top_row);
@@ -62,9 +62,6 @@ void register_head_metrics_backward(py::module_& module) {
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
       py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"));
-  // a row's numbers begin as HeadBackwardRow; its last two are `own` and `others`
-  module.attr("BACKWARD_ROW_BYTES") = sizeof(cpu::BackwardRow);
-  module.attr("BACKWARD_ROW_OTHERS") = sizeof(cpu::BackwardRow) / 8 - 1;
   py::class_<BackwardLoop>(module, "HeadBackwardLoop")
       .def(py::init(&make_loop), py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"),
            py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),

@@ -54,13 +54,15 @@ void write_to(Problem& problem, uintptr_t values, bool double_values, uintptr_t 
 
 void register_head_problem(py::module_& module) {
   module.attr("HEAD_ROW_BYTES") = sizeof(HeadRow);
-  module.attr("HEAD_BACKWARD_ROW_BYTES") = sizeof(HeadBackwardRow);  // of CUDA; the CPU's begins with it
+  module.attr("HEAD_BACKWARD_ROW_BYTES") = sizeof(HeadBackwardRow);
+  module.attr("HEAD_TAIL_BYTES") = sizeof(HeadTail);
   module.attr("ORDINARY_ROW") = static_cast<int64_t>(kOrdinary);
   module.attr("EXPLICIT_ROW") = static_cast<int64_t>(kExplicit);
   // where Python finds what it reads of a row, in numbers of 8 bytes
   module.attr("HEAD_BACKWARD_ROW_C") = offsetof(HeadBackwardRow, c) / 8;
   module.attr("HEAD_BACKWARD_ROW_BIAS") = offsetof(HeadBackwardRow, bias) / 8;
   module.attr("HEAD_BACKWARD_ROW_KIND") = offsetof(HeadBackwardRow, kind) / 8;
+  module.attr("HEAD_BACKWARD_ROW_OTHERS") = offsetof(HeadBackwardRow, others) / 8;
   module.attr("POISONED_ROW") = static_cast<int64_t>(kPoisoned);
   py::class_<Problem>(module, "HeadProblem", py::module_local())
       .def(py::init(&make_problem), py::arg("head"), py::arg("features"), py::arg("weight"), py::arg("logits"),

@@ -8,7 +8,6 @@
 
 #include "cpu/head_repeats.h"
 #include "head_problem.h"
-#include "math/softmax_tail.h"
 #include "status.h"
 
 namespace flatcore::cpu {
@@ -35,18 +34,8 @@ struct HeadSummary {
   double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2; null if center is
 };
 
-// Then tiles of classes outside, blocks of rows inside. A row's statistics over the classes met so far:
-struct HeadTail {
-  math::SoftmaxTail tail;  // u1 is NaN for a row that is not to be trusted
-  double own;              // logit of the label
-  // over the shares as stored, relative to the best logit but one: of u_j, u_j ||2^e w_j - center||^2 and
-  // u_j (2^e b_j - center_b)
-  double share_sum, square_sum, bias_sum;
-  double log_n;
-};
-
-// What does not change from tile to tile. Where rows of W repeat, classes stand in another order, group by group:
-// "position" is the place in that order.
+// Then tiles of classes outside, blocks of rows inside. What does not change from tile to tile. Where rows of W repeat,
+// classes stand in another order, group by group: "position" is the place in that order.
 struct HeadLoop : HeadProblem {
   const double* summary = nullptr;           // (2,)
   const double* center = nullptr;            // (D + 1,)

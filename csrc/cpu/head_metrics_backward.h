@@ -49,10 +49,6 @@ struct HeadMetricsBackward : HeadBackwardProblem {
 int64_t head_metrics_backward_workspace(const HeadProblem& problem);
 
 // Large heads, between the library's products: tiles of classes outside, blocks of rows inside.
-struct BackwardRow : HeadBackwardRow {
-  double own;     // a gradient norm's direction times the label's row of W, about the center
-  double others;  // sum of dL/dz over the classes met so far apart from the top one
-};
 struct HeadBackwardLoop : HeadBackwardProblem {
   const double* summary = nullptr;           // (2,)
   const double* center = nullptr;            // (D + 1,)
@@ -60,7 +56,7 @@ struct HeadBackwardLoop : HeadBackwardProblem {
   const HeadTail* tails = nullptr;           // (rows of a block,), or (N,) if all_tails
   bool all_tails = false;
   const HeadRow* row_state = nullptr;  // (rows of a block,)
-  BackwardRow* numbers = nullptr;      // (rows of a block,)
+  HeadBackwardRow* numbers = nullptr;  // (rows of a block,)
   const void* mean = nullptr;          // (rows of a block, D), compute type: shares times 2^e W - center
   // from the mean row of q to the mean row of p, or to the dual direction of the gradient; (rows of a block, ...)
   void* direction = nullptr;   // (., D), compute type

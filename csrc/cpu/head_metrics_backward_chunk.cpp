@@ -42,12 +42,12 @@ void shares_of_row(const HeadBackwardLoop& call, int64_t n, const math::SoftmaxT
 }
 
 // c of the row with what makes it 0 or poison.
-BackwardRow start_row(const HeadBackwardLoop& call, int64_t first, int64_t i) {
+HeadBackwardRow start_row(const HeadBackwardLoop& call, int64_t first, int64_t i) {
   const int64_t n = first + i;
   const HeadRow& state = call.row_state[i];
   const bool is_gradient = (call.fields & kGradientFields) != 0;
   const RowUpstream upstream = row_upstream(call, n);
-  BackwardRow row{{upstream.c, 1.0, 0.0, 0.0, 0.0, kOrdinary}, 0.0, 0.0};
+  HeadBackwardRow row{upstream.c, 1.0, 0.0, 0.0, 0.0, kOrdinary, 0.0, 0.0};
   if (!upstream.live) return row;
   if (state.m == math::kNoClass || row.c != row.c || (is_gradient && label_of(call, n) != Label::kValid)) {
     row.kind = kPoisoned;
@@ -68,7 +68,7 @@ BackwardRow start_row(const HeadBackwardLoop& call, int64_t first, int64_t i) {
 template <class C, class W>
 void direction_of_row(const HeadBackwardLoop& call, int64_t first, int64_t i, int thread) {
   const int64_t n = first + i, D = call.D;
-  BackwardRow& row = call.numbers[i];
+  HeadBackwardRow& row = call.numbers[i];
   C* direction = static_cast<C*>(call.direction) + i * D;
   C* top_row = call.top_row != nullptr ? static_cast<C*>(call.top_row) + i * D : nullptr;
   const auto clear = [&] {
@@ -222,7 +222,7 @@ void direction_of_row(const HeadBackwardLoop& call, int64_t first, int64_t i, in
 template <class C, class T>
 void norm_part(const HeadBackwardLoop& call, int64_t first, int64_t i) {
   const T* x = static_cast<const T*>(call.features.data) + (first + i) * call.features.row_stride;
-  const BackwardRow& row = call.numbers[i];
+  const HeadBackwardRow& row = call.numbers[i];
   C* to = static_cast<C*>(call.d_features) + (first + i) * call.D;
   const bool none = row.c == 0.0 || row.kind == kPoisoned || (call.fields & kGradientFields) != 0;
   if (none) {
@@ -290,7 +290,7 @@ void cotangent_of_row(const HeadBackwardLoop& call, const HeadBackwardTile& tile
   C* z = static_cast<C*>(tile.z) + i * tile.stride;
   C* g = static_cast<C*>(tile.g) + i * tile.stride;  // z itself without weights
   const bool weights = (call.fields & kWeightFields) != 0;
-  BackwardRow& row = call.numbers[i];
+  HeadBackwardRow& row = call.numbers[i];
   if (row.c == 0.0 || row.kind != kOrdinary) {
     const C value = row.kind == kPoisoned ? static_cast<C>(kNan) : C{};
     if (weights) std::memset(static_cast<void*>(z), 0, static_cast<size_t>(classes) * sizeof(C));
@@ -366,7 +366,7 @@ void head_backward_rows(const HeadBackwardLoop& call, int64_t first, int64_t row
         using C = ElementOf<decltype(compute)>;
         if constexpr (sizeof(W) <= sizeof(C)) {
           if (weights) direction_of_row<C, W>(call, first, i, thread);
-          BackwardRow& row = call.numbers[i];
+          HeadBackwardRow& row = call.numbers[i];
           const bool ordinary = weights && row.c != 0.0 && row.kind == kOrdinary;
           if (ordinary && (call.fields & kGradientFields) != 0) row.own = own_product<C, W>(call, first + i, i);
         }

@@ -301,8 +301,6 @@ void finish_row(const HeadLoop& call, const Values& values, int64_t first, int64
   if (call.row_state != nullptr) {
     HeadRow& row = call.row_state[i];
     row = {};
-    row.t = tail.t;
-    row.r = tail.r;
     row.log1p_tau = split.log1p_tau;
     row.eps = split.eps;
     row.log_eps = split.log_eps;

@@ -15,6 +15,11 @@ struct HeadCall : HeadProblem {
   Stream stream = nullptr;
 };
 
+// Whether logits are used as the product left them: float32's exponentials are right for those.
+inline bool used_as_they_stand(const HeadProblem& problem) {
+  return problem.temperature == 1.0 && (problem.bias == nullptr || problem.logits.data != nullptr);
+}
+
 // Properties of W alone, for small and large heads.
 struct HeadWeights : HeadCall {
   double* workspace = nullptr;         // head_weights_workspace doubles
@@ -66,71 +71,105 @@ struct HeadExplicit : HeadCall {
 };
 Launched head_explicit(const HeadExplicit& call);
 
-// Classes that share a row of W: the library sorts the keys into `order`, and makes `runs` of `joins`.
-// All rows are one where the first group is of all C classes: every variance is 0.
+// Which classes of a tile share a row of W, for all tiles at once: the library sorts each tile's keys into `order`.
+// A position is one of tiles * tile_classes places; those behind the last class join nothing.
+constexpr int kSameRows = 0, kRepeated = 1;  // of `found`
 struct HeadRepeats : HeadCall {
-  const double* summary = nullptr;  // (2,)
-  double* keys = nullptr;           // (C,): equal for equal rows
-  const int64_t* order = nullptr;   // (C,): classes by their keys
-  uint8_t* joins = nullptr;         // (C,): whether row order[k] equals row order[k - 1]
+  int64_t tile_classes = 0;
+  int64_t positions = 0;
+  double* keys = nullptr;          // (positions,): equal for equal rows
+  const int64_t* order = nullptr;  // (positions,): a tile's classes by their keys, counted from its first
+  uint8_t* joins = nullptr;        // (positions,): by bits, kJoins and kSameAsFirst
+  int32_t* runs = nullptr;         // (positions,): classes of the group that begins there, 0 within one
+  int32_t* found = nullptr;        // (2,): whether all rows of W are one, and whether a tile has equal rows at all
 };
 Launched head_repeat_keys(const HeadRepeats& call);
-Launched head_repeat_joins(const HeadRepeats& call);
+Launched head_repeat_runs(const HeadRepeats& call);
 
-// Large heads, between the library's products, for a chunk of rows.
-struct HeadChunk : HeadCall {
-  int64_t first = 0;  // row of the problem that is row 0 of the chunk
-  int64_t rows = 0;
-  const void* z = nullptr;  // (rows, C): the product W phi, or the given logits, in the compute type
-  int64_t z_stride = 0;
-  void* q = nullptr;  // (rows, C), contiguous: softmax over the classes other than the top one; may be z; or null
-  // or q in pieces of 16 bits whose sum, over 2^15 for float16, is q: (pieces, rows, C), of W's dtype
-  void* q_pieces = nullptr;
-  int pieces = 0;
+// Large heads, between the library's products: tiles of classes outside, blocks of rows inside. What does not change
+// from tile to tile:
+struct HeadLoop : HeadCall {
   const double* summary = nullptr;
-  const double* center = nullptr;
-  const double* centered_squares = nullptr;
-  HeadRow* row_state = nullptr;  // (rows,)
-  // head_chunk_merge, before the product: the shares of a group in its first class, 0 in the others
-  const int64_t* order = nullptr;     // (C,)
-  const int32_t* runs = nullptr;      // (C,): classes of the group that begins at order[k], or less than 2
-  const uint8_t* repeated = nullptr;  // (1,): whether there is such a group
-  void* merged = nullptr;             // (rows, C): may be q; pieces are merged in place
-  // head_chunk_weights: runs, to see that all rows of W are one; the mean row of q
-  const double* mean = nullptr;  // (rows, D): q (2^e W - center), or the pieces' sum times W
-  uint8_t* special = nullptr;    // (rows,)
+  const double* center = nullptr;            // (D + 1,)
+  const double* centered_squares = nullptr;  // (C,); null: no field needs rows of W
+  // equal rows, as in HeadRepeats; with centered_squares
+  const int64_t* order = nullptr;
+  const int32_t* runs = nullptr;
+  const int32_t* found = nullptr;
+  int pieces = 0;  // 16-bit numbers of W's dtype that a share is stored in; 0: one number of the compute type
+  HeadTail* tails = nullptr;  // (rows of a block,), or (N,) if all_tails: kept for the gradient
+  bool all_tails = false;
+  HeadRow* row_state = nullptr;  // (rows of a block,)
+  void* mean = nullptr;          // (rows of a block, D), compute type: the shares' product with 2^e W - center by the
+                                 // library, or the pieces' with W
+  uint8_t* special = nullptr;    // (rows of a block,)
 };
-Launched head_chunk_statistics(const HeadChunk& call);
-Launched head_chunk_merge(const HeadChunk& call);
-Launched head_chunk_weights(const HeadChunk& call);
+// A tile has at most so many bytes of logits in a row: a block of threads holds them in its registers.
+constexpr int64_t kHeadTileBytes = 8192;
+// Pieces come in slices of so many classes: in a longer product tensor cores, which cut off instead of rounding, would
+// lose more than a float's product does.
+constexpr int64_t kPieceClasses = 512;
+// Classes of a tile as they lie in memory: every row begins at 16 bytes.
+FLATCORE_INLINE int64_t padded_classes(int64_t classes) { return (classes + 7) / 8 * 8; }
+struct HeadTile {
+  int64_t first = 0;  // row of the problem that is row 0 of the block
+  int64_t rows = 0;
+  int64_t first_class = 0;
+  int64_t classes = 0;
+  const void* z = nullptr;  // (rows, classes): logits in the compute type; null: those that were given, whatever type
+  int64_t z_stride = 0;
+  // u_j = exp((z_j - r)/T), r the row's best logit but one so far; may be z. (rows, padded_classes) of the compute
+  // type, or in pieces (rows, slices, pieces from the smallest to the largest, classes of the slice), zeros behind the
+  // last.
+  void* shares = nullptr;
+};
+Launched head_loop_start(const HeadLoop& call, int64_t first, int64_t rows);
+Launched head_loop_statistics(const HeadLoop& call, const HeadTile& tile);
+Launched head_loop_values(const HeadLoop& call, int64_t first, int64_t rows);
 
-// Gradients, between the library's products; q and row_state as head_chunk_statistics left them (not in pieces).
-struct HeadBackwardChunk : HeadCall {
+// Its gradient; of HeadProblem, `fields` holds the one bit of the measure.
+struct HeadBackwardLoop : HeadCall {
   const double* upstream = nullptr;         // (N,): dL/dlog v_n is upstream exp(log_coefficient)
   const double* log_coefficient = nullptr;  // (N,), or null: 0
-  int64_t first = 0;
-  int64_t rows = 0;
-  void* q = nullptr;  // (rows, C): in, softmax over the classes other than the top one; out, factors of the directions
   const double* summary = nullptr;
   const double* center = nullptr;
   const double* centered_squares = nullptr;
-  const HeadRow* row_state = nullptr;
-  HeadBackwardRow* numbers = nullptr;  // (rows,)
-  // head_chunk_directions
-  const int32_t* runs = nullptr;  // (C,), as in HeadChunk
-  const double* mean = nullptr;   // (rows, D): q (2^e W - center)
-  void* direction = nullptr;      // (rows, D), compute type
-  void* top_row = nullptr;        // (rows, D), compute type: what row `top` of W's gradient gains; neuronwise only
-  double* top_bias = nullptr;     // (rows,)
-  int64_t* top = nullptr;         // (rows,)
-  // head_chunk_cotangent
-  void* g = nullptr;           // (rows, C), contiguous: in, direction (2^e W - center)^T (trace: not read); out, dL/dz
-  void* d_features = nullptr;  // (rows, D), contiguous: the part that does not pass through the logits; or null
-  void* d_weight = nullptr;    // (C, D), contiguous: gains the explicit rows' part; or null
+  const int32_t* found = nullptr;
+  const HeadTail* tails = nullptr;
+  bool all_tails = false;
+  const HeadRow* row_state = nullptr;  // (rows of a block, ...) from here on
+  HeadBackwardRow* numbers = nullptr;
+  const void* mean = nullptr;  // as in HeadLoop, not of pieces
+  void* direction = nullptr;   // (., D), compute type: the mean row of p, or the dual direction of the gradient
+  void* top_row = nullptr;     // (., D), compute type: what row `top` of W's gradient gains; neuronwise only
+  double* top_bias = nullptr;  // (.,)
+  int64_t* top = nullptr;      // (.,): the top class, or kNoClass where it gains nothing of its own
+  void* d_features = nullptr;  // (N, D), contiguous; or null
+  void* d_weight = nullptr;    // (C, D), contiguous; or null
   double* d_bias = nullptr;    // (C,)
-  double* scratch = nullptr;   // 2 C + D + 1 doubles
+  void* d_logits = nullptr;    // (N, C), contiguous: given logits only
+  double* exact = nullptr;     // (rows of a block, D): components of an unsure direction; L1 and L-infinity only
+  double* scratch = nullptr;   // head_backward_scratch doubles
 };
-Launched head_chunk_directions(const HeadBackwardChunk& call);
-Launched head_chunk_cotangent(const HeadBackwardChunk& call);
+// Doubles for a row that is done from explicit differences.
+FLATCORE_INLINE int64_t head_backward_scratch(int64_t C, int64_t D) { return 3 * C + D + 1; }
+struct HeadBackwardTile {
+  int64_t first = 0;  // row of the problem that is row 0 of the block
+  int64_t rows = 0;
+  int64_t first_class = 0;
+  int64_t classes = 0;
+  void* z = nullptr;  // (rows, padded_classes), compute type: in, logits; out, factors of the directions
+  void* g = nullptr;  // the same: in, direction (2^e W - center)^T; out, dL/dz; z itself for the trace; unsure: unused
+};
+// A row's c, its direction, and the part of its features' gradient that does not pass through the logits.
+Launched head_backward_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows);
+// Directions of L1 and L-infinity that it leaves unsure: their components over the tiles, z again, then the directions.
+Launched head_backward_unsure_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile);
+Launched head_backward_unsure(const HeadBackwardLoop& call, int64_t first, int64_t rows);
+Launched head_backward_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile);
+// After the last tile: what the top classes gain by themselves.
+Launched head_backward_tops(const HeadBackwardLoop& call, int64_t first, int64_t rows);
+// Then the rows that need explicit differences: everything they add.
+Launched head_backward_explicit(const HeadBackwardLoop& call, int64_t first, int64_t rows);
 
 }  // namespace flatcore::cuda

@@ -1,18 +1,18 @@
-// head_metrics_backward: what lies between the library's matrix products, for a chunk of rows at a time.
+// head_metrics_backward: what lies between the library's matrix products, for tiles of classes outside and blocks of
+// rows inside.
 //
-// Order of calls, in flatcore/_engine/chunked_cuda.py: the library forms z = W phi; head_chunk_statistics turns it into
-// q. For neuronwise and gradient norms the library forms q (W - center), head_chunk_directions turns it into one
-// direction per row (the mean row of p, or the dual direction of the gradient), the library forms direction (W -
-// center)^T. Then head_chunk_cotangent writes dL/dz over it and the directions' factors over q, and the library forms
-// the gradients.
+// Order of calls, in flatcore/_engine/chunked_cuda_backward.py: the loop of the values gives a block's row statistics
+// and, for neuronwise and gradient norms, its sums over u (W - center). head_backward_rows turns those into one
+// direction per row (the mean row of p, or the dual direction of the gradient). Then for each tile the library forms z
+// = W_tile phi and direction (W_tile - center)^T, head_backward_tile writes dL/dz over the latter and the directions'
+// factors over z, and the library adds up the gradients. Behind the last tile head_backward_tops adds what the top
+// classes gain by themselves, and head_backward_explicit (head_backward_explicit.cu) the rows that need differences.
 //
-// Buffers: as cuda/head_metrics.h says. Does not synchronise.
-// Numerics: as csrc/cpu/head_metrics_backward_chunk.cpp, per row in float64. Rows where the sums over q (W - center)
-// leave too little of what they were taken from are done from explicit differences by one block, one row after the
-// other, since they add to W's gradient: rare, and without atomics. Two runs agree bit for bit.
-// Cost: directions read N x D numbers twice, cotangents N x C twice. Never run on a device yet: no figure is known.
-#include "cuda/explicit_row.h"
-#include "cuda/head_metrics.h"
+// Buffers: as cuda/head_metrics.h says. Does not synchronise. Two runs agree bit for bit.
+// Numerics: as csrc/cpu/head_metrics_backward_chunk.cpp, per row in float64.
+// Cost: directions read N x D numbers twice, a tile's cotangents 16 bytes at a time, once. Never run on a device yet:
+// no figure is known.
+#include "cuda/head_backward_direction.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
 #include "math/centered_rows.h"
@@ -25,16 +25,10 @@ namespace {
 constexpr int kThreads = 256;
 using Block = Team<kThreads>;
 
-__device__ __forceinline__ bool is_gradient(const HeadProblem& call) { return (call.fields & kGradientFields) != 0; }
-__device__ __forceinline__ bool asks_for(const HeadProblem& call, Field field) {
-  return (call.fields >> field & 1U) != 0;
-}
-
 // c of the row with what makes it 0 or poison.
-__device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardChunk& call, int64_t i) {
-  const int64_t n = call.first + i;
+__device__ __forceinline__ HeadBackwardRow start_row(const HeadBackwardLoop& call, int64_t n, int64_t i) {
   const HeadRow& state = call.row_state[i];
-  HeadBackwardRow row{0.0, 1.0, 0.0, 0.0, 0.0, kOrdinary};
+  HeadBackwardRow row{0.0, 1.0, 0.0, 0.0, 0.0, kOrdinary, 0.0, 0.0};
   const double upstream = call.upstream[n];
   const double log_coefficient = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
   if (math::counts_as_nothing(upstream, log_coefficient, call.double_compute)) return row;
@@ -75,94 +69,58 @@ struct MergeDirections {
   }
 };
 
-// Component d of sum_j p_j (w_j - w_y), from differences, in the scale of the row's direction: where a sign, or which
-// component is the largest, would come from the rounding of the product (csrc/cpu/head_metrics_backward_chunk.cpp).
+// 2 c phi/||phi||^2, or zeros, or NaN.
 template <class V>
-__device__ __forceinline__ double exact_component(const HeadBackwardChunk& call, int64_t i, int64_t y, int64_t d) {
-  const HeadRow& state = call.row_state[i];
-  const V* q = static_cast<const V*>(call.q) + i * call.C;
-  const bool top_label = y == state.m;
-  const double own = element(call.weight, y, d);
-  double sum = 0.0;
-  FLATCORE_ROLLED
-  for (int64_t j = 0; j < call.C; ++j) {
-    const double rest = static_cast<double>(q[j]);  // GradientMix::share keeps the mix alive, which spills on sm_80
-    const double share = top_label ? rest : j == state.m ? state.confidence : state.eps * rest;
-    if (share != 0.0) sum += share * (element(call.weight, j, d) - own);
+__device__ __forceinline__ void norm_part(const HeadBackwardLoop& call, int64_t n, int64_t i,
+                                          const HeadBackwardRow& row) {
+  V* to = static_cast<V*>(call.d_features) + n * call.D;
+  const bool none = row.c == 0.0 || row.kind == kPoisoned || is_gradient(call);
+  // in two steps: ||phi||^-2 alone may leave the range
+  const double half = none ? 0.0 : exp(-0.5 * math::log_head_square(call.row_state[i].log_n, call.include_bias));
+  const double factor = 2.0 * row.c * half;
+  for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
+    to[d] = none ? static_cast<V>(row.kind == kPoisoned ? kNan : 0.0)
+                 : static_cast<V>(factor * (half * element(call.features, n, d)));
   }
-  return sum * scalbn(1.0, static_cast<int>(call.summary[1]));
 }
 
 template <class V>
-__global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk call) {
-  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
+__global__ void __launch_bounds__(kThreads) backward_rows(HeadBackwardLoop call, int64_t first, int64_t rows) {
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const HeadBackwardRow row = start_row(call, first + i, i);
+    if (threadIdx.x == 0) call.numbers[i] = row;
+    if (call.d_features != nullptr) norm_part<V>(call, first + i, i, row);
+  }
+}
+
+template <class V>
+__global__ void __launch_bounds__(kThreads) backward_directions(HeadBackwardLoop call, int64_t first, int64_t rows) {
   const int64_t D = call.D;
-  for (int64_t i = blockIdx.x; i < call.rows; i += gridDim.x) {
-    HeadBackwardRow row = start_row(call, i);
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    HeadBackwardRow row = start_row(call, first + i, i);
     const HeadRow& state = call.row_state[i];
-    const double* x = call.mean + i * D;
     V* direction = static_cast<V*>(call.direction) + i * D;
     V* top_row = call.top_row != nullptr ? static_cast<V*>(call.top_row) + i * D : nullptr;
     const bool gradient = is_gradient(call);
     const bool live = row.c != 0.0 && row.kind == kOrdinary;
-    const int64_t m = live ? state.m : 0, y = live && gradient ? call.target[call.first + i] : m;
-    const bool top_label = y == m;
-    // as math::gradient_mix, whose record would spill here on sm_90
-    const double alpha = top_label ? 0.0 : state.confidence, beta = top_label ? 1.0 : state.eps;
-    const auto centered = [&](int64_t j, int64_t d) { return element(call.weight, j, d) * scale - call.center[d]; };
-    const auto value_at = [&](int64_t d) { return alpha * centered(m, d) + beta * x[d] - centered(y, d); };
+    const Direction<V> of(call, first + i, i, live);
     DirectionSums sums{};
     for (int64_t d = threadIdx.x; live && d < D; d += kThreads) {
-      const double top = centered(m, d);
+      const double top = of.centered(of.m, d), x = of.x(d);
       if (gradient) {
-        const double a = fabs(value_at(d)), label = centered(y, d);
-        sums = MergeDirections{}(sums, {0.0, 0.0, 0.0, 0.0, a, a * a, a, label * label + x[d] * x[d]});
+        const double a = fabs(of.value_at(d)), label = of.centered(of.y, d);
+        sums = MergeDirections{}(sums, {0.0, 0.0, 0.0, 0.0, a, a * a, a, label * label + x * x});
       } else {
-        const double delta = x[d] - top, p_mean = top + state.eps * delta;
-        sums = MergeDirections{}(sums, {delta * delta, x[d] * x[d], top * top, p_mean * p_mean, 0.0, 0.0, 0.0, 0.0});
+        const double delta = x - top, p_mean = top + state.eps * delta;
+        sums = MergeDirections{}(sums, {delta * delta, x * x, top * top, p_mean * p_mean, 0.0, 0.0, 0.0, 0.0});
       }
     }
     sums = Block::merged(sums, MergeDirections{});
-    const auto unsure = [&](int64_t d, double distance) {
-      const double terms = fabs(alpha * centered(m, d)) + fabs(beta * x[d]) + fabs(centered(y, d));
-      return math::component_is_unsure(distance, terms, sizeof(V) == 8);
-    };
-    const double found = sums.largest;
-    const auto is_candidate = [&](int64_t d) { return unsure(d, (found - fabs(value_at(d))) * 0.5); };
-    double ties = 1.0;
-    bool several = false;                                   // components that may be the largest
-    if (gradient && asks_for(call, kLogGradientNormInf)) {  // the same for all threads
-      Sums<1> count{};
-      for (int64_t d = threadIdx.x; live && d < D; d += kThreads) count.at[0] += is_candidate(d);
-      several = Block::merged(count, AddSums{}).at[0] > 1.0;
-      if (several) {
-        double most = 0.0;
-        for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-          if (is_candidate(d)) most = LargerOf{}(most, fabs(exact_component<V>(call, i, y, d)));
-        }
-        sums.largest = Block::merged(most, LargerOf{});
-        count.at[0] = 0.0;
-        for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-          count.at[0] +=
-              is_candidate(d) && math::is_among_largest(fabs(exact_component<V>(call, i, y, d)), sums.largest);
-        }
-        ties = Block::merged(count, AddSums{}).at[0];
-      }
-    }
-    const auto sign_at = [&](int64_t d) {  // of a component for l1; over the ties for the largest
-      if (asks_for(call, kLogGradientNorm1)) {
-        const double value = value_at(d);
-        return math::sign_of(unsure(d, fabs(value)) ? exact_component<V>(call, i, y, d) : value);
-      }
-      if (!is_candidate(d)) return 0.0;
-      const double value = several ? exact_component<V>(call, i, y, d) : value_at(d);
-      return several && !math::is_among_largest(fabs(value), sums.largest) ? 0.0 : math::sign_of(value) / ties;
-    };
     double bias_delta = 0.0;
     if (live && !gradient) {
       math::CenteredVariance variance{sums.delta2, sums.mean2, sums.top2};
       if (call.include_bias) {
-        const double top = call.bias[m] * scale - call.center[D];
+        const double top = call.bias[of.m] * of.scale - call.center[D];
         bias_delta = state.bias_mean - top;
         row.bias = top + state.eps * bias_delta;
         variance.add_column(top, state.bias_mean);
@@ -170,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       }
       const double inner = variance.inner(state.confidence, state.square_mean);
       const double magnitude = variance.magnitude(state.square_mean);
-      if (call.runs[0] == call.C) {
+      if (call.found[kSameRows] != 0) {
         row.c = 0.0;
       } else if (!math::variance_is_left(inner, magnitude) && inner == inner) {
         row.kind = kExplicit;
@@ -179,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
       row.delta2 = variance.top_mean2;
       row.direction2 = sums.direction2;
     } else if (live) {
-      if (top_label && state.log_eps == -math::kInfinity) {
+      if (of.top_label && state.log_eps == -math::kInfinity) {
         row.c = 0.0;
       } else if (!math::gradient_is_left(sums.norm2, sums.from, state.square_mean) && sums.norm2 == sums.norm2) {
         row.kind = kExplicit;
@@ -189,249 +147,206 @@ __global__ void __launch_bounds__(kThreads) chunk_directions(HeadBackwardChunk c
                                                       : sums.largest;
     }
     const bool write = row.c != 0.0 && row.kind == kOrdinary;
-    const double factor = write && !gradient ? -2.0 * row.c * state.confidence / row.inner * scale : 0.0;
+    const double factor = write && !gradient ? -2.0 * row.c * state.confidence / row.inner * of.scale : 0.0;
+    Sums<2> found{};  // components that are unsure; the direction's product with the label's row of W
     for (int64_t d = threadIdx.x; d < D; d += kThreads) {
       double along = 0.0, of_top = 0.0;
       if (write && gradient) {
-        along = asks_for(call, kLogGradientNorm) ? value_at(d) / row.inner : sign_at(d);
+        const double value = of.value_at(d);
+        if (asks_for(call, kLogGradientNorm)) {
+          along = value / row.inner;
+        } else if (asks_for(call, kLogGradientNorm1)) {
+          along = math::sign_of(value);
+          found.at[0] += of.is_unsure(d, fabs(value)) ? 2.0 : 0.0;
+        } else if (of.may_be_largest(d, sums.largest)) {
+          along = math::sign_of(value);
+          found.at[0] += 1.0;
+        }
+        found.at[1] += static_cast<double>(static_cast<V>(along)) * of.centered(of.y, d);
       } else if (write) {
-        const double top = centered(m, d), delta = x[d] - top;
+        const double top = of.centered(of.m, d), delta = of.x(d) - top;
         along = top + state.eps * delta;
         of_top = factor * delta;
       }
       direction[d] = static_cast<V>(along);
       if (top_row != nullptr) top_row[d] = static_cast<V>(of_top);
     }
-    if (threadIdx.x == 0) {
-      call.numbers[i] = row;
-      if (call.top != nullptr) call.top[i] = write ? m : 0;
-      if (call.top_bias != nullptr) call.top_bias[i] = factor * bias_delta;
-    }
+    found = Block::merged(found, AddSums{});
+    row.own = found.at[1];
+    if (call.d_features != nullptr) norm_part<V>(call, first + i, i, row);
+    if (threadIdx.x != 0) continue;
+    if (write && found.at[0] > 1.0) row.kind = kUnsure;
+    call.numbers[i] = row;
+    call.top[i] = write && !(gradient && of.top_label) ? of.m : math::kNoClass;
+    if (call.top_bias != nullptr) call.top_bias[i] = factor * bias_delta;
   }
 }
 
-// 2 c phi/||phi||^2, or zeros, or NaN.
-template <class V>
-__device__ __forceinline__ void norm_part(const HeadBackwardChunk& call, int64_t i, const HeadBackwardRow& row) {
-  V* to = static_cast<V*>(call.d_features) + i * call.D;
-  const bool none = row.c == 0.0 || row.kind == kPoisoned || is_gradient(call);
-  // in two steps: ||phi||^-2 alone may leave the range
-  const double half = none ? 0.0 : exp(-0.5 * math::log_head_square(call.row_state[i].log_n, call.include_bias));
-  const double factor = 2.0 * row.c * half;
-  for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
-    to[d] = none ? static_cast<V>(row.kind == kPoisoned ? kNan : 0.0)
-                 : static_cast<V>(factor * (half * element(call.features, call.first + i, d)));
-  }
-}
-
-template <class V>
-__global__ void __launch_bounds__(kThreads, 2) chunk_cotangent(HeadBackwardChunk call) {
+template <class Z, class V, int width>
+__global__ void __launch_bounds__(kThreads) backward_tile(HeadBackwardLoop call, HeadBackwardTile tile) {
+  using Group = Team<width>;
+  constexpr int teams = kThreads / width, kPack = Pack<Z>::kCount;
   const double inverse_temperature = 1.0 / call.temperature;
+  const bool weights = (call.fields & kWeightFields) != 0, gradient = is_gradient(call);
   const double w_scale = scalbn(1.0, static_cast<int>(call.summary[1]));
-  const bool weights = (call.fields & kWeightFields) != 0;
-  for (int64_t i = blockIdx.x; i < call.rows; i += gridDim.x) {
+  const int64_t padded = padded_classes(tile.classes);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * teams;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * teams + threadIdx.x / width; i < tile.rows; i += step) {
+    const int64_t n = tile.first + i;
     const HeadRow& state = call.row_state[i];
-    V* q = static_cast<V*>(call.q) + i * call.C;
-    V* g = static_cast<V*>(call.g) + i * call.C;
-    const HeadBackwardRow row = weights ? call.numbers[i] : start_row(call, i);
-    if (!weights && threadIdx.x == 0) call.numbers[i] = row;
-    if (call.d_features != nullptr) norm_part<V>(call, i, row);
+    const HeadTail& kept = call.tails[(call.all_tails ? tile.first : 0) + i];
+    const math::SoftmaxTail& tail = kept.tail;
+    HeadBackwardRow& row = call.numbers[i];
+    auto* z = reinterpret_cast<Pack<Z>*>(static_cast<Z*>(tile.z) + i * padded);
+    auto* g = reinterpret_cast<Pack<Z>*>(static_cast<Z*>(tile.g) + i * padded);
     const bool live = row.c != 0.0 && row.kind == kOrdinary;
-    const double scale = row.c * inverse_temperature;
-    Sums<1> sum{};
-    if (!live) {
-      const V value = static_cast<V>(row.kind == kPoisoned ? kNan : 0.0);
-      for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        g[j] = value;
-        if (weights) q[j] = V{};
+    const Z dead = static_cast<Z>(row.kind == kPoisoned ? kNan : 0.0);
+    const double* bias = call.bias != nullptr && call.logits.data == nullptr ? call.bias + tile.first_class : nullptr;
+    const RowShares<V> shares = shares_of<V>(call, tail);
+    const double scale = row.c * inverse_temperature, inverse = 1.0 / row.inner;
+    const int64_t top = state.m - tile.first_class;  // may lie outside
+    const auto trace =
+        math::trace_cotangent<double>(state.confidence, state.eps, tail.u1 > 0.0 ? tail.u2 / (tail.u1 * tail.u1) : 0.0);
+    const auto variance = math::centered_variance_cotangent(scale, state.eps, row.inner);
+    const int64_t y = live && gradient ? call.target[n] : 0, label = gradient ? y - tile.first_class : -1;
+    const bool top_label = y == state.m;
+    const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
+    double p_y = state.confidence;
+    if (live && gradient && !top_label) {
+      p_y = state.eps * math::tail_scale(kept.own, shares.base, inverse_temperature) * shares.inverse_sum;
+    }
+    const double norm = top_label ? state.eps * row.inner : row.inner;  // ||sum_j p_j (w_j - w_y)||
+    const double own = row.own;
+    Sums<1> others{};
+    for (int64_t pack = Group::lane(); pack < padded / kPack; pack += width) {
+      Pack<Z> logits = z[pack], cotangents = weights ? g[pack] : logits;
+      FLATCORE_UNROLL
+      for (int e = 0; e < kPack; ++e) {
+        const int64_t k = pack * kPack + e;
+        double of_logit = static_cast<double>(dead), along = 0.0;
+        if (live && k < tile.classes) {
+          V logit = static_cast<V>(logits.items[e]);
+          if constexpr (sizeof(V) == 8) {
+            if (bias != nullptr) logit += bias[k];
+          }
+          const double q = k == top ? 0.0 : shares.share(logit);
+          if (!weights) {
+            of_logit = scale * (k == top ? trace.top : trace.rest(q));
+          } else if (!gradient) {
+            double dot = static_cast<double>(cotangents.items[e]);
+            if (call.include_bias) dot += row.bias * (call.bias[tile.first_class + k] * w_scale - call.center[call.D]);
+            of_logit = k == top ? variance.top(state.confidence, row.delta2)
+                                : variance.rest(q, call.centered_squares[tile.first_class + k], dot, row.direction2);
+            along = 2.0 * row.c * inverse * w_scale * q;
+          } else {
+            const double share = mix.share(k == top, q);
+            const double dot = static_cast<double>(cotangents.items[e]);
+            of_logit = math::centered_norm_cotangent(scale, share, dot, own, norm, inverse);
+            if (k == label) of_logit = -scale * p_y;
+            if (k != top) others.at[0] += of_logit;
+            // a wrong label: its share is all but 1 and its own term a difference of equals; the sum is 0
+            if (k == top && !top_label) of_logit = 0.0;
+            along = row.c * w_scale * inverse * (k != label ? share : top_label ? -1.0 : p_y - 1.0);
+          }
+        }
+        cotangents.items[e] = static_cast<Z>(of_logit);
+        logits.items[e] = static_cast<Z>(along);
       }
-    } else if (!weights) {
-      for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        const double share = static_cast<double>(q[j]);
-        sum.at[0] += share * share;
+      g[pack] = cotangents;
+      if (weights) z[pack] = logits;
+    }
+    if (!weights || !gradient) continue;
+    others = Group::merged(others, AddSums{});
+    if (live && Group::lane() == 0) row.others += others.at[0];
+  }
+}
+
+// What row `top` of W gains by itself, and the bias and the features with it. A block per row; of the rows with one top
+// class the first adds what all of them give, in their order: no atomics, whatever the order of the blocks.
+template <class V>
+__global__ void __launch_bounds__(kThreads, 2) backward_tops(HeadBackwardLoop call, int64_t first, int64_t rows) {
+  const bool gradient = is_gradient(call), given = call.logits.data != nullptr;
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const int64_t m = call.top[i];
+    const auto adds = [&](int64_t k) {  // an explicit row is done elsewhere
+      return call.top[k] == m && call.numbers[k].kind == kOrdinary;
+    };
+    if (m == math::kNoClass || !adds(i)) continue;
+    const double of_top = gradient ? -call.numbers[i].others : 0.0;
+    if (gradient && given && threadIdx.x == 0 && call.d_logits != nullptr) {
+      static_cast<V*>(call.d_logits)[(first + i) * call.C + m] = static_cast<V>(of_top);
+    }
+    if (gradient && !given && call.d_features != nullptr) {
+      V* to = static_cast<V*>(call.d_features) + (first + i) * call.D;
+      for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
+        to[d] += static_cast<V>(of_top * element(call.weight, m, d));
       }
-      sum = Block::merged(sum, AddSums{});
-      const auto form = math::trace_cotangent<double>(state.confidence, state.eps, sum.at[0]);
-      for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        g[j] = static_cast<V>(scale * (j == state.m ? form.top : form.rest(static_cast<double>(q[j]))));
+    }
+    if (gradient && given) continue;
+    int earlier = 0;
+    for (int64_t k = threadIdx.x; k < i; k += kThreads) earlier |= adds(k) ? 1 : 0;
+    if (__syncthreads_or(earlier) != 0) continue;
+    for (int64_t d = threadIdx.x; d < call.D && call.d_weight != nullptr; d += kThreads) {
+      double sum = 0.0;
+      for (int64_t k = i; k < rows; ++k) {
+        if (!adds(k)) continue;
+        sum += gradient ? -call.numbers[k].others * element(call.features, first + k, d)
+                        : static_cast<double>(static_cast<const V*>(call.top_row)[k * call.D + d]);
       }
-    } else if (!is_gradient(call)) {
-      const auto form = math::centered_variance_cotangent(scale, state.eps, row.inner);
-      const double factor = 2.0 * row.c * form.inverse * w_scale;
-      for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        const double share = static_cast<double>(q[j]);
-        double dot = static_cast<double>(g[j]);
-        if (call.include_bias) dot += row.bias * (call.bias[j] * w_scale - call.center[call.D]);
-        g[j] = static_cast<V>(j == state.m ? form.top(state.confidence, row.delta2)
-                                           : form.rest(share, call.centered_squares[j], dot, row.direction2));
-        q[j] = static_cast<V>(factor * share);
+      static_cast<V*>(call.d_weight)[m * call.D + d] += static_cast<V>(sum);
+    }
+    if (threadIdx.x == 0 && call.d_bias != nullptr && (gradient || call.include_bias)) {
+      double sum = 0.0;
+      for (int64_t k = i; k < rows; ++k) {
+        if (adds(k)) sum += gradient ? -call.numbers[k].others : call.top_bias[k];
       }
-    } else {
-      const int64_t y = call.target[call.first + i];
-      const bool top_label = y == state.m;
-      const math::GradientMix mix = math::gradient_mix(top_label, state.confidence, state.eps);
-      const double inverse = 1.0 / row.inner, own = static_cast<double>(g[y]);
-      const double p_y = top_label ? state.confidence : state.eps * static_cast<double>(q[y]);
-      const double norm = top_label ? state.eps * row.inner : row.inner;  // ||sum_j p_j (w_j - w_y)||
-      __syncthreads();                                                    // g_y and q_y are overwritten
-      for (int64_t j = threadIdx.x; j < call.C; j += kThreads) {
-        const double share = mix.share(j == state.m, static_cast<double>(q[j]));
-        double value = math::centered_norm_cotangent(scale, share, static_cast<double>(g[j]), own, norm, inverse);
-        if (j == y) value = -scale * p_y;
-        if (j != state.m) sum.at[0] += value;
-        g[j] = static_cast<V>(value);
-        q[j] = static_cast<V>(row.c * w_scale * inverse * (j != y ? share : top_label ? -1.0 : p_y - 1.0));
-      }
-      sum = Block::merged(sum, AddSums{});
-      // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
-      if (!top_label && threadIdx.x == 0) g[state.m] = static_cast<V>(-sum.at[0]);
+      call.d_bias[m] += sum;
     }
   }
 }
 
-// A row from explicit differences to the row of W of the top class (neuronwise) or of the label: writes g, adds to
-// d_weight and d_bias. By one block, rows one after the other.
-template <class V>
-__device__ __forceinline__ void explicit_row(const HeadBackwardChunk& call, int64_t i) {
-  const int64_t C = call.C, D = call.D, n = call.first + i;
-  const HeadRow& state = call.row_state[i];
-  const double c = call.numbers[i].c, inverse_temperature = 1.0 / call.temperature;
-  const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
-  const bool gradient = is_gradient(call), with_bias = call.include_bias && !gradient;
-  const int64_t columns = D + (with_bias ? 1 : 0);
-  V* g = static_cast<V*>(call.g) + i * C;
-  V* d_weight = static_cast<V*>(call.d_weight);
-  double* z = call.scratch;
-  double* u = z + C;
-  double* direction = u + C;
-  explicit_logits(call, n, z);
-  const int64_t anchor = gradient ? call.target[n] : state.m;
-  const double top = explicit_shares(call, with_bias, anchor, z, u);
-  const ExplicitSum sum = explicit_sum(call, with_bias, anchor, scale, u, direction);
-  const double log_share = (top - z[state.m]) * inverse_temperature - state.log1p_tau;
-  const double share = top == -math::kInfinity ? 0.0 : math::exp_nonpositive(log_share < 0.0 ? log_share : 0.0);
-  const double inner = sum.variance(gradient ? 0.0 : explicit_group(call, z, u, z[state.m], state.log1p_tau));
-  const double norm = asks_for(call, kLogGradientNorm)    ? sqrt(sum.norm2_squared)
-                      : asks_for(call, kLogGradientNorm1) ? sum.norm1
-                                                          : sum.norm_inf;
-  if (top == -math::kInfinity || !((gradient ? norm : inner) > 0.0)) {  // the value is 0: no gradient
-    for (int64_t j = threadIdx.x; j < C; j += kExplicitThreads) g[j] = V{};
-    for (int64_t d = threadIdx.x; d < D && call.d_features != nullptr; d += kExplicitThreads) {
-      static_cast<V*>(call.d_features)[i * D + d] = V{};
-    }
-    return;
+template <class Z, class V>
+Launched run_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile) {
+  const char* what = "head_backward_tile";
+  constexpr int64_t warps = kThreads / kWarp;
+  if (tile.classes <= kWarp * 8) {
+    return launch(what, call.stream, grid_for((tile.rows + warps - 1) / warps), kThreads, &backward_tile<Z, V, kWarp>,
+                  call, tile);
   }
-  if (gradient) {  // the sum becomes its dual direction
-    Sums<1> count{};
-    for (int64_t d = threadIdx.x; d < D; d += kExplicitThreads) count.at[0] += fabs(direction[d]) == sum.norm_inf;
-    const double ties = ExplicitBlock::merged(count, AddSums{}).at[0];
-    for (int64_t d = threadIdx.x; d < D; d += kExplicitThreads) {
-      direction[d] = math::dual_entry(norm_order(call.fields), direction[d], norm, ties);
-    }
-  }
-  __syncthreads();
-  const auto difference = [&](int64_t j, int64_t d) {
-    return d < D ? (element(call.weight, j, d) - element(call.weight, anchor, d)) * scale
-                 : (call.bias[j] - call.bias[anchor]) * scale;
-  };
-  const auto log_probability = [&](int64_t j) { return (z[j] - z[state.m]) * inverse_temperature - state.log1p_tau; };
-  const auto twin_factor = [&](int64_t j) {
-    const double log_c = call.log_coefficient != nullptr ? call.log_coefficient[n] : 0.0;
-    return z[j] == -math::kInfinity ? 0.0
-                                    : math::twin_factor(call.upstream[n], log_c, log_probability(j), log_share, norm);
-  };
-  const math::ExplicitVarianceCotangent form{c * inverse_temperature, share, sum.norm2_squared, inner};
-  // A warp per class: dL/dz. Masked classes have logit -inf, and no share.
-  using Warp = Team<kWarp>;
-  Sums<2> totals{};  // of dL/dz apart from the top class; of the factors of the direction
-  for (int64_t j = threadIdx.x / kWarp; j < C; j += kExplicitThreads / kWarp) {
-    Sums<2> dots{};  // of the difference with itself and with the direction
-    for (int64_t d = Warp::lane(); d < columns && u[j] > 0.0; d += kWarp) {
-      const double x = difference(j, d);
-      dots.at[0] += x * x;
-      dots.at[1] += x * direction[d];
-    }
-    dots = Warp::merged(dots, AddSums{});
-    if (Warp::lane() != 0) continue;
-    double value = 0.0;
-    if (u[j] < 0.0) {
-      const double p = z[j] == -math::kInfinity ? 0.0 : exp(log_probability(j));
-      value = gradient ? -c * inverse_temperature * p : form.twin(p);
-      if (gradient && j != anchor) totals.at[1] += twin_factor(j);
-    } else if (u[j] > 0.0) {
-      if (gradient) {
-        value = math::explicit_norm_cotangent(form.scale, u[j], dots.at[1], share, norm);
-        totals.at[1] += c * u[j] / norm;
-      } else {
-        value = form.other(u[j], dots.at[0], dots.at[1]);
-      }
-    }
-    g[j] = static_cast<V>(value);
-    if (j != state.m) totals.at[0] += value;
-  }
-  totals = ExplicitBlock::merged(totals, AddSums{});
-  if (gradient && u[state.m] >= 0.0 && threadIdx.x == 0) g[state.m] = static_cast<V>(-totals.at[0]);
-  for (int64_t at = threadIdx.x; at < C * columns; at += kExplicitThreads) {
-    const int64_t j = at / columns, d = at % columns;
-    double value = 0.0;
-    if (gradient) {
-      double factor = u[j] > 0.0 ? c * u[j] / norm : 0.0;
-      if (u[j] < 0.0) factor = twin_factor(j);
-      if (j == anchor) factor = -totals.at[1];
-      // by select: the factor may have left the range where the direction has no part
-      value = direction[d] == 0.0 ? 0.0 : factor * scale * direction[d];
-    } else {
-      const double p = z[j] == -math::kInfinity ? 0.0 : u[j] < 0.0 ? exp(log_probability(j)) : 0.0;
-      const double part = u[j] < 0.0   ? -p * direction[d]
-                          : u[j] > 0.0 ? u[j] * (difference(j, d) - share * direction[d])
-                                       : 0.0;
-      value = 2.0 * c / inner * scale * part;
-    }
-    if (d == D) {
-      if (call.d_bias != nullptr) call.d_bias[j] += value;
-    } else if (d_weight != nullptr) {
-      d_weight[j * D + d] += static_cast<V>(value);
-    }
-  }
+  return launch(what, call.stream, grid_for(tile.rows), kThreads, &backward_tile<Z, V, kThreads>, call, tile);
 }
 
 template <class V>
-__global__ void __launch_bounds__(kExplicitThreads) explicit_rows(HeadBackwardChunk call) {
-  for (int64_t start = 0; start < call.rows; start += kExplicitThreads) {
-    const int64_t mine = start + threadIdx.x;
-    if (__syncthreads_or(mine < call.rows && call.numbers[mine].kind == kExplicit) == 0) continue;
-    for (int64_t i = start; i < start + kExplicitThreads && i < call.rows; ++i) {
-      if (call.numbers[i].kind != kExplicit) continue;
-      explicit_row<V>(call, i);
-      __syncthreads();  // the scratch is written again
-    }
-  }
-}
-
-template <class V>
-Launched run_cotangent(const HeadBackwardChunk& call) {
-  const Launched first =
-      launch("head_chunk_cotangent", call.stream, grid_for(call.rows), kThreads, &chunk_cotangent<V>, call);
-  if (first.error != nullptr || (call.fields & kWeightFields) == 0) return first;
-  return launch("head_chunk_cotangent: explicit rows", call.stream, 1, kExplicitThreads, &explicit_rows<V>, call);
+Launched run_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
+  const auto kernel = (call.fields & kWeightFields) != 0 ? &backward_directions<V> : &backward_rows<V>;
+  return launch("head_backward_rows", call.stream, grid_for(rows), kThreads, kernel, call, first, rows);
 }
 
 }  // namespace
 
-Launched head_chunk_directions(const HeadBackwardChunk& call) {
-  if (call.rows == 0) return {};
+Launched head_backward_rows(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
+  if (rows == 0) return {};
   const DeviceGuard guard(call.device);
-  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_chunk_directions: the device");
-  const char* what = "head_chunk_directions";
-  return call.double_compute ? launch(what, call.stream, grid_for(call.rows), kThreads, &chunk_directions<double>, call)
-                             : launch(what, call.stream, grid_for(call.rows), kThreads, &chunk_directions<float>, call);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_backward_rows: the device");
+  return call.double_compute ? run_rows<double>(call, first, rows) : run_rows<float>(call, first, rows);
 }
 
-Launched head_chunk_cotangent(const HeadBackwardChunk& call) {
-  if (call.rows == 0) return {};
+Launched head_backward_tile(const HeadBackwardLoop& call, const HeadBackwardTile& tile) {
+  if (tile.rows == 0) return {};
   const DeviceGuard guard(call.device);
-  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_chunk_cotangent: the device");
-  return call.double_compute ? run_cotangent<double>(call) : run_cotangent<float>(call);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_backward_tile: the device");
+  if (call.double_compute) return run_tile<double, double>(call, tile);
+  return used_as_they_stand(call) ? run_tile<float, float>(call, tile) : run_tile<float, double>(call, tile);
+}
+
+Launched head_backward_tops(const HeadBackwardLoop& call, int64_t first, int64_t rows) {
+  if (rows == 0) return {};
+  const DeviceGuard guard(call.device);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_backward_tops: the device");
+  const char* what = "head_backward_tops";
+  return call.double_compute
+             ? launch(what, call.stream, grid_for(rows), kThreads, &backward_tops<double>, call, first, rows)
+             : launch(what, call.stream, grid_for(rows), kThreads, &backward_tops<float>, call, first, rows);
 }
 
 }  // namespace flatcore::cuda

@@ -101,22 +101,15 @@ __device__ __forceinline__ void put_gradient_norms(const Values& values, int64_t
   values.put(kLogGradientNormInf, n, value);
 }
 
-// What q is multiplied by before it is cut into pieces of 16 bits.
+// What a share is multiplied by before it is cut into pieces of 16 bits.
 template <class T>
 constexpr double kPieceScale = 1.0;
 template <>
 constexpr double kPieceScale<Half> = 0x1p15;  // small q would meet float16's least number
-
-// Writes a share in pieces, `step` elements apart; returns what they stand for.
-template <class T>
-__device__ __forceinline__ double put_pieces(T* first, int64_t step, int count, double q) {
-  double rest = q * kPieceScale<T>;
-  for (int piece = 0; piece < count; ++piece) {
-    const T part = Narrowed<T>::of(static_cast<float>(rest));
-    first[piece * step] = part;
-    rest -= static_cast<double>(widened(part));
-  }
-  return q - rest / kPieceScale<T>;
+// The same for a head whose shares come in so many pieces, 0 for none.
+__device__ __forceinline__ double piece_scale(const HeadProblem& call, int pieces) {
+  if (pieces == 0) return 1.0;
+  return call.weight.dtype == Dtype::kFloat16 ? kPieceScale<Half> : kPieceScale<BHalf>;
 }
 
 }  // namespace flatcore::cuda

@@ -14,6 +14,17 @@ namespace {
 constexpr int64_t kLong = int64_t{1} << 20;  // columns or classes beyond every bound between two kernels
 constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 
+constexpr int64_t kFirst = 0, kOne = 1;       // a block of one row
+constexpr int64_t kTiles[] = {1, 512, 2048};  // classes of a tile: a warp's, half a block's and a block's
+
+template <class Tile>
+Tile tile_of(int64_t classes) {
+  Tile tile;
+  tile.rows = 1;
+  tile.classes = classes;
+  return tile;
+}
+
 // A call of one row, as far as what is launched depends on it.
 template <class Call>
 Call call_of(Dtype dtype, bool double_compute, int64_t C) {
@@ -29,9 +40,9 @@ Call call_of(Dtype dtype, bool double_compute, int64_t C) {
 // All entry points with all that they choose between; one that can't be loaded is an error of its own launch.
 void every_entry_point(int device) {
   double there = 0.0;  // an address that is not null, and is not read
-  const auto run = [&](auto entry, auto call) {
+  const auto run = [&](auto entry, auto call, const auto&... part) {
     call.device = device;
-    static_cast<void>(entry(call));
+    static_cast<void>(entry(call, part...));
   };
   for (const Dtype dtype : kDtypes) {
     for (const int64_t length : {int64_t{1}, kLong}) {
@@ -57,30 +68,37 @@ void every_entry_point(int device) {
         metrics.logits.data = &there;
         run(&head_metrics, metrics);
       }
-      auto merge = call_of<HeadChunk>(dtype, wide, 2);
-      merge.rows = 1;
-      run(&head_chunk_merge, merge);
-      merge.q_pieces = &there;
-      run(&head_chunk_merge, merge);
     }
   }
   for (const bool wide : {false, true}) {
-    for (const int64_t C : {int64_t{1}, kLong}) {
-      auto chunk = call_of<HeadChunk>(Dtype::kFloat32, wide, C);
-      chunk.rows = 1;
-      run(&head_chunk_statistics, chunk);
-      chunk.temperature = 2.0;  // logits are not used as they stand
-      run(&head_chunk_statistics, chunk);
-      run(&head_chunk_weights, chunk);
+    for (const double temperature : {1.0, 2.0}) {  // logits used as they stand, and others
+      auto loop = call_of<HeadLoop>(Dtype::kFloat32, wide, 2);
+      loop.temperature = temperature;
+      loop.values = &there;
+      for (const double* squares : {static_cast<const double*>(nullptr), static_cast<const double*>(&there)}) {
+        loop.centered_squares = squares;
+        run(&head_loop_start, loop, kFirst, kOne);
+        for (const int64_t classes : kTiles) run(&head_loop_statistics, loop, tile_of<HeadTile>(classes));
+        run(&head_loop_values, loop, kFirst, kOne);
+      }
+      auto backward = call_of<HeadBackwardLoop>(Dtype::kFloat32, wide, 2);
+      backward.temperature = temperature;
+      for (const uint32_t fields : {1U << kLogHessianTrace, 1U << kLogGradientNorm1}) {
+        backward.fields = fields;
+        run(&head_backward_rows, backward, kFirst, kOne);
+        for (const int64_t classes : kTiles) {
+          run(&head_backward_unsure_tile, backward, tile_of<HeadBackwardTile>(classes));
+          run(&head_backward_tile, backward, tile_of<HeadBackwardTile>(classes));
+        }
+        run(&head_backward_unsure, backward, kFirst, kOne);
+        run(&head_backward_tops, backward, kFirst, kOne);
+        run(&head_backward_explicit, backward, kFirst, kOne);
+      }
     }
-    auto backward = call_of<HeadBackwardChunk>(Dtype::kFloat32, wide, 2);
-    backward.rows = 1;
-    run(&head_chunk_directions, backward);
-    run(&head_chunk_cotangent, backward);
   }
   auto repeats = call_of<HeadRepeats>(Dtype::kFloat32, false, 2);
   run(&head_repeat_keys, repeats);
-  run(&head_repeat_joins, repeats);
+  run(&head_repeat_runs, repeats);
   auto rest = call_of<HeadExplicit>(Dtype::kFloat32, false, 2);
   rest.rows = rest.slots = 1;
   run(&head_explicit, rest);

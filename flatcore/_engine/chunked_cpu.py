@@ -129,7 +129,7 @@ class Forward:
             )
             bad = found if bad < 0 else bad
             if self.weights:
-                self._add(self.mean[: padded(rows)], z, start, stop)
+                self.centered.add(self.mean[: padded(rows)], z, start, stop, is_first=start == 0)
                 if near is not None:
                     self._add_near(self.mean[:rows], near[:rows], near_first, near_last)
         return bad
@@ -152,19 +152,7 @@ class Forward:
             z[:rows].copy_(given[:, start:stop] if weight.classes is None else given[:, weight.classes[start:stop]])
             z[rows:].zero_()
             return
-        for low, high, block in weight.pieces(start, stop):
-            if low == 0:
-                torch.mm(x[:, low:high], block.T, out=z)
-            else:
-                z.addmm_(x[:, low:high], block.T)
-
-    def _add(self, mean: Tensor, shares: Tensor, start: int, stop: int) -> None:
-        """mean += shares (scale W_tile - center)."""
-        for low, high, block in self.centered.pieces(start, stop):
-            if start == 0:
-                torch.mm(shares, block, out=mean[:, low:high])
-            else:
-                mean[:, low:high].addmm_(shares, block)
+        weight.multiply(z, x, start, stop)
 
     def _add_near(self, mean: Tensor, near: Tensor, first: int, last: int) -> None:
         """Add what the first rows of groups leave out, from differences of rows."""

@@ -73,7 +73,7 @@ class _Backward:
         width = min(C, tiles.TILE_CLASSES)
         order = Order(C, width, None, None, None)  # the gradient's tiles have the classes in their own order
         itemsize = self.dtype.itemsize
-        per_row = _core.BACKWARD_ROW_BYTES + itemsize * (
+        per_row = _core.HEAD_BACKWARD_ROW_BYTES + itemsize * (
             D * (4 if self.weights else 1) + (width if self.weights else 0)
         )
         self.forward = forward = Forward(cpu_target, call, also_per_row=per_row, kept=kept)
@@ -91,7 +91,7 @@ class _Backward:
                 else Rows(call.head.linear_weight, self.dtype, None, forward.centered.scale, forward.centered.shift)
             )
         rows = padded(min(call.N, forward.block))
-        self.numbers = torch.empty(rows * _core.BACKWARD_ROW_BYTES, dtype=torch.uint8)
+        self.numbers = torch.empty(rows * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
         # the values' tile of logits is free when a gradient's begins; it may be borrowed from the caller, or narrower
         free = forward.z is not None and len(forward.z) >= rows * width
         self.z = forward.z if free else torch.empty(rows * width, dtype=self.dtype)
@@ -118,7 +118,7 @@ class _Backward:
             forward.statistics(first, rows)
         forward.loop.values(first, rows)
         self.loop.rows(first, rows)
-        numbers = self.numbers.view(torch.float64).view(-1, _core.BACKWARD_ROW_BYTES // 8)[:rows]
+        numbers = self.numbers.view(torch.float64).view(-1, _core.HEAD_BACKWARD_ROW_BYTES // 8)[:rows]
         kinds = numbers[:, _core.HEAD_BACKWARD_ROW_KIND].view(torch.int64)
         self.poisoned |= bool((kinds == _core.POISONED_ROW).any())
         self.share += numbers[:, _core.HEAD_BACKWARD_ROW_C].sum()
@@ -133,15 +133,12 @@ class _Backward:
             g = self.g[: count * width].view(count, width)
             forward.logits_into(z, x, first, rows, start, stop, self.plain)
             if self.weights:
-                for low, high, block in self.centered.pieces(start, stop):
-                    part = self.direction[:count, low:high]
-                    torch.mm(part, block.T, out=g) if low == 0 else g.addmm_(part, block.T)
+                self.centered.multiply(g, self.direction[:count], start, stop)
             self.loop.tile(first, rows, start, width, z.data_ptr(), g.data_ptr(), width)
             if self.d_logits is not None:
                 self.d_logits[here, start:stop] = g[:rows]
             if mine is not None:
-                for low, high, block in self.plain.pieces(start, stop):
-                    mine[:, low:high].addmm_(g[:rows], block)
+                self.plain.add(mine, g[:rows], start, stop)
             if kept is not None:
                 self.d_weight[start:stop].addmm_(g[:rows].T, kept[:rows])
             if self.d_bias is not None and not of_logits:
@@ -175,7 +172,7 @@ class _Backward:
         top = self.top[:rows]
         labels = self.head.target[here]
         wanted = (kinds == _core.ORDINARY_ROW) & (top != labels)
-        g = torch.where(wanted, -numbers[:, _core.BACKWARD_ROW_OTHERS], 0)
+        g = torch.where(wanted, -numbers[:, _core.HEAD_BACKWARD_ROW_OTHERS], 0)
         if self.d_logits is not None:
             at = self.d_logits[here].gather(1, top.unsqueeze(1)).squeeze(1)
             self.d_logits[here].scatter_(1, top.unsqueeze(1), torch.where(wanted, g.to(self.dtype), at).unsqueeze(1))

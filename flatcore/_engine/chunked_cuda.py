@@ -1,32 +1,36 @@
-"""Large heads on a CUDA device: chunks of rows around the library's matrix products, at bounded workspace.
+"""Large heads on a CUDA device: tiles of classes outside, blocks of rows inside, as ``chunked_cpu``, at bounded workspace.
 
-As ``chunked_cpu``, but nothing waits for the device: the power of two that scales W and the poison of W's gradient stay
-there, and rows that need explicit differences are found by the kernels. The gradient of any head goes this way.
+For each tile the library forms Z = Phi W_tile^T into a tile of logits that stays in the second-level cache; one kernel
+merges it into the rows' running statistics and turns it into shares u; the library adds u (W_tile - center) to the rows'
+sums. Nothing waits for the device: the power of two that scales W stays there, equal rows of W are found and brought
+together there, and rows that need explicit differences are found by the kernels. ``chunked_cuda_backward`` is the
+gradient's loop.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import tiles
 from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE
 from .memory import HeadCall, address
 from .precision import full_precision
-from .reduction import derivative
+from .tiles import Order, Rows
 
 WORKSPACE_BYTES = 256 << 20
-"""Bound of all buffers of one call, in bytes, unless a single row needs more. At 128,256 classes and D = 4096 a chunk
-has some 200 rows, so that its product takes longer than reading W for it."""
-_TILE_BYTES = 16 << 20  # rows of W converted or centred at a time
-TILE_CLASSES = 4096  # and of these at most so many: the length of the sums a product of float32 forms by itself
+"""Bound of all buffers of one call, in bytes, unless a few rows need more; what is kept of each row for a gradient, 80
+bytes, comes on top."""
+_TILE_BYTES = 16 << 20
+"""Logits of a tile and a block of rows: 2,048 rows of 2,048 classes. They stay in the second-level cache (40 MB at compute
+capability 8.0, 50 MB at 9.0) from the product to the statistics and, as shares, to the next product."""
 _SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
 _MOST_SLOTS = 1024  # such blocks
 
-_PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of q that keep 22 and 24 bits of it
+_PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of a share that keep 22 and 24 bits of it
 
 
 def takes_half_products() -> bool:
@@ -34,183 +38,47 @@ def takes_half_products() -> bool:
     return "dtype" in torch.ops.aten.mm.overloads()  # since 2.8
 
 
-def half_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of 16-bit matrices, summed and kept in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32)
+def half_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b of 16-bit matrices, summed and kept in float32."""
+    torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+_adds_in_place = True
+
+
+def add_half_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b of 16-bit matrices, summed and kept in float32."""
+    global _adds_in_place
+    if _adds_in_place:
+        try:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            _adds_in_place = False  # an older torch wants what is added to in 16 bits too, and says so before any work
+        else:
+            return
+    product = torch.empty_like(out)
+    half_product(product, a, b)
+    out += product
 
 
 def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     """Fill the outputs of the head's problem."""
-    N, D, C, dtype, problem, head = call.N, call.D, call.C, call.dtype, call.problem, call.head
-    itemsize = dtype.itemsize
-    weights = bool(call.fields & (NEURONWISE | GRADIENT))
-    half = head.linear_weight.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
-    pieces = _PIECES[head.linear_weight.dtype] if half and weights else 0
-    prepared = call.prepared = _prepared(core, where, call, weights)
-    borrowed = head.logits is not None and head.logits.dtype == dtype and head.logits.stride(1) == 1
-    per_row = core.HEAD_ROW_BYTES + C * (itemsize + 2 * pieces) + 2 * D * (8 + itemsize)
-    length = _chunk_length(N, per_row, prepared.nbytes)
-    state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    z: Any = None if borrowed and not weights else call.empty(length, C, dtype=dtype)
-    mean: Any = call.empty(length, D) if weights else None
-    special: Any = call.empty(length, dtype=torch.uint8) if weights else None
+    forward = Forward(core, where, call)
     slots = explicit_slots(call)
-    scratch: Any = call.empty(slots, 2 * C) if weights else None
-    parts: Any = call.empty(pieces * length * C, dtype=head.linear_weight.dtype) if pieces else None
-    with full_precision(head.features.device.type):
-        for first in range(0, N, length):
-            rows = min(length, N - first)
-            here = slice(first, first + rows)
-            if head.logits is not None and borrowed:
-                source = head.logits[here]
-            else:
-                source = z[:rows]
-                if head.logits is not None:
-                    source.copy_(head.logits[here])
-                else:
-                    prepared.logits_into(source, head.features[here])
-            q: Any = z[:rows] if weights and not pieces else None
-            core.cuda_head_chunk_statistics(
-                *where, problem, first, rows, source.data_ptr(), source.stride(0), address(q), address(parts), pieces,
-                prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
-            )  # fmt: skip
-            if not weights:
-                continue
-            prepared.merge(first, rows, q, q, parts, pieces, state)
-            if parts is not None:
-                q_parts = parts[: pieces * rows * C].view(pieces, rows, C)
-                mean[:rows].zero_()
-                for start in range(0, C, TILE_CLASSES):
-                    stop = min(C, start + TILE_CLASSES)
-                    for part in q_parts:
-                        mean[:rows] += half_product(part[:, start:stop], head.linear_weight[start:stop])
-            else:
-                prepared.centered_product_into(mean[:rows], q)
-            core.cuda_head_chunk_weights(
-                *where, problem, first, rows, address(parts), prepared.summary.data_ptr(), address(prepared.center),
-                state.data_ptr(), mean.data_ptr(), special.data_ptr(), prepared.runs.data_ptr(),
-            )  # fmt: skip
-            core.cuda_head_explicit(
-                *where, problem, first, rows, special.data_ptr(), prepared.summary.data_ptr(),
-                scratch.data_ptr(), slots,
-            )  # fmt: skip
-    prepared.detach()
-
-
-def head_metrics_backward(
-    core: Any,
-    where: tuple[int, int],
-    call: HeadCall,
-    upstream: Tensor,
-    log_coefficient: Tensor | None,
-    d_features: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    d_logits: Tensor | None,
-) -> None:
-    """Fill the wanted gradients, d_weight and d_bias from zeros; upstream exp(log_coefficient) is dL/dlog v_n."""
-    c = derivative(upstream, log_coefficient, call.double)
-    N, D, C, dtype, problem, head = call.N, call.D, call.C, call.dtype, call.problem, call.head
-    itemsize = dtype.itemsize
-    bit = call.fields
-    weights, neuronwise = bool(bit & (NEURONWISE | GRADIENT)), bool(bit & NEURONWISE)
-    prepared = _prepared(core, where, call, weights)
-    column = call.column
-    per_row = core.HEAD_ROW_BYTES + core.HEAD_BACKWARD_ROW_BYTES + 2 * C * itemsize + D * (16 + 5 * itemsize)
-    length = _chunk_length(N, per_row, prepared.nbytes)
-    state = call.empty(length * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-    numbers = call.empty(length, core.HEAD_BACKWARD_ROW_BYTES // 8)
-    q = call.empty(length, C, dtype=dtype)
-    cotangent: Any = call.empty(length, C, dtype=dtype) if weights else None
-    sums = call.empty(length, D)
-    direction: Any = call.empty(length, D, dtype=dtype) if weights else None
-    top_row: Any = call.empty(length, D, dtype=dtype) if neuronwise else None
-    top_bias: Any = call.empty(length) if neuronwise else None
-    top: Any = call.empty(length, dtype=torch.int64) if neuronwise else None
-    scratch = call.empty(2 * C + D + 1)
-    rows_of_weight: Any = call.empty(C).zero_() if neuronwise else None
-    poison, share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
-    with full_precision(head.features.device.type):
-        for first in range(0, N, length):
-            rows = min(length, N - first)
-            here = slice(first, first + rows)
-            z = q[:rows]
-            if head.logits is not None:
-                z.copy_(head.logits[here])
-            else:
-                prepared.logits_into(z, head.features[here])
-            core.cuda_head_chunk_statistics(
-                *where, problem, first, rows, z.data_ptr(), C, z.data_ptr(), 0, 0, prepared.summary.data_ptr(),
-                address(prepared.center), address(prepared.squares), state.data_ptr(),
-            )  # fmt: skip
-            g = z
-            if cotangent is not None and direction is not None:
-                g = cotangent[:rows]  # until the directions are there, q with equal rows of W taken together
-                prepared.merge(first, rows, z, g, None, 0, state)
-                prepared.centered_product_into(sums[:rows], g)
-                core.cuda_head_chunk_directions(
-                    *where, problem, first, rows, upstream.data_ptr(), address(log_coefficient),
-                    prepared.summary.data_ptr(), address(prepared.center), state.data_ptr(), numbers.data_ptr(),
-                    sums.data_ptr(), direction.data_ptr(), z.data_ptr(), address(top_row), address(top_bias),
-                    address(top), prepared.runs.data_ptr(),
+    scratch = call.empty(slots, 2 * call.C) if forward.weights else None
+    with full_precision(call.head.features.device.type):
+        for first, rows in forward.blocks():
+            forward.statistics(first, rows)
+            forward.loop.values(first, rows)
+            if scratch is not None:
+                core.cuda_head_explicit(
+                    *where, call.problem, first, rows, address(forward.special), forward.known.summary.data_ptr(),
+                    scratch.data_ptr(), slots,
                 )  # fmt: skip
-                for start, tile in prepared.centered_tiles():
-                    torch.mm(direction[:rows], tile.T, out=g[:, start : start + tile.shape[0]])
-            mine = None if d_features is None else d_features[here]
-            core.cuda_head_chunk_cotangent(
-                *where, problem, first, rows, upstream.data_ptr(), address(log_coefficient), z.data_ptr(), g.data_ptr(),
-                prepared.summary.data_ptr(), address(prepared.center), address(prepared.squares), state.data_ptr(),
-                numbers.data_ptr(), address(mine), address(d_weight), address(d_bias), scratch.data_ptr(),
-            )  # fmt: skip
-            poisoned = (numbers[:rows, core.HEAD_BACKWARD_ROW_KIND].view(torch.int64) == core.POISONED_ROW).any()
-            poison += torch.where(poisoned, math.nan, 0.0)
-            share += numbers[:rows, core.HEAD_BACKWARD_ROW_C].sum()
-            if head.logits is None:
-                if mine is not None:
-                    prepared.product_into(sums[:rows], g)
-                    mine += sums[:rows]
-                if d_weight is not None:
-                    # a row that adds nothing stays out, whatever stands in it
-                    none = (c[here] == 0).unsqueeze(1)
-                    d_weight.addmm_(g.T, head.features[here].to(dtype).masked_fill(none, 0))
-                if d_bias is not None:
-                    d_bias += g.sum(dim=0, dtype=torch.float64)
-            elif d_logits is not None:
-                d_logits[here] = g
-            if direction is not None and d_weight is not None:
-                d_weight.addmm_(z.T, direction[:rows], alpha=-1 if neuronwise else 1)
-            if top is not None:
-                rows_of_weight += z.sum(dim=0, dtype=torch.float64)
-                if column is not None and d_bias is not None:
-                    d_bias -= numbers[:rows, core.HEAD_BACKWARD_ROW_BIAS] @ z.to(torch.float64)
-                # by products with the one-hot matrix, for sums that come in a fixed order
-                one_hot = z.zero_().scatter_(1, top[:rows].unsqueeze(1), 1)
-                if d_weight is not None:
-                    d_weight.addmm_(one_hot.T, top_row[:rows])
-                if column is not None and d_bias is not None:
-                    d_bias += top_bias[:rows] @ one_hot.to(torch.float64)
-    if rows_of_weight is not None:
-        if d_weight is not None:
-            for start, tile in prepared.centered_tiles():
-                stop = start + tile.shape[0]
-                d_weight[start:stop].addcmul_(rows_of_weight[start:stop].to(dtype).unsqueeze(1), tile)
-        if column is not None and d_bias is not None:
-            centered = column * prepared.scale - prepared.center[D]
-            d_bias += torch.where(rows_of_weight == 0, 0, rows_of_weight * centered)
-    if bit & LAYERWISE:
-        # in two steps: ||W||_F^-2 alone may leave the range; W = 0 has no gradient
-        half = torch.where(prepared.summary[0] == -math.inf, 0, (-0.5 * prepared.summary[0]).exp())
-        factor = head.norm_power * share * half
-        if d_weight is not None:
-            for start, block in prepared.tiles():
-                d_weight[start : start + block.shape[0]] += block * half.to(dtype) * factor.to(dtype)
-        if column is not None and d_bias is not None:
-            d_bias += column * half * factor
-    if d_weight is not None:
-        d_weight += poison.to(dtype)
-    if d_bias is not None:
-        d_bias += poison
-    prepared.detach()
+    mean = None if forward.pieces else forward.mean
+    call.prepared = Kept(forward.known, forward.tails if call.keeps else None, mean, forward.block)
 
 
 def explicit_slots(call: HeadCall) -> int:
@@ -218,122 +86,183 @@ def explicit_slots(call: HeadCall) -> int:
     return max(1, min(-(-call.N // 128), _MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
 
 
-def _prepared(core: Any, where: tuple[int, int], call: HeadCall, centered: bool) -> _Weights:
-    """What is known of W: found now, or taken over from the forward pass."""
-    if call.prepared is None:
-        return _Weights(core, where, call, centered)
-    known: _Weights = call.prepared
-    known.attach(where, call)
-    return known
+class Kept(NamedTuple):
+    """What the values' loop leaves for the gradient of its call."""
+
+    known: Weights
+    tails: Tensor | None  # the statistics of all rows, if a gradient is to follow
+    mean: Tensor | None  # the last block's sums, which are all where there is one
+    block: int
 
 
-class _Weights:
-    """What the kernels need of W alone, and W by tiles of rows in the compute type."""
+def padded(classes: int) -> int:
+    """Classes of a tile as they lie in memory: rows begin at 16 bytes, and 16-bit products have whole groups of 8."""
+    return -(-classes // 8) * 8
 
-    def __init__(self, core: Any, where: tuple[int, int], call: HeadCall, centered: bool):
-        C, D = call.C, call.D
-        self._core, self.dtype = core, call.dtype
-        self.attach(where, call)
-        self.summary = call.empty(2)
-        self.center: Any = call.empty(D + 1) if centered else None
-        self.squares = call.empty(C) if centered else None
+
+class Forward:
+    """The tiled loop of a call: buffers, and the products around the statistics."""
+
+    def __init__(
+        self, core: Any, where: tuple[int, int], call: HeadCall, also_per_row: int = 0, kept: Kept | None = None,
+        for_gradient: bool = False,
+    ):  # fmt: skip
+        """``also_per_row``: bytes of the caller's own buffers. ``kept``: the values' loop, for the gradient of its call.
+
+        ``for_gradient``: not in pieces, whose sums would be about W's raw rows: the gradient takes the centered ones.
+        """
+        self.core, self.call, self.N, self.D = core, call, call.N, call.D
+        self.known = known = kept.known if kept is not None else Weights(core, where, call)
+        head: Any = call.head
+        dtype, D, W = call.dtype, call.D, head.linear_weight
+        itemsize, order = dtype.itemsize, known.order
+        self.weights = known.center is not None
+        self.given = head.logits is not None
+        self.borrowed = self.given and head.logits.dtype == dtype and head.logits.stride(1) == 1
+        halves = W.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
+        self.in_halves = halves and head.features.dtype == W.dtype and not self.given
+        self.pieces = _PIECES[W.dtype] if halves and self.weights and not for_gradient else 0
+        self.plain = Rows(W, dtype, order, 1.0, None)
+        center = known.center[:D] if self.weights else None
+        self.centered = Rows(W, dtype, order, known.scale, center) if self.weights else self.plain
+        width = padded(order.width)
+        self.ld = padded(D)
+        copies = self.pieces * min(width, core.HEAD_PIECE_CLASSES) * self.ld if self.pieces else 0
+        slots = max(1, min(_MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
+        scratch = max(16 * slots * call.C, 8 * core.cuda_head_backward_scratch(call.C, D))
+        fixed = known.nbytes + (scratch if self.weights else 0) + 2 * copies
+        fixed += 0 if self.in_halves and not for_gradient else self.plain.nbytes
+        fixed += self.centered.nbytes if self.weights and not self.pieces else 0
+        per_row = core.HEAD_ROW_BYTES + core.HEAD_TAIL_BYTES + 1
+        per_row += itemsize * width if self.weights or not self.given else 0
+        per_row += 2 * self.pieces * width
+        per_row += itemsize * D * (2 if self.pieces else 1) if self.weights else 0  # a sum of pieces, and a product
+        per_row += 0 if self.given or self.in_halves or head.features.dtype == dtype else itemsize * D
+        most = _TILE_BYTES // (itemsize * width)
+        self.block = tiles.block_rows(per_row + also_per_row, fixed, WORKSPACE_BYTES, most)
+        rows = min(self.N, self.block)
+        self.z: Any = call.empty(rows * width, dtype=dtype) if self.weights or not self.given else None
+        self.parts: Any = call.empty(rows * self.pieces * width, dtype=W.dtype) if self.pieces else None
+        self._copies: Any = call.empty(copies, dtype=W.dtype) if self.pieces else None
+        # taken over: the statistics of all rows, and the sums, if the field needs any, where one block had them all
+        of_values = kept is not None and (
+            not self.weights or (kept.mean is not None and min(self.block, kept.block) >= self.N)
+        )
+        tails = kept.tails if kept is not None and of_values else None
+        self.is_known, self.all_tails = tails is not None, tails is not None or call.keeps
+        self.mean: Any = None
+        if self.weights:
+            self.mean = kept.mean if kept is not None and self.is_known else call.empty(rows, D, dtype=dtype)
+        length = (self.N if self.all_tails else rows) * core.HEAD_TAIL_BYTES
+        self.tails = tails if tails is not None else call.empty(length, dtype=torch.uint8)
+        self.state = call.empty(rows * core.HEAD_ROW_BYTES, dtype=torch.uint8)
+        self.special = call.empty(rows, dtype=torch.uint8) if self.weights else None
+        self.loop = core.HeadLoop(
+            *where, call.problem, known.summary.data_ptr(), address(known.center), address(known.squares),
+            address(known.classes), address(known.runs), address(known.found), self.pieces, self.tails.data_ptr(),
+            self.all_tails, self.state.data_ptr(), address(self.mean), address(self.special),
+        )  # fmt: skip
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First row and rows of each block."""
+        return ((first, min(self.block, self.N - first)) for first in range(0, self.N, self.block))
+
+    def features(self, first: int, rows: int) -> Tensor | None:
+        """The block's features as the library multiplies them; None where logits were given."""
+        if self.given:
+            return None
+        features = self.call.head.features[first : first + rows]
+        return features if self.in_halves else features.to(self.call.dtype)
+
+    def statistics(self, first: int, rows: int) -> None:
+        """Run all tiles over a block."""
+        x = self.features(first, rows)
+        self.loop.start(first, rows)
+        logits: Any = self.call.head.logits
+        for start, stop in self.known.order.tiles():
+            classes, width = stop - start, padded(stop - start)
+            shares = None if self.z is None else self.z[: rows * width].view(rows, width)
+            z: Any = None  # given in another type: the kernel reads them as they are
+            if x is not None and shares is not None:
+                z = shares[:, :classes]
+                self.logits_into(z, x, start, stop)
+            elif self.borrowed:
+                z = logits[first : first + rows, start:stop]
+            self.loop.statistics(
+                first, rows, start, classes, address(z), 0 if z is None else z.stride(0),
+                address(self.parts if self.pieces else shares),
+            )  # fmt: skip
+            if self.pieces:
+                self._add_pieces(rows, start, stop)
+            elif self.weights and shares is not None:
+                self.centered.add(self.mean[:rows], shares[:, :classes], start, stop, is_first=start == 0)
+
+    def logits_into(self, z: Tensor, x: Tensor, start: int, stop: int) -> None:
+        """z = features W_tile^T."""
+        if self.in_halves:
+            half_product(z, x, self.call.head.linear_weight[start:stop].T)
+        else:
+            self.plain.multiply(z, x, start, stop)
+
+    def _add_pieces(self, rows: int, start: int, stop: int) -> None:
+        """Mean += shares W_tile in slices of classes: all pieces of a slice in one product, the smallest first.
+
+        What the tensor cores cut off is a part of the sum so far, and of the largest pieces alone it is of any size.
+        """
+        weight, D, ld, P = self.call.head.linear_weight, self.D, self.ld, self.pieces
+        classes, width = stop - start, padded(stop - start)
+        shares = self.parts[: rows * P * width].view(rows, P * width)
+        for low in range(0, width, self.core.HEAD_PIECE_CLASSES):
+            length = min(width - low, self.core.HEAD_PIECE_CLASSES)
+            count = min(length, classes - low)
+            copies = self._copies[: P * length * ld].view(P, length, ld)[:, :, :D]
+            copies[:, :count].copy_(weight[start + low : start + low + count])
+            if count < length:
+                copies[:, count:].zero_()
+            product = half_product if start == 0 and low == 0 else add_half_product
+            product(self.mean[:rows], shares[:, P * low : P * (low + length)], copies.flatten(0, 1))
+
+
+class Weights:
+    """What the kernels need of W alone, found once; a gradient takes it over from its forward pass.
+
+    ``summary``: log ||W||_F^2 and the power of two that brings W into range, ``scale`` in the compute type; ``center``
+    (D + 1,) and ``squares`` (C,) of the rows about it, and which rows of a tile are equal (``classes``, ``runs``, ``found``:
+    HeadRepeats of csrc/cuda/head_metrics.h), where the fields ask for more than norms.
+    """
+
+    def __init__(self, core: Any, where: tuple[int, int], call: HeadCall):
+        C, D, problem = call.C, call.D, call.problem
+        width = min(tiles.TILE_CLASSES, core.HEAD_TILE_BYTES // call.dtype.itemsize)
+        self.order = Order(C, width, None, None, None)
+        self.center: Any = None
+        self.squares: Tensor | None = None
+        self.classes: Tensor | None = None
+        self.runs: Tensor | None = None
+        self.found: Tensor | None = None
+        self.nbytes = 0
+        self.summary = call.empty(2).zero_()
+        self.scale: Tensor = self.summary
+        centered = bool(call.fields & (NEURONWISE | GRADIENT))
+        if not centered and not call.fields & LAYERWISE:
+            return
+        if centered:
+            self.center, self.squares = call.empty(D + 1), call.empty(C)
         workspace = call.empty(core.cuda_head_weights_workspace(D, C))
         core.cuda_head_weights(
-            *where, call.problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
+            *where, problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
             address(self.squares), 0, 0, 0, 0, 0,
         )  # fmt: skip
-        self.scale = torch.exp2(self.summary[1])  # a whole power: exact
-        self._scale = self.scale.to(call.dtype)
-        self._minus_center: Any = None if self.center is None else -self.center[:D].to(call.dtype)
-        self.length = max(1, min(C, TILE_CLASSES, _TILE_BYTES // max(1, D * call.dtype.itemsize)))
-        self.nbytes = 8 * (workspace.numel() + 4 * C + D) + self.length * D * call.dtype.itemsize
-        if centered:
-            self._find_repeats(call)
-
-    def _find_repeats(self, call: HeadCall) -> None:
-        """Groups of classes with one row of W, in the order of their keys: all on the device, whatever it finds."""
-        C = self.weight.shape[0]
-        keys, joins = call.empty(C), call.empty(C, dtype=torch.uint8)
-        self._core.cuda_head_repeat_keys(*self._where, call.problem, self.summary.data_ptr(), keys.data_ptr())
-        self._order = keys.argsort(stable=True)
-        self._core.cuda_head_repeat_joins(
-            *self._where, call.problem, keys.data_ptr(), self._order.data_ptr(), joins.data_ptr()
-        )
-        place = torch.arange(C, device=keys.device)
-        begins = torch.where(joins == 0, place, C)
-        # where the next group begins: the least beginning behind each place
-        following = begins.flip(0).cummin(0).values.flip(0).roll(-1)
-        following[-1:].fill_(C)
-        self.runs = torch.where(joins == 0, following - place, 0).to(torch.int32)
-        self._repeated = joins.amax(dim=0, keepdim=True)
-
-    def merge(
-        self, first: int, rows: int, q: Tensor | None, merged: Tensor | None, parts: Tensor | None, pieces: int,
-        state: Tensor,
-    ) -> None:  # fmt: skip
-        """Bring the shares of equal rows together: of q in ``merged``, which may be q; of pieces in place."""
-        self._core.cuda_head_chunk_merge(
-            *self._where, self._problem, first, rows, address(q), address(merged), address(parts), pieces,
-            self._order.data_ptr(), self.runs.data_ptr(), self._repeated.data_ptr(), self.summary.data_ptr(),
-            address(self.center), address(self.squares), state.data_ptr(),
+        self.scale = torch.exp2(self.summary[1]).to(call.dtype)  # a whole power: exact
+        if not centered:
+            return
+        positions = -(-C // width) * width
+        keys, joins = call.empty(positions), call.empty(positions, dtype=torch.uint8)
+        self.runs, self.found = call.empty(positions, dtype=torch.int32), call.empty(2, dtype=torch.int32)
+        core.cuda_head_repeat_keys(*where, problem, width, positions, keys.data_ptr())
+        self.classes = keys.view(-1, width).argsort(dim=1, stable=True).view(-1)
+        core.cuda_head_repeat_runs(
+            *where, problem, width, positions, keys.data_ptr(), self.classes.data_ptr(), joins.data_ptr(),
+            self.runs.data_ptr(), self.found.data_ptr(),
         )  # fmt: skip
-
-    def attach(self, where: tuple[int, int], call: HeadCall) -> None:
-        """Work for this call, in its stream."""
-        self.weight: Any = call.head.linear_weight
-        self._where, self._problem = where, call.problem
-        self._tile: Any = None  # made when it is needed
-
-    def detach(self) -> None:
-        """Hold no tensor of the call, and no tile, until the gradient asks."""
-        self.weight = self._problem = self._tile = None
-
-    def _block(self, rows: Tensor) -> Tensor:
-        if self._tile is None:
-            self._tile = rows.new_empty((self.length, rows.shape[1]), dtype=self.dtype)
-        return self._tile[: rows.shape[0]]
-
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of rows of W, each with its first row's index."""
-        for start in range(0, self.weight.shape[0], self.length):
-            rows = self.weight[start : start + self.length]
-            yield start, rows if rows.dtype == self.dtype else self._block(rows).copy_(rows)
-
-    def centered_tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """The same of 2^e W - center."""
-        for start, rows in self.tiles():
-            yield start, torch.addcmul(self._minus_center, rows, self._scale, out=self._block(rows))
-
-    def logits_into(self, out: Tensor, features: Tensor) -> None:
-        """out = features W^T, in the compute type."""
-        half = self.dtype == torch.float32 and features.dtype == self.weight.dtype and features.dtype in _PIECES
-        if half and takes_half_products():
-            for start in range(0, self.weight.shape[0], self.length):
-                rows = self.weight[start : start + self.length]
-                out[:, start : start + rows.shape[0]] = half_product(features, rows.T)
-            return
-        features = features.to(self.dtype)
-        if self.weight.dtype == self.dtype:
-            torch.mm(features, self.weight.T, out=out)
-            return
-        for start, rows in self.tiles():
-            torch.mm(features, rows.T, out=out[:, start : start + rows.shape[0]])
-
-    def product_into(self, out: Tensor, q: Tensor) -> None:
-        """out = q W in float64, from products of tiles: over 200,000 classes float32 alone loses 1e-4."""
-        self._sum_into(out, q, self.tiles())
-
-    def centered_product_into(self, out: Tensor, q: Tensor) -> None:
-        """out = q (2^e W - center), so that a large common row costs no digits."""
-        self._sum_into(out, q, self.centered_tiles())
-
-    @staticmethod
-    def _sum_into(out: Tensor, q: Tensor, tiles: Iterator[tuple[int, Tensor]]) -> None:
-        out.zero_()
-        for start, rows in tiles:
-            out += q[:, start : start + rows.shape[0]] @ rows
-
-
-def _chunk_length(N: int, per_row: int, fixed: int) -> int:
-    length = max(1, min(N, (WORKSPACE_BYTES - fixed) // per_row))
-    return -(-N // -(-N // length)) if N else 1  # equal chunks: no short last product
+        self.nbytes = 8 * workspace.numel() + 40 * positions

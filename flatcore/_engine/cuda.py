@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import chunked_cuda, device, paths, proof
+from . import chunked_cuda, chunked_cuda_backward, device, paths, proof
 from .chunked_cpu import GRADIENT, NEURONWISE
 from .extensions import cuda_module
 from .head import Head
@@ -94,6 +94,7 @@ def head_measure(
 ) -> tuple[Tensor, Tensor | None, object | None]:
     """One field, reduced: the value, if wanted the log of its derivative by each row's log, and a gradient's start."""
     call = HeadCall(cuda_module(), head, 1 << field, 1)
+    call.keeps = with_coefficient
     values, _ = _run(call, True)
     if with_coefficient:
         return *reduce_with_log_coefficient(values[0], how), call.prepared
@@ -108,7 +109,7 @@ def head_metrics_backward(
     wanted: Sequence[bool],
     prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Run the kernels of this stem: a gradient of any head goes by chunks."""
+    """Run the kernels of this stem: a gradient of any head goes by tiles."""
     call = HeadCall(cuda_module(), head, 1 << field, 1)
     call.prepared = prepared
     N, D, C = call.N, call.D, call.C
@@ -121,7 +122,7 @@ def head_metrics_backward(
     d_bias = call.empty(C).zero_() if of_bias else None
     d_logits = call.empty(N, C, dtype=call.dtype) if of_logits else None
     paths.took("chunked", call, head.features.device)
-    chunked_cuda.head_metrics_backward(
+    chunked_cuda_backward.head_metrics_backward(
         cuda_module(),
         stream(call.head.features),
         call,

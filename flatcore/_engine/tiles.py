@@ -7,6 +7,7 @@ it: the order and the tiles of the classes, the length of a block, and the piece
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ def padded(rows: int) -> int:
     return -(-rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
 
 
-def block_rows(bytes_per_row: int, fixed: int) -> int:
+def block_rows(
+    bytes_per_row: int, fixed: int, workspace: int = WORKSPACE_BYTES - _LIBRARY_BYTES, most: int = _BLOCK_ROWS
+) -> int:
     """The rows of a block, a multiple of what the library is given at once."""
-    fit = (WORKSPACE_BYTES - _LIBRARY_BYTES - fixed) // bytes_per_row
-    return max(_ROWS_AT_ONCE, min(_BLOCK_ROWS, fit) // _ROWS_AT_ONCE * _ROWS_AT_ONCE)
+    fit = (workspace - fixed) // bytes_per_row
+    return max(_ROWS_AT_ONCE, min(most, fit) // _ROWS_AT_ONCE * _ROWS_AT_ONCE)
 
 
 class Order:
@@ -116,36 +119,62 @@ class Order:
 class Rows:
     """The rows of W in an order, as the library multiplies them: as they stand, or converted, scaled and centered.
 
-    A tile comes in one piece, or in pieces over D where a copy of it would not stay in the cache.
+    A tile comes in one piece, or in pieces over D where a copy of it would not stay in the cache. ``scale`` is a number, or
+    one that only the device knows, with a center then.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, order: Order | None, scale: float, center: Tensor | None):
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, order: Order | None, scale: float | Tensor, center: Tensor | None
+    ):
         self.weight, self.dtype, self.scale = weight, dtype, scale
         self.classes = None if order is None else order.classes
         self.center = None if center is None else center.to(dtype)
         self.shift = center
-        self.copies = self.classes is not None or weight.dtype != dtype or scale != 1 or center is not None
+        self._minus_center: Any = -self.center if self.center is not None and isinstance(scale, Tensor) else None
+        self.copies = self.classes is not None or weight.dtype != dtype or center is not None
+        self.copies |= not isinstance(scale, Tensor) and scale != 1
         D, width = weight.shape[1], TILE_CLASSES if order is None else order.width
         self.columns = max(1, min(D, max(64, _COPY_BYTES // (width * dtype.itemsize)))) if self.copies else max(1, D)
         self.nbytes = width * self.columns * dtype.itemsize if self.copies else 0
-        self._buffer = torch.empty(self.nbytes // dtype.itemsize, dtype=dtype) if self.copies else None
+        self._buffer: Tensor | None = None  # made when it is first needed
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
         """First column, the one behind the last, and (stop - start, columns) of scale W - center."""
         D = self.weight.shape[1]
-        if self._buffer is None:
+        if not self.copies:
             yield 0, D, self.weight[start:stop]
             return
+        if self._buffer is None:
+            self._buffer = self.weight.new_empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
         index = None if self.classes is None else self.classes[start:stop]
         for first in range(0, max(D, 1), self.columns):
             last = min(D, first + self.columns)
             rows = self.weight[start:stop, first:last] if index is None else self.weight[:, first:last][index]
             block = self._buffer[: (stop - start) * (last - first)].view(stop - start, last - first)
             if self.center is None:
-                torch.mul(rows, self.scale, out=block) if self.scale != 1 else block.copy_(rows)
+                block.copy_(rows) if self.scale == 1 else torch.mul(rows, self.scale, out=block)
+            elif isinstance(self.scale, Tensor):
+                source = rows if rows.dtype == self.dtype else block.copy_(rows)
+                torch.addcmul(self._minus_center[first:last], source, self.scale, out=block)
             elif self.scale == 1:
                 torch.sub(rows, self.center[first:last], out=block)
             else:
                 torch.mul(rows, self.scale, out=block)
                 block.sub_(self.center[first:last])
             yield first, last, block
+
+    def multiply(self, out: Tensor, x: Tensor, start: int, stop: int) -> None:
+        """out = x (scale W_tile - center)^T."""
+        for low, high, block in self.pieces(start, stop):
+            if low == 0:
+                torch.mm(x[:, low:high], block.T, out=out)
+            else:
+                out.addmm_(x[:, low:high], block.T)
+
+    def add(self, total: Tensor, shares: Tensor, start: int, stop: int, is_first: bool = False) -> None:
+        """Total += shares (scale W_tile - center), (rows, D); written where it ``is_first``."""
+        for low, high, block in self.pieces(start, stop):
+            if is_first:
+                torch.mm(shares, block, out=total[:, low:high])
+            else:
+                total[:, low:high].addmm_(shares, block)

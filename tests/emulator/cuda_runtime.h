@@ -102,6 +102,7 @@ struct Devices {
   cudaError_t image = cudaSuccess;  // what the query of a kernel's attributes says
   int queries = 0;                  // how often it was made
   std::set<const void*> loaded;     // of which kernels, whatever the device
+  int launches = 0;                 // of kernels
 };
 extern Devices devices;
 
@@ -150,6 +151,7 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t) {
   if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
+  ++emulator::devices.launches;
   emulator::run(grid, block,
                 [&] { emulated_call(kernel, arguments, std::make_index_sequence<sizeof...(Parameters)>{}); });
   return cudaSuccess;

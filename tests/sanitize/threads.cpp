@@ -352,7 +352,7 @@ Written chunked_backward(const Target& kernels, const Inputs& in) {
     const LargeHead head(kernels, problem, in);
     const TwoTiles<S> tiles(kernels, problem, head);
     const bool weights = (1U << field & kWeightFields) != 0;
-    std::vector<BackwardRow> rows(index(kRows));
+    std::vector<HeadBackwardRow> rows(index(kRows));
     std::vector<S> direction(index(kRows * kFeatures)), top_row = direction, d_features = direction,
                                                         d_weight(index(kClasses * kFeatures)),
                                                         explicit_g(index(kRows * kClasses));
