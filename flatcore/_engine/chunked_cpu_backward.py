@@ -14,7 +14,7 @@ from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE, Forward, Kept
 from .memory import HeadCall, address
 from .precision import full_precision
 from .reduction import derivative
-from .tiles import Order, Rows, padded
+from .tiles import Order, padded
 
 _EXPLICIT_BYTES = 4 << 20  # of dL/dz of rows done from explicit differences, at a time
 
@@ -79,17 +79,9 @@ class _Backward:
         self.forward = forward = Forward(cpu_target, call, also_per_row=per_row, kept=kept)
         known = forward.known
         self.known, self.order = known, order
-        self.plain = (
-            forward.plain if known.order.classes is None else Rows(call.head.linear_weight, self.dtype, None, 1.0, None)
-        )
-        self.centered = forward.centered
-        if known.order.classes is not None:
-            same = forward.centered is forward.plain
-            self.centered = (
-                self.plain
-                if same
-                else Rows(call.head.linear_weight, self.dtype, None, forward.centered.scale, forward.centered.shift)
-            )
+        self.plain = forward.plain.in_classes_order()
+        same = forward.centered is forward.plain
+        self.centered = self.plain if same else forward.centered.in_classes_order()
         rows = padded(min(call.N, forward.block))
         self.numbers = torch.empty(rows * _core.HEAD_BACKWARD_ROW_BYTES, dtype=torch.uint8)
         # the values' tile of logits is free when a gradient's begins; it may be borrowed from the caller, or narrower

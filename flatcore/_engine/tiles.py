@@ -129,7 +129,6 @@ class Rows:
         self.weight, self.dtype, self.scale = weight, dtype, scale
         self.classes = None if order is None else order.classes
         self.center = None if center is None else center.to(dtype)
-        self.shift = center
         self._minus_center: Any = -self.center if self.center is not None and isinstance(scale, Tensor) else None
         self.copies = self.classes is not None or weight.dtype != dtype or center is not None
         self.copies |= not isinstance(scale, Tensor) and scale != 1
@@ -137,6 +136,10 @@ class Rows:
         self.columns = max(1, min(D, max(64, _COPY_BYTES // (width * dtype.itemsize)))) if self.copies else max(1, D)
         self.nbytes = width * self.columns * dtype.itemsize if self.copies else 0
         self._buffer: Tensor | None = None  # made when it is first needed
+
+    def in_classes_order(self) -> Rows:
+        """The same with the classes in their own order."""
+        return self if self.classes is None else Rows(self.weight, self.dtype, None, self.scale, self.center)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
         """First column, the one behind the last, and (stop - start, columns) of scale W - center."""
