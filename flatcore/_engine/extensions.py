@@ -18,7 +18,7 @@ except ImportError as error:
         raise
     _core = None  # type: ignore[assignment]
 
-ABI = 8
+ABI = 9
 """Counts the changes of what Python hands the modules: call signatures, and the options that they read of a head by name.
 
 The build reads it here, for the binaries must agree."""
