@@ -251,9 +251,9 @@ PLANTS = (
         _CUDA,
     ),
     Plant(
-        "CUDA: no barrier before the shares of equal rows are read",
+        "CUDA: no barrier behind the sums of equal rows",
         "csrc/cuda/head_metrics_chunk.cu",
-        "        Group::sync();  // other warps' shares are there\n",
+        "        Group::sync();  // and their sums\n",
         "",
         ("tests/test_cuda_build.py", "-k", "order"),
     ),

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / 
         Group::sync();  // other warps' shares are there
         const bool half = call.pieces != 0 && call.weight.dtype == Dtype::kFloat16;
         merge_repeats<width>(call, tile, half ? 1.0 : 0x1p100, shares);
-        Group::sync();
+        Group::sync();  // and their sums
         FLATCORE_UNROLL
         for (int item = 0; item < Lane::kItems; ++item) lane.z[item] = static_cast<V>(shares[Lane::position(item)]);
       }
