@@ -12,7 +12,7 @@ from . import backend, chunked_cpu, chunked_cpu_backward, paths
 from .backend import _core
 from .head import Head
 from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
-from .reduction import Reduction
+from .reduction import REDUCTIONS, Reduction
 from .threads import threads
 
 _CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def head_measure(
     s = None if how.s is None else readable(how.s).contiguous()
     call.check_label(
         _core.head_measure(
-            call.cpu_target, call.problem, address(s), _REDUCTIONS[how.reduction], how.log,
+            call.cpu_target, call.problem, address(s), REDUCTIONS[how.reduction], how.log,
             how.count_rows, value.data_ptr(), how.dtype is torch.float64, address(coefficient),
         )
     )  # fmt: skip
@@ -119,9 +119,6 @@ def head_metrics_backward(
     return in_dtypes_of(head, gradients)
 
 
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-
-
 def head_reduction(logs: Tensor, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
     """Run the kernel; results as of ``reduction.reduce`` and ``reduce_with_log_coefficient``."""
     N = logs.shape[0]
@@ -131,7 +128,7 @@ def head_reduction(logs: Tensor, how: Reduction, with_coefficient: bool) -> tupl
     labels = None if how.target is None or s is not None else readable(how.target).contiguous()
     _core.head_reduction(
         backend.cpu_target or "", logs.data_ptr(), address(s), address(labels), N, how.ignore_index,
-        _REDUCTIONS[how.reduction], how.log, how.count_rows, value.data_ptr(), how.dtype is torch.float64,
+        REDUCTIONS[how.reduction], how.log, how.count_rows, value.data_ptr(), how.dtype is torch.float64,
         address(coefficient),
     )  # fmt: skip
     return value, coefficient

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+"""As the compiled kernels know them."""
+
 
 class Reduction(NamedTuple):
     """What becomes of the rows' logs: how rows are weighed, what they are divided by, and the form of the value."""

@@ -100,6 +100,7 @@ struct Devices {
   int capability[kCount] = {80, 80};
   cudaError_t image = cudaSuccess;  // what the query of a kernel's attributes says
   int queries = 0;                  // how often it was made
+  int launches = 0;                 // of kernels, since the module was loaded
 };
 extern Devices devices;
 
@@ -147,6 +148,7 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t) {
   if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
+  ++emulator::devices.launches;
   emulator::run(grid, block,
                 [&] { emulated_call(kernel, arguments, std::make_index_sequence<sizeof...(Parameters)>{}); });
   return cudaSuccess;

@@ -268,6 +268,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
   pybind11::class_<Devices>(module, "Devices", pybind11::module_local())
       .def_readwrite("current", &Devices::current)
       .def_readonly("queries", &Devices::queries)
+      .def_readonly("launches", &Devices::launches)
       .def_property_readonly("active",
                              [](const Devices& all) { return pybind11::make_tuple(all.active[0], all.active[1]); })
       .def("set",

@@ -1,0 +1,165 @@
+// head_measure, small heads: rows' logs, then class weights, ignored rows, mean, sum or none, log or linear.
+//
+// Two launches: the rows over the grid, and one block that takes their logs in a fixed order. A last block that finds
+// itself by a ticket would need the ticket zeroed first, which is a launch as well.
+//
+// Buffers: as cuda/head_measure.h says. Does not synchronise; two runs agree bit for bit.
+// Numerics: products in float32 (float64 if an input is, or if features and weight differ in dtype), everything after
+// them in float64, squares in range whatever their size. Neuronwise flatness and gradient norms from differences of
+// rows of W, for every row (cuda/explicit_row.h): for few rows the table of distances costs more than it saves.
+// Cost: features and W read once a tile of 4 rows; about 200 operations in float64 a row and class, and for neuronwise
+// and the norms 6 C D more a row. Never run on a device yet: no figure is known.
+#include "cuda/head_measure.h"
+#include "cuda/head_measure_rows.h"
+#include "cuda/launch.h"
+
+namespace flatcore::cuda {
+namespace {
+
+constexpr int kTotalThreads = 256;
+constexpr int64_t kMostBlocks = 1 << 14;  // beyond these a block takes several tiles
+
+template <class X, class W, class V>
+__global__ void __launch_bounds__(kThreads) measure_rows(HeadMeasure call, X x, W w, V zero) {
+  __shared__ MeasureTile<kTileRows> tile;
+  if (asks_for(call, kLogLayerwise)) put_weight_rows(call, w, call.workspace);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const double two_log_t = 2.0 * math::log_nonnegative(call.temperature);
+  for (int64_t first = blockIdx.x * kTileRows; first < call.N; first += static_cast<int64_t>(gridDim.x) * kTileRows) {
+    put_products(call, x, w, first, zero, tile);
+    const int64_t n = first + warp;
+    if (n < call.N) {
+      const RowSoftmax row = row_softmax(call, n, tile.z[warp], tile.log_n[warp]);
+      const double value = math::log_head_square(tile.log_n[warp], call.include_bias) +
+                           split_of(call, row).log_one_minus_sum_p2 - two_log_t;
+      if (Team<kWarp>::lane() == 0) call.row_logs[n] = row.bad ? kNan : value;
+    }
+    __syncthreads();  // the tile is written again
+  }
+}
+
+// Neuronwise flatness and gradient norms: a block per row, from the logits of its products.
+template <class X, class W, class V>
+__global__ void __launch_bounds__(kThreads) measure_explicit_rows(HeadMeasure call, X x, W w, V zero) {
+  __shared__ MeasureTile<1> tile;
+  __shared__ double u[kFusedClasses];
+  double* z = tile.z[0];
+  const int exponent = weight_exponent(call, w);
+  const double scale = scalbn(1.0, exponent), log_scale = exponent * math::kLn2;
+  const double log_t = math::log_nonnegative(call.temperature);
+  const bool gradient = is_gradient(call), with_bias = call.include_bias && !gradient;
+  for (int64_t n = blockIdx.x; n < call.N; n += gridDim.x) {
+    put_products(call, x, w, n, zero, tile);
+    const RowSoftmax row = row_softmax(call, n, z, tile.log_n[0]);  // every warp the same
+    const auto split = split_of(call, row);
+    const double log_n = math::log_head_square(tile.log_n[0], call.include_bias);
+    const Label label = label_of(call, n);
+    __syncthreads();
+    if (threadIdx.x < call.C) z[threadIdx.x] = row.z;
+    __syncthreads();
+    double value = kNan;
+    if (gradient && label == Label::kIgnored) {
+      value = -math::kInfinity;
+    } else if (!row.bad && (!gradient || label == Label::kValid)) {
+      const int64_t anchor = gradient ? call.target[n] : row.tail.m;
+      const double top = explicit_shares(call, with_bias, anchor, z, u);
+      const ExplicitSum sum = explicit_sum(call, with_bias, anchor, scale, u, nullptr);
+      const double shift = (top - row.tail.t) / call.temperature - split.log1p_tau;
+      if (!gradient) {
+        const double group = explicit_group(call, z, u, row.tail.t, split.log1p_tau);
+        value = log_n + shift + math::log_nonnegative(sum.variance(group)) - 2.0 * (log_scale + log_t);
+      } else {
+        const double log_norm = asks_for(call, kLogGradientNorm)    ? 0.5 * math::log_nonnegative(sum.norm2_squared)
+                                : asks_for(call, kLogGradientNorm1) ? math::log_nonnegative(sum.norm1)
+                                                                    : math::log_nonnegative(sum.norm_inf);
+        value = shift + log_norm - log_scale - log_t;
+      }
+      if (top == -math::kInfinity || (!gradient && log_n == -math::kInfinity)) value = -math::kInfinity;
+    }
+    if (threadIdx.x == 0) call.row_logs[n] = value;
+    __syncthreads();  // z and u are written again
+  }
+}
+
+__device__ __forceinline__ double sample_weight(const HeadMeasure& call, int64_t n) {
+  if (call.sample_weights != nullptr) return call.sample_weights[n];
+  const Label label = label_of(call, n);
+  return label == Label::kIgnored ? 0.0 : label == Label::kBad ? kNan : 1.0;
+}
+
+__device__ __forceinline__ void put_value(const HeadMeasure& call, int64_t n, double value) {
+  if (call.double_value) {
+    static_cast<double*>(call.value)[n] = value;
+  } else {
+    static_cast<float*>(call.value)[n] = static_cast<float>(value);
+  }
+}
+
+__global__ void __launch_bounds__(kTotalThreads) measure_total(HeadMeasure call) {
+  using Block = Team<kTotalThreads>;
+  // layerwise: ||W||_F, which the rows' logs are still without
+  const double log_weight =
+      asks_for(call, kLogLayerwise) ? 0.5 * call.norm_power * log_weight_square(call, call.workspace) : 0.0;
+  if (call.reduction == Reduction::kNone) {
+    for (int64_t n = threadIdx.x; n < call.N; n += kTotalThreads) {
+      const double s = sample_weight(call, n), log = call.row_logs[n] + log_weight;
+      const double log_value = s == 0.0 ? -math::kInfinity : s == 1.0 ? log : log + math::log_nonnegative(s);
+      put_value(call, n, call.log ? log_value : exp(log_value));
+      call.row_logs[n] = call.log && log_value != -math::kInfinity ? log_value * 0.0 : log_value;
+    }
+    return;
+  }
+  double top = -math::kInfinity;
+  Sums<1> divisor{}, sum{};
+  for (int64_t n = threadIdx.x; n < call.N; n += kTotalThreads) {
+    const double s = sample_weight(call, n), log = call.row_logs[n] + log_weight;
+    divisor.at[0] += s;
+    if (s != 0.0 && log > top) top = log;
+  }
+  top = Block::merged(top, LargerOf{});
+  divisor = Block::merged(divisor, AddSums{});
+  if (call.count_rows) divisor.at[0] = static_cast<double>(call.N);
+  const double base = top == -math::kInfinity ? 0.0 : top;  // sums relative to it stay in range
+  for (int64_t n = threadIdx.x; n < call.N; n += kTotalThreads) {
+    const double s = sample_weight(call, n);
+    if (s != 0.0) sum.at[0] += s * math::exp_nonpositive(call.row_logs[n] + log_weight - base);
+  }
+  sum = Block::merged(sum, AddSums{});
+  const bool mean = call.reduction == Reduction::kMean, none = sum.at[0] == 0.0;
+  const double log_sum = math::log_nonnegative(sum.at[0]);
+  const double log_divisor = mean ? math::log_nonnegative(divisor.at[0]) : 0.0;
+  if (threadIdx.x == 0) {
+    double value = call.log ? base + log_sum - log_divisor : exp(base) * sum.at[0] / (mean ? divisor.at[0] : 1.0);
+    if (none) value = call.log ? -math::kInfinity : 0.0;
+    put_value(call, 0, mean && divisor.at[0] == 0.0 ? kNan : value);
+  }
+  const double log_slope = call.log ? -base - log_sum : -log_divisor;
+  for (int64_t n = threadIdx.x; n < call.N; n += kTotalThreads) {
+    const double s = sample_weight(call, n), log = call.row_logs[n] + log_weight;
+    call.row_logs[n] = s == 0.0 || log == -math::kInfinity || none
+                           ? -math::kInfinity
+                           : log + (s == 1.0 ? 0.0 : math::log_nonnegative(s)) + log_slope;
+  }
+}
+
+}  // namespace
+
+Launched head_measure(const HeadMeasure& call) {
+  if (call.C > kFusedClasses) return {"too many classes for the fused kernel", "head_measure"};
+  const DeviceGuard guard(call.device);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_measure: the device");
+  const bool weights = (call.fields & kWeightFields) != 0;
+  const int64_t tiles = weights ? call.N : (call.N + kTileRows - 1) / kTileRows;
+  const unsigned grid = grid_for(tiles < 1 ? 1 : tiles < kMostBlocks ? tiles : kMostBlocks);
+  const Launched done = with_elements(call, [&](auto x, auto w, auto zero) {
+    using X = decltype(x);
+    using W = decltype(w);
+    using V = decltype(zero);
+    return launch("head_measure: rows", call.stream, grid, kThreads,
+                  weights ? &measure_explicit_rows<X, W, V> : &measure_rows<X, W, V>, call, x, w, zero);
+  });
+  if (done.error != nullptr) return done;
+  return launch("head_measure: total", call.stream, 1, kTotalThreads, &measure_total, call);
+}
+
+}  // namespace flatcore::cuda
