@@ -122,6 +122,7 @@ def cuda_head_measure(
     stream: int,
     problem: HeadProblem,
     sample_weights: int,
+    class_weight: _Matrix | None,
     reduction: int,
     log: bool,
     count_rows: bool,

@@ -145,6 +145,10 @@ CALLS = {
     "large head": (100, 33, "flatcore.head_metrics(x, W, y).neuronwise"),
     "half head": (100, 33, "flatcore.head_metrics(x.half(), W.half(), y).neuronwise"),
     "gradient": (10, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
+    "gradient of a small norm": (
+        10, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",
+    ),
+    "gradient of a large head": (100, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
     "gradient of a norm": (
         100, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",
     ),

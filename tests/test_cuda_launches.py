@@ -8,6 +8,7 @@ Letters: N rows, D features, C classes.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,18 @@ def test_a_training_step_with_bias_and_labels(include_bias: bool) -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_class_weights_are_no_operators_of_their_own(reduction: str) -> None:
+    x, w, _, y = w6()
+    y[3] = -100
+    weight = torch.rand(W6[2])
+    call = functools.partial(flatcore.hessian_trace, x, w, y, weight=weight, reduction=reduction)
+    value, forward = counts(call)
+    assert forward == (2, 2)
+    with flatcore.backend("reference"):
+        torch.testing.assert_close(value, call(), rtol=1e-5, atol=0)
+
+
 def test_the_counts_do_not_grow_with_the_rows() -> None:
     (_, D, C), one = W6, torch.ones(())
     for N in (1, 3000):
@@ -165,6 +178,57 @@ def test_no_gradient_depends_on_the_order_of_the_threads(order: str) -> None:
     with emulation.emulated(order):
         for a, b in zip(gradients(), want, strict=True):
             assert_same(order, a, b)
+
+
+# ------------------------------------------------------------------------------------------- what the goal must not cost
+KINDS = {
+    "halves apart": (torch.float16, torch.bfloat16, None),
+    "half and float": (torch.bfloat16, torch.float32, None),
+    "float and double": (torch.float32, torch.float64, None),
+    "logits": (torch.float32, torch.float32, torch.float32),
+    "double logits": (torch.float32, torch.float32, torch.float64),
+    "half logits": (torch.bfloat16, torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MEASURES)
+def test_dtypes_apart_strides_and_given_logits_agree_with_the_reference(name: str, kind: str) -> None:
+    N, D, C = 11, 37, 18
+    g = torch.Generator().manual_seed(1)
+    of_features, of_weight, of_logits = KINDS[kind]
+    x = torch.randn(D, N, generator=g).to(of_features).T.requires_grad_()
+    w = torch.randn(C, 2 * D, generator=g).to(of_weight)[:, ::2].requires_grad_()
+    b = torch.randn(2 * C, generator=g)[::2].requires_grad_()
+    z = None if of_logits is None else (4 * torch.randn(N, C, generator=g)).to(of_logits).requires_grad_()
+    y = torch.arange(N) % C
+    y[4] = -100
+    inputs = [t for t in (x, w, b if z is None else None, z) if t is not None]
+
+    def value_and_gradients() -> list[Tensor]:
+        value = MEASURES[name](x, w, y, linear_bias=b, logits=z, temperature=1.5, log=True)
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+    got = value_and_gradients()
+    assert paths.last_path == "fused"
+    with flatcore.backend("reference"):
+        want = value_and_gradients()
+    for a, exact in zip(got, want, strict=True):
+        assert a.dtype == exact.dtype and a.shape == exact.shape
+        # both round to the dtype; before that, in float32, sums of up to N + D + C terms that are 30 times an entry at most
+        unit = torch.finfo(a.dtype).eps + 30 * 2.0**-24 * math.sqrt(N + D + C)
+        torch.testing.assert_close(a.double(), exact.double(), rtol=0, atol=unit * exact.abs().max().item())
+
+
+def test_a_gradient_beyond_its_dtype_is_infinite_as_the_frameworks_own() -> None:
+    x = torch.randn(6, 5, dtype=torch.float64).half().requires_grad_()
+    w = (100 * torch.randn(4, 5, dtype=torch.float64)).half()
+    for scale in (1.0, 1e9):
+        with flatcore.backend("reference"):
+            (want,) = torch.autograd.grad(flatcore.relative_flatness(x, w, temperature=100.0) * scale, x)
+        (got,) = torch.autograd.grad(flatcore.relative_flatness(x, w, temperature=100.0) * scale, x)
+        assert got.isinf().any() == (scale > 1)
+        torch.testing.assert_close(got, want, rtol=2**-9, atol=2**-20)
 
 
 # ------------------------------------------------------------------------------------------------------- which path

@@ -7,13 +7,15 @@ namespace flatcore::bind {
 void register_cuda_head_measure(py::module_& module) {
   module.def(
       "cuda_head_measure",
-      [](int device, uintptr_t stream, const Problem& problem, uintptr_t sample_weights, int reduction, bool log,
-         bool count_rows, uintptr_t value, bool double_value, uintptr_t row_logs, uintptr_t workspace) {
+      [](int device, uintptr_t stream, const Problem& problem, uintptr_t sample_weights, const py::object& class_weight,
+         int reduction, bool log, bool count_rows, uintptr_t value, bool double_value, uintptr_t row_logs,
+         uintptr_t workspace) {
         cuda::HeadMeasure call;
         static_cast<HeadProblem&>(call) = problem;
         call.device = device;
         call.stream = pointer<void>(stream);
         call.sample_weights = pointer<const double>(sample_weights);
+        call.class_weight = matrix(class_weight);
         call.reduction = static_cast<cuda::Reduction>(reduction);
         call.log = log;
         call.count_rows = count_rows;
@@ -23,9 +25,10 @@ void register_cuda_head_measure(py::module_& module) {
         call.workspace = pointer<double>(workspace);
         run_released([&] { return cuda::head_measure(call); });
       },
-      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("sample_weights"), py::arg("reduction"),
-      py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"), py::arg("row_logs"),
-      py::arg("workspace"), "A measure of a small head, reduced, on a CUDA device; row_logs become log coefficients.");
+      py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("sample_weights"), py::arg("class_weight"),
+      py::arg("reduction"), py::arg("log"), py::arg("count_rows"), py::arg("value"), py::arg("double_value"),
+      py::arg("row_logs"), py::arg("workspace"),
+      "A measure of a small head, reduced, on a CUDA device; row_logs become log coefficients.");
   module.def(
       "cuda_head_measure_backward_workspace",
       [](const Problem& problem) { return cuda::head_measure_backward_workspace(problem); }, py::arg("problem"),

@@ -6,7 +6,7 @@
 // Buffers: as cuda/head_measure.h says. Does not synchronise; two runs agree bit for bit.
 // Numerics: products in float32 (float64 if an input is, or if features and weight differ in dtype), everything after
 // them in float64, squares in range whatever their size. Neuronwise flatness and gradient norms from differences of
-// rows of W, for every row (cuda/explicit_row.h): for few rows the table of distances costs more than it saves.
+// rows of W, for every row: for few of them the table of distances costs more than it saves.
 // Cost: features and W read once a tile of 4 rows; about 200 operations in float64 a row and class, and for neuronwise
 // and the norms 6 C D more a row. Never run on a device yet: no figure is known.
 #include "cuda/head_measure.h"
@@ -38,53 +38,52 @@ __global__ void __launch_bounds__(kThreads) measure_rows(HeadMeasure call, X x, 
   }
 }
 
-// Neuronwise flatness and gradient norms: a block per row, from the logits of its products.
+// Neuronwise flatness and gradient norms: a block per row.
 template <class X, class W, class V>
-__global__ void __launch_bounds__(kThreads) measure_explicit_rows(HeadMeasure call, X x, W w, V zero) {
+__global__ void __launch_bounds__(kThreads, 4) measure_anchored_rows(HeadMeasure call, X x, W w, V zero) {
   __shared__ MeasureTile<1> tile;
   __shared__ double u[kFusedClasses];
-  double* z = tile.z[0];
   const int exponent = weight_exponent(call, w);
-  const double scale = scalbn(1.0, exponent), log_scale = exponent * math::kLn2;
-  const double log_t = math::log_nonnegative(call.temperature);
+  const double inverse_temperature = 1.0 / call.temperature;
   const bool gradient = is_gradient(call), with_bias = call.include_bias && !gradient;
   for (int64_t n = blockIdx.x; n < call.N; n += gridDim.x) {
     put_products(call, x, w, n, zero, tile);
-    const RowSoftmax row = row_softmax(call, n, z, tile.log_n[0]);  // every warp the same
-    const auto split = split_of(call, row);
-    const double log_n = math::log_head_square(tile.log_n[0], call.include_bias);
+    const RowSoftmax row = row_softmax(call, n, tile.z[0], tile.log_n[0]);  // every warp the same
     const Label label = label_of(call, n);
-    __syncthreads();
-    if (threadIdx.x < call.C) z[threadIdx.x] = row.z;
-    __syncthreads();
     double value = kNan;
     if (gradient && label == Label::kIgnored) {
       value = -math::kInfinity;
     } else if (!row.bad && (!gradient || label == Label::kValid)) {
-      const int64_t anchor = gradient ? call.target[n] : row.tail.m;
-      const double top = explicit_shares(call, with_bias, anchor, z, u);
-      const ExplicitSum sum = explicit_sum(call, with_bias, anchor, scale, u, nullptr);
-      const double shift = (top - row.tail.t) / call.temperature - split.log1p_tau;
+      const double log1p_tau = split_of(call, row).log1p_tau;
+      const Anchored sums = anchored(call, w, with_bias, gradient ? call.target[n] : row.tail.m, scalbn(1.0, exponent),
+                                     row, log1p_tau, inverse_temperature, u, nullptr);
+      // in the scale of W, over T
+      const double log_unit = exponent * math::kLn2 + math::log_nonnegative(call.temperature);
+      const double shift = (sums.top - row.tail.t) * inverse_temperature - log1p_tau;
       if (!gradient) {
-        const double group = explicit_group(call, z, u, row.tail.t, split.log1p_tau);
-        value = log_n + shift + math::log_nonnegative(sum.variance(group)) - 2.0 * (log_scale + log_t);
+        const double log_n = math::log_head_square(tile.log_n[0], call.include_bias);
+        value = log_n + shift + math::log_nonnegative(sums.variance()) - 2.0 * log_unit;
+        if (log_n == -math::kInfinity) value = -math::kInfinity;
       } else {
-        const double log_norm = asks_for(call, kLogGradientNorm)    ? 0.5 * math::log_nonnegative(sum.norm2_squared)
-                                : asks_for(call, kLogGradientNorm1) ? math::log_nonnegative(sum.norm1)
-                                                                    : math::log_nonnegative(sum.norm_inf);
-        value = shift + log_norm - log_scale - log_t;
+        const double norm = asks_for(call, kLogGradientNorm)    ? sums.norm2_squared
+                            : asks_for(call, kLogGradientNorm1) ? sums.norm1
+                                                                : sums.norm_inf;
+        value = shift + (asks_for(call, kLogGradientNorm) ? 0.5 : 1.0) * math::log_nonnegative(norm) - log_unit;
       }
-      if (top == -math::kInfinity || (!gradient && log_n == -math::kInfinity)) value = -math::kInfinity;
+      if (sums.top == -math::kInfinity) value = -math::kInfinity;
     }
     if (threadIdx.x == 0) call.row_logs[n] = value;
-    __syncthreads();  // z and u are written again
+    __syncthreads();  // the tile and u are written again
   }
 }
 
 __device__ __forceinline__ double sample_weight(const HeadMeasure& call, int64_t n) {
   if (call.sample_weights != nullptr) return call.sample_weights[n];
   const Label label = label_of(call, n);
-  return label == Label::kIgnored ? 0.0 : label == Label::kBad ? kNan : 1.0;
+  if (label == Label::kIgnored || label == Label::kBad) return label == Label::kIgnored ? 0.0 : kNan;
+  if (label == Label::kNone || call.class_weight.data == nullptr) return 1.0;
+  const double s = element(call.class_weight, 0, call.target[n]);
+  return s < 0.0 ? kNan : s;
 }
 
 __device__ __forceinline__ void put_value(const HeadMeasure& call, int64_t n, double value) {
@@ -156,7 +155,7 @@ Launched head_measure(const HeadMeasure& call) {
     using W = decltype(w);
     using V = decltype(zero);
     return launch("head_measure: rows", call.stream, grid, kThreads,
-                  weights ? &measure_explicit_rows<X, W, V> : &measure_rows<X, W, V>, call, x, w, zero);
+                  weights ? &measure_anchored_rows<X, W, V> : &measure_rows<X, W, V>, call, x, w, zero);
   });
   if (done.error != nullptr) return done;
   return launch("head_measure: total", call.stream, 1, kTotalThreads, &measure_total, call);

@@ -8,12 +8,13 @@ namespace flatcore::cuda {
 
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
-// `fields` holds the one bit of the measure; `values` and `prediction` are not used. s_n: sample_weights_n; without
-// weights 1 without labels or for a valid one, 0 for an ignored one, NaN for one that is no class. Linear: s_n
-// exp(log_n), their sum, or that over the divisor; log: the log of the same. A row with s_n = 0 counts as 0 by select,
-// NaN or not.
+// `fields` holds the one bit of the measure; `values` and `prediction` are not used. s_n: sample_weights_n; else 1
+// without labels, the class weight of a valid one (1 without any), 0 for an ignored one, NaN for one that is no class
+// and for a class weight below 0. Linear: s_n exp(log_n), their sum, or that over the divisor; log: the log of the
+// same. A row with s_n = 0 counts as 0 by select, NaN or not.
 struct HeadMeasure : HeadCall {
   const double* sample_weights = nullptr;  // (N,) or null
+  Matrix class_weight;                     // (C,), one row; data null: 1
   Reduction reduction = Reduction::kMean;
   bool log = false;
   bool count_rows = false;  // the mean's divisor is N, not the sum of s_n

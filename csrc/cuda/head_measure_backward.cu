@@ -8,7 +8,7 @@
 // Buffers: as cuda/head_measure.h says. Does not synchronise; every sum comes in a fixed order, without atomics.
 // Numerics: as csrc/cpu/head_metrics_backward.cpp, dL/dz in float64 relative to the value; at most 16 rows of W's
 // gradient are summed in the compute type before they are carried into float64. Neuronwise flatness and gradient norms
-// from differences of rows of W for every row, a block each (cuda/explicit_row.h).
+// from differences of rows of W for every row, a block each.
 // Cost: features and W read once a tile of 4 rows, features once more for W's gradient; 6NDC operations, for neuronwise
 // and the norms about 12NDC more in float64. Never run on a device yet: no figure is known.
 #include "cuda/head_measure.h"
@@ -188,98 +188,100 @@ __global__ void __launch_bounds__(kThreads) backward_rows(HeadMeasureBackward ca
   }
 }
 
-// Neuronwise and gradient norms, by the row's anchor: the top class, or the label.
-struct WeightRow {
-  int64_t n, anchor;
-  double c, t, log1p_tau, scale;
-  int m;
-};
-
 // dL/dz of a row and its part of W's gradient, by the block; false where its value is 0.
 template <class W>
-__device__ __forceinline__ bool put_weight_row(const HeadMeasureBackward& call, const W& w, const Kept& kept,
-                                               const WeightRow& row, const RowUpstream& up, const double* z, double* u,
-                                               double* g) {
+__device__ __forceinline__ bool put_anchored_row(const HeadMeasureBackward& call, const W& w, const Kept& kept,
+                                                 int64_t n, int64_t anchor, double scale, const RowUpstream& up,
+                                                 const RowSoftmax& row, double log1p_tau, double* u, double* g) {
   using Warp = Team<kWarp>;
   const bool gradient = is_gradient(call), with_bias = call.include_bias && !gradient;
   const double inverse_temperature = 1.0 / call.temperature;
-  const int64_t at = row.n * call.C, columns = call.D + (with_bias ? 1 : 0);
-  double* direction = kept.direction + row.n * (call.D + 1);
-  const double top = explicit_shares(call, with_bias, row.anchor, z, u);
-  const ExplicitSum sum = explicit_sum(call, with_bias, row.anchor, row.scale, u, direction);
-  const double log_share = (top - row.t) * inverse_temperature - row.log1p_tau;
-  const double share = top == -math::kInfinity ? 0.0 : math::exp_nonpositive(log_share < 0.0 ? log_share : 0.0);
-  const double inner = sum.variance(gradient ? 0.0 : explicit_group(call, z, u, row.t, row.log1p_tau));
-  const double norm = asks_for(call, kLogGradientNorm)    ? sqrt(sum.norm2_squared)
-                      : asks_for(call, kLogGradientNorm1) ? sum.norm1
-                                                          : sum.norm_inf;
-  if (top == -math::kInfinity || !((gradient ? norm : inner) > 0.0)) return false;
+  const int64_t at = n * call.C, columns = call.D + (with_bias ? 1 : 0);
+  double* direction = kept.direction + n * (call.D + 1);
+  const Anchored sums = anchored(call, w, with_bias, anchor, scale, row, log1p_tau, inverse_temperature, u, direction);
+  // what the row is divided by: the norm, or Var_p(w), over the best share of those that differ
+  const double size = !gradient                           ? sums.variance()
+                      : asks_for(call, kLogGradientNorm)  ? sqrt(sums.norm2_squared)
+                      : asks_for(call, kLogGradientNorm1) ? sums.norm1
+                                                          : sums.norm_inf;
+  if (sums.top == -math::kInfinity || !(size > 0.0)) return false;
+  const double log_share = (sums.top - row.tail.t) * inverse_temperature - log1p_tau;
+  const double share = math::exp_nonpositive(log_share < 0.0 ? log_share : 0.0);
   if (gradient) {  // the sum becomes its dual direction
     Sums<1> count{};
-    for (int64_t d = threadIdx.x; d < call.D; d += kThreads) count.at[0] += fabs(direction[d]) == sum.norm_inf;
-    const double ties = ExplicitBlock::merged(count, AddSums{}).at[0];
+    for (int64_t d = threadIdx.x; d < call.D; d += kThreads) count.at[0] += fabs(direction[d]) == sums.norm_inf;
+    const double ties = Team<kThreads>::merged(count, AddSums{}).at[0];
     for (int64_t d = threadIdx.x; d < call.D; d += kThreads) {
-      direction[d] = math::dual_entry(norm_order(call.fields), direction[d], norm, ties);
+      direction[d] = math::dual_entry(norm_order(call.fields), direction[d], size, ties);
     }
   }
   __syncthreads();
-  const auto difference = [&](int64_t j, int64_t d) {
-    return d < call.D ? (static_cast<double>(w.at(j, d)) - static_cast<double>(w.at(row.anchor, d))) * row.scale
-                      : (call.bias[j] - call.bias[row.anchor]) * row.scale;
-  };
-  const math::ExplicitVarianceCotangent form{row.c * inverse_temperature, share, sum.norm2_squared, inner};
-  const double k = gradient ? 0.0 : 2.0 * row.c / inner * row.scale;
-  Sums<2> totals{};  // of dL/dz apart from the top class; of the factors of the direction
+  // the differences' squares and their products with the direction: a warp per class, lane j keeps those of class j
+  Sums<2> mine{};
+  __shared__ Sums<2> dots[kFusedClasses];
   for (int64_t j = threadIdx.x / kWarp; j < call.C; j += kWarps) {
-    Sums<2> dots{};  // of the difference with itself and with the direction
+    Sums<2> dot{};
     for (int64_t d = Warp::lane(); d < columns && u[j] > 0.0; d += kWarp) {
-      const double apart = difference(j, d);
-      dots.at[0] += apart * apart;
-      dots.at[1] += apart * direction[d];
+      const double apart = (d < call.D ? static_cast<double>(w.at(j, d)) - static_cast<double>(w.at(anchor, d))
+                                       : call.bias[j] - call.bias[anchor]) *
+                           scale;
+      dot.at[0] += apart * apart;
+      dot.at[1] += apart * direction[d];
     }
-    dots = Warp::merged(dots, AddSums{});
-    if (Warp::lane() != 0) continue;
-    const bool masked = z[j] == -math::kInfinity;
-    const double log_p = (z[j] - row.t) * inverse_temperature - row.log1p_tau;
-    double value = 0.0, along = 0.0, apart = 0.0;
-    if (u[j] < 0.0 && !masked) {
-      const double p = exp(log_p);
-      value = gradient ? -row.c * inverse_temperature * p : form.twin(p);
-      along = !gradient         ? -k * p
-              : j != row.anchor ? math::twin_factor(up.upstream, up.log_coefficient, log_p, log_share, norm)
-                                : 0.0;
-    } else if (u[j] > 0.0) {
-      value = gradient ? math::explicit_norm_cotangent(form.scale, u[j], dots.at[1], share, norm)
-                       : form.other(u[j], dots.at[0], dots.at[1]);
-      along = gradient ? row.c * u[j] / norm : -k * u[j] * share;
-      apart = gradient ? 0.0 : k * u[j];
-    }
-    if (gradient) {
-      totals.at[1] += along;
-      along *= row.scale;
-    }
-    g[j] = value;
-    if (j != row.m) totals.at[0] += value;
-    kept.along[at + j] = along;
-    if (kept.apart == nullptr) continue;
-    kept.apart[at + j] = apart;
-    kept.bias_part[at + j] =
-        with_bias ? along * direction[call.D] + apart * (call.bias[j] - call.bias[row.anchor]) : 0.0;
+    dot = Warp::merged(dot, AddSums{});
+    if (Warp::lane() == 0) dots[j] = dot;
   }
-  totals = ExplicitBlock::merged(totals, AddSums{});
-  if (gradient && threadIdx.x == 0) {
+  __syncthreads();
+  // then a lane per class, every warp the same
+  const int j = Warp::lane();
+  const bool is_class = j < call.C;
+  const double shared_u = is_class ? u[j] : 0.0;
+  if (is_class) mine = dots[j];
+  const double inverse = 1.0 / size, k = 2.0 * up.c * inverse * scale;
+  double value = 0.0, along = 0.0, apart = 0.0;
+  if (shared_u < 0.0 && row.z > -math::kInfinity) {
+    const double log_p = (row.z - row.tail.t) * inverse_temperature - log1p_tau;
+    const double p = exp(log_p);
+    if (!gradient) {
+      value = math::ExplicitVarianceCotangent{up.c * inverse_temperature, share, sums.norm2_squared, size}.twin(p);
+      along = -k * p;
+    } else {
+      value = -up.c * inverse_temperature * p;
+      if (j != anchor) along = math::twin_factor(up.upstream, up.log_coefficient, log_p, log_share, size);
+    }
+  } else if (shared_u > 0.0) {
+    if (!gradient) {
+      value = math::ExplicitVarianceCotangent{up.c * inverse_temperature, share, sums.norm2_squared, size}.other(
+          shared_u, mine.at[0], mine.at[1]);
+      along = -k * shared_u * share;
+      apart = k * shared_u;
+    } else {
+      value = math::explicit_norm_cotangent(up.c * inverse_temperature, shared_u, mine.at[1], share, size);
+      along = up.c * shared_u * inverse;
+    }
+  }
+  if (gradient) {
+    const Sums<2> totals = Warp::merged(Sums<2>{{j != row.tail.m ? value : 0.0, along}}, AddSums{});
     // a wrong label: the top class's share is all but 1 and its own term a difference of equals; the sum is 0
-    if (u[row.m] >= 0.0) g[row.m] = -totals.at[0];
-    kept.along[at + row.anchor] = -totals.at[1] * row.scale;
+    if (j == row.tail.m && shared_u >= 0.0) value = -totals.at[0];
+    if (j == anchor) along = -totals.at[1];
+    along *= scale;
+  }
+  if (threadIdx.x < call.C) {
+    g[j] = value;
+    kept.along[at + j] = along;
+    if (kept.apart != nullptr) {
+      kept.apart[at + j] = apart;
+      kept.bias_part[at + j] = with_bias ? along * direction[call.D] + apart * (call.bias[j] - call.bias[anchor]) : 0.0;
+    }
   }
   return true;
 }
 
 template <class X, class W, class V>
-__global__ void __launch_bounds__(kThreads) backward_explicit_rows(HeadMeasureBackward call, X x, W w, V zero) {
+__global__ void __launch_bounds__(kThreads, 4) backward_anchored_rows(HeadMeasureBackward call, X x, W w, V zero) {
   __shared__ MeasureTile<1> tile;
   __shared__ double u[kFusedClasses], g[1][kFusedClasses];
-  double* z = tile.z[0];
   const Kept kept = kept_in(call.workspace, call, nullptr);
   const double scale = scalbn(1.0, weight_exponent(call, w));
   const bool gradient = is_gradient(call);
@@ -287,20 +289,13 @@ __global__ void __launch_bounds__(kThreads) backward_explicit_rows(HeadMeasureBa
     put_products(call, x, w, n, zero, tile);
     const RowUpstream up = row_upstream(call, n);
     const double log_n = math::log_head_square(tile.log_n[0], call.include_bias);
-    const RowSoftmax row = row_softmax(call, n, z, tile.log_n[0]);  // every warp the same
+    const RowSoftmax row = row_softmax(call, n, tile.z[0], tile.log_n[0]);  // every warp the same
     const auto split = split_of(call, row);
     const bool bad = row.bad || (gradient && label_of(call, n) != Label::kValid);
     const bool poisoned = up.live && (bad || up.c != up.c);
     bool adds = up.live && !poisoned && (gradient || (log_n != -math::kInfinity && split.log_eps != -math::kInfinity));
-    __syncthreads();
-    if (threadIdx.x < call.C) z[threadIdx.x] = row.z;
-    __syncthreads();
     const int64_t anchor = adds ? (gradient ? call.target[n] : row.tail.m) : 0;
-    if (adds) {
-      const WeightRow weight_row{n, anchor, up.c, row.tail.t, split.log1p_tau, scale, static_cast<int>(row.tail.m)};
-      adds = put_weight_row(call, w, kept, weight_row, up, z, u, g[0]);
-      __syncthreads();
-    }
+    if (adds) adds = put_anchored_row(call, w, kept, n, anchor, scale, up, row, split.log1p_tau, u, g[0]);
     const double c = adds ? up.c : 0.0;
     if (threadIdx.x < call.C) {
       const int64_t at = n * call.C + threadIdx.x;
@@ -319,7 +314,7 @@ __global__ void __launch_bounds__(kThreads) backward_explicit_rows(HeadMeasureBa
     __syncthreads();
     const RowPart part = row_part(poisoned, c, log_n, !gradient);
     put_features<1>(call, x, w, n, zero, &part, g);
-    __syncthreads();  // z, u and g are written again
+    __syncthreads();  // the tile, u and g are written again
   }
 }
 
@@ -445,7 +440,7 @@ Launched head_measure_backward(const HeadMeasureBackward& call) {
     using V = decltype(zero);
     const Launched done =
         launch("head_measure_backward: rows", call.stream, grid, kThreads,
-               weights ? &backward_explicit_rows<X, W, V> : &backward_rows<X, W, V>, call, x, w, zero);
+               weights ? &backward_anchored_rows<X, W, V> : &backward_rows<X, W, V>, call, x, w, zero);
     if (done.error != nullptr || (call.d_weight.data == nullptr && call.d_bias.data == nullptr)) return done;
     const unsigned columns = grid_for((call.D + kWarp - 1) / kWarp + 1);
     const char* what = "head_measure_backward: sums";

@@ -2,14 +2,15 @@
 // included by .cu files only.
 #pragma once
 
-#include "cuda/explicit_row.h"
 #include "cuda/head_measure.h"
+#include "cuda/head_rows.h"
 #include "math/epsilon_split.h"
+#include "math/explicit_rows.h"
 
 namespace flatcore::cuda {
 namespace {
 
-constexpr int kThreads = kExplicitThreads;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileRows = kWarps;  // a warp per row once the logits are there
 constexpr int kGroup = 4;          // classes whose products a warp forms together
@@ -216,6 +217,90 @@ __device__ __forceinline__ RowSoftmax row_softmax(const HeadProblem& call, int64
 }
 __device__ __forceinline__ math::EpsilonSplit<double> split_of(const HeadProblem& call, const RowSoftmax& row) {
   return math::epsilon_split<double>(row.tail.t, row.tail.r, row.tail.u1, row.tail.u2, 1.0 / call.temperature);
+}
+
+// Neuronwise flatness and gradient norms, by a block: a row's sums over differences w_j - w_a to the row of W of its
+// anchor, the top class or the label (math/explicit_rows.h).
+struct Anchored {
+  double top;    // best logit of the classes whose row differs; -inf if none does
+  double group;  // sum of p_j over the others
+  double total;  // sum_j u_j
+  // times 2^e (squares 2^(2e)): spread about the mean, norms of sum_j u_j (w_j - w_a)
+  double spread, norm1, norm2_squared, norm_inf;
+
+  __device__ __forceinline__ double variance() const {
+    return math::explicit_variance(spread, group, norm2_squared, total);
+  }
+};
+struct AnchoredSums {
+  double spread, norm1, norm2_squared, norm_inf;
+};
+struct MergeAnchored {
+  __device__ __forceinline__ AnchoredSums operator()(const AnchoredSums& a, const AnchoredSums& b) const {
+    return {a.spread + b.spread, a.norm1 + b.norm1, a.norm2_squared + b.norm2_squared,
+            LargerOf{}(a.norm_inf, b.norm_inf)};
+  }
+};
+
+// `row` is of the softmax with the lane's logit; u becomes exp((z_j - top)/T) of the classes that differ, -1 of the
+// others; `direction` (D doubles, the bias's entry behind) the sum itself, unless null.
+template <class W>
+__device__ __forceinline__ Anchored anchored(const HeadProblem& call, const W& w, bool with_bias, int64_t anchor,
+                                             double scale, const RowSoftmax& row, double log1p_tau,
+                                             double inverse_temperature, double* u, double* direction) {
+  using Warp = Team<kWarp>;
+  const int lane = Warp::lane(), C = static_cast<int>(call.C);
+  for (int j = static_cast<int>(threadIdx.x) / kWarp; j < C; j += kWarps) {
+    bool differs = with_bias && call.bias[j] != call.bias[anchor];
+    for (int64_t start = 0; start < call.D && !differs; start += kWarp) {
+      const int64_t d = start + lane;
+      differs = __any_sync(kAllLanes, d < call.D && w.at(j, d) != w.at(anchor, d)) != 0;
+    }
+    if (lane == 0) u[j] = differs ? 1.0 : -1.0;
+  }
+  __syncthreads();
+  const bool mine = lane < C, differs = mine && u[lane] > 0.0;
+  Anchored found{};
+  found.top = Warp::merged(differs ? row.z : -math::kInfinity, LargerOf{});
+  const double share = differs ? math::tail_scale(row.z, found.top, inverse_temperature) : -1.0;
+  const bool twin = mine && !differs && row.z > -math::kInfinity;
+  const Sums<2> sums =
+      Warp::merged(Sums<2>{{twin ? math::exp_nonpositive((row.z - row.tail.t) * inverse_temperature - log1p_tau) : 0.0,
+                            math::explicit_share_counts(share) ? share : 0.0}},
+                   AddSums{});
+  found.group = sums.at[0];
+  found.total = sums.at[1];
+  __syncthreads();
+  if (threadIdx.x < call.C) u[threadIdx.x] = share;
+  __syncthreads();
+  const double inverse = found.total > 0.0 ? 1.0 / found.total : 0.0;
+  AnchoredSums part{};
+  for (int64_t d = threadIdx.x; d < call.D + (with_bias ? 1 : 0); d += kThreads) {
+    const bool is_bias = d == call.D;
+    const double own = is_bias ? call.bias[anchor] : static_cast<double>(w.at(anchor, d));
+    const auto difference = [&](int j) {
+      return ((is_bias ? call.bias[j] : static_cast<double>(w.at(j, d))) - own) * scale;
+    };
+    double value = 0.0;
+    for (int j = 0; j < C; ++j) {
+      if (math::explicit_share_counts(u[j])) value += u[j] * difference(j);
+    }
+    const double mean = value * inverse;
+    for (int j = 0; j < C; ++j) {
+      if (!math::explicit_share_counts(u[j])) continue;
+      const double apart = difference(j) - mean;
+      part.spread += u[j] * apart * apart;
+    }
+    if (direction != nullptr) direction[d] = value;
+    const double a = fabs(value);
+    part = MergeAnchored{}(part, {0.0, a, a * a, a});
+  }
+  part = Team<kThreads>::merged(part, MergeAnchored{});
+  found.spread = part.spread;
+  found.norm1 = part.norm1;
+  found.norm2_squared = part.norm2_squared;
+  found.norm_inf = part.norm_inf;
+  return found;
 }
 
 }  // namespace

@@ -66,7 +66,8 @@ def head_measure(
         return *head_reduction(values[0], how, with_coefficient), call.prepared
     value = torch.empty((call.N,) if how.reduction == "none" else (), dtype=how.dtype, device=_CPU)
     coefficient = torch.empty(call.N, dtype=torch.float64, device=_CPU) if with_coefficient else None
-    s = None if how.s is None else readable(how.s).contiguous()
+    s = how.row_weights()
+    s = None if s is None else readable(s).contiguous()
     call.check_label(
         _core.head_measure(
             call.cpu_target, call.problem, address(s), REDUCTIONS[how.reduction], how.log,
@@ -124,7 +125,8 @@ def head_reduction(logs: Tensor, how: Reduction, with_coefficient: bool) -> tupl
     N = logs.shape[0]
     value = logs.new_empty((N,) if how.reduction == "none" else (), dtype=how.dtype)
     coefficient = logs.new_empty((N,)) if with_coefficient else None
-    s = None if how.s is None else readable(how.s).contiguous()
+    s = how.row_weights()
+    s = None if s is None else readable(s).contiguous()
     labels = None if how.target is None or s is not None else readable(how.target).contiguous()
     _core.head_reduction(
         backend.cpu_target or "", logs.data_ptr(), address(s), address(labels), N, how.ignore_index,

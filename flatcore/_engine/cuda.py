@@ -23,7 +23,7 @@ from .reduction import REDUCTIONS, Reduction, reduce, reduce_with_log_coefficien
 def stream(x: Tensor) -> tuple[int, int]:
     """Index of the tensor's device, and the address of the caller's current stream there."""
     index = x.device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]  # no object made of it: 2 us
+    return index, torch._C._cuda_getCurrentRawStream(index)  # torch.cuda.current_stream makes an object of it first
 
 
 def path_of(stem: str, C: int, usable: frozenset[str]) -> str | None:
@@ -106,10 +106,12 @@ def _fused_measure(call: HeadCall, how: Reduction, with_coefficient: bool) -> tu
     N = call.N
     value = call.empty(*((N,) if how.reduction == "none" else ()), dtype=how.dtype)
     s = None if how.s is None else readable(how.s).contiguous()
+    class_weight = None if how.class_weight is None else readable(how.class_weight)
     workspace = call.empty(N + call.C)  # the rows' logs, which become their coefficients, and W's
     at = workspace.data_ptr()
     cuda_module().cuda_head_measure(
-        *stream(call.head.features), call.problem, address(s), REDUCTIONS[how.reduction], how.log, how.count_rows,
+        *stream(call.head.features), call.problem, address(s),
+        None if class_weight is None else one_row(class_weight), REDUCTIONS[how.reduction], how.log, how.count_rows,
         value.data_ptr(), how.dtype is torch.float64, at, at + 8 * N,
     )  # fmt: skip
     return value, workspace[:N] if with_coefficient else None
