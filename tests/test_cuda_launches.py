@@ -220,6 +220,36 @@ def test_dtypes_apart_strides_and_given_logits_agree_with_the_reference(name: st
         torch.testing.assert_close(a.double(), exact.double(), rtol=0, atol=unit * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("name", "N"),
+    (
+        ("trace", 4200),
+        ("neuronwise", 1100),
+        pytest.param("layerwise", 4200, marks=pytest.mark.exhaustive),
+        pytest.param("gradient-1", 1100, marks=pytest.mark.exhaustive),
+    ),
+)
+def test_blocks_go_on_to_further_rows(name: str, N: int) -> None:
+    """More rows than a grid of 1,024 blocks has at a time; every tenth is ignored, and holds NaN."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(N, 3, generator=g, dtype=torch.float64).requires_grad_()
+    w = torch.randn(3, 3, generator=g, dtype=torch.float64).requires_grad_()
+    y = torch.arange(N) % 3
+    y[::10] = -100
+    with torch.no_grad():
+        x[::10] = math.nan
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(MEASURES[name](x, w, y), (x, w))
+
+    got = gradients()
+    assert paths.last_path == "fused"
+    with flatcore.backend("reference"):
+        want = gradients()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=N * 2.0**-53 * b.abs().max().item())
+
+
 def test_a_gradient_beyond_its_dtype_is_infinite_as_the_frameworks_own() -> None:
     x = torch.randn(6, 5, dtype=torch.float64).half().requires_grad_()
     w = (100 * torch.randn(4, 5, dtype=torch.float64)).half()

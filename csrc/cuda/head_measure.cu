@@ -17,7 +17,6 @@ namespace flatcore::cuda {
 namespace {
 
 constexpr int kTotalThreads = 256;
-constexpr int64_t kMostBlocks = 1 << 14;  // beyond these a block takes several tiles
 
 template <class X, class W, class V>
 __global__ void __launch_bounds__(kThreads) measure_rows(HeadMeasure call, X x, W w, V zero) {
@@ -148,8 +147,7 @@ Launched head_measure(const HeadMeasure& call) {
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "head_measure: the device");
   const bool weights = (call.fields & kWeightFields) != 0;
-  const int64_t tiles = weights ? call.N : (call.N + kTileRows - 1) / kTileRows;
-  const unsigned grid = grid_for(tiles < 1 ? 1 : tiles < kMostBlocks ? tiles : kMostBlocks);
+  const unsigned grid = row_blocks(call);
   const Launched done = with_elements(call, [&](auto x, auto w, auto zero) {
     using X = decltype(x);
     using W = decltype(w);

@@ -24,7 +24,6 @@ constexpr int kSumThreads = 256;
 constexpr int kSumWarps = kSumThreads / kWarp;
 constexpr int kFoldRows = 16;
 constexpr int kMergedClasses = 8;
-constexpr int64_t kMostBlocks = 1 << 14;
 
 // What the rows leave for the sums over them.
 struct Kept {
@@ -432,8 +431,7 @@ Launched head_measure_backward(const HeadMeasureBackward& call) {
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "head_measure_backward: the device");
   const bool weights = (call.fields & kWeightFields) != 0;
-  const int64_t tiles = weights ? call.N : (call.N + kTileRows - 1) / kTileRows;
-  const unsigned grid = grid_for(tiles < 1 ? 1 : tiles < kMostBlocks ? tiles : kMostBlocks);
+  const unsigned grid = row_blocks(call);
   return with_elements(call, [&](auto x, auto w, auto zero) {
     using X = decltype(x);
     using W = decltype(w);

@@ -16,6 +16,14 @@ constexpr int kTileRows = kWarps;  // a warp per row once the logits are there
 constexpr int kGroup = 4;          // classes whose products a warp forms together
 static_assert(kFusedClasses == kWarp, "a lane per class");
 
+// Blocks that go over the rows: one a tile, or one a row where rows of W are needed; beyond 1,024, seven to each of an
+// H100's processors, a block goes on to further ones.
+inline unsigned row_blocks(const HeadProblem& call) {
+  constexpr int64_t most = 1 << 10;
+  const int64_t blocks = (call.fields & kWeightFields) != 0 ? call.N : (call.N + kTileRows - 1) / kTileRows;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
 // A matrix whose elements' type is known, and one that asks for it each time.
 template <class T>
 struct Elements {
