@@ -94,6 +94,33 @@ def cuda_head_explicit(
     scratch: int,
     slots: int,
 ) -> None: ...
+def cuda_head_measure(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    sample_weights: int,
+    class_weight: _Matrix | None,
+    reduction: int,
+    log: bool,
+    count_rows: bool,
+    value: int,
+    double_value: bool,
+    row_logs: int,
+    workspace: int,
+) -> None: ...
+def cuda_head_measure_backward(
+    device: int,
+    stream: int,
+    problem: HeadProblem,
+    upstream: _Matrix,
+    log_coefficient: int,
+    workspace: int,
+    d_features: _Matrix | None,
+    d_weight: _Matrix | None,
+    d_bias: _Matrix | None,
+    d_logits: _Matrix | None,
+) -> None: ...
+def cuda_head_measure_backward_workspace(problem: HeadProblem) -> int: ...
 def cuda_head_metrics(
     device: int,
     stream: int,

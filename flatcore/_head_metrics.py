@@ -87,7 +87,8 @@ def measured(inputs: Inputs, name: str, like: Any, *, reduction: str, log: bool,
     """Compute the named log of a head, reduce it, and give it back in the form of ``like``."""
     head, soft = inputs.head, inputs.soft_target is not None
     s = inputs.sample_weights(weight)
-    how = Reduction(reduction, log, inputs.dtype, head.target, head.ignore_index, head.C, s, count_rows=soft)
+    labelled = None if soft else weight
+    how = Reduction(reduction, log, inputs.dtype, head.target, head.ignore_index, head.C, s, soft, labelled)
     value = ops.head_measure(head, FIELDS.index(name), how)
     return returner(like)(value.reshape(inputs.leading) if reduction == "none" else value)
 

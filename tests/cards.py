@@ -20,7 +20,9 @@ from flatcore._engine import backend, device, extensions, proof
 from flatcore._engine import cuda as native_cuda
 
 STEMS = backend.CUDA_STEMS
-ALL = (("head_metrics", "fused"), ("head_metrics", "chunked"), *((stem, "-") for stem in STEMS[1:]))
+ALL = (
+    *((stem, path) for stem in STEMS[:2] for path in ("fused", "chunked")), *((stem, "-") for stem in STEMS[2:]),
+)  # fmt: skip
 """Every stem and path of the CUDA kernels."""
 NAME, CAPABILITY = "Card 9000", (9, 0)
 MODULE = SimpleNamespace(CUDA_FUSED_CLASSES=32, cuda_device=lambda index: (90, True, ""))

@@ -34,7 +34,9 @@ def module() -> ModuleType:
     """Compile once a session (10 s) and import."""
     folder = Path(tempfile.mkdtemp(prefix="flatcore_emulator_"))
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/emulator/emulator.cpp"]
-    sources += [ROOT / "csrc/bind" / name for name in ("cuda.cpp", "cuda_head.cpp", "head_problem.cpp")]
+    sources += [
+        ROOT / "csrc/bind" / f"{name}.cpp" for name in ("cuda", "cuda_head", "cuda_head_measure", "head_problem")
+    ]
     includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]

@@ -28,6 +28,7 @@ _FUSED = (*_VALUES, "-k", "fused and not cuda")
 _CHUNKED = (*_VALUES, "-k", "chunked and not cuda")
 _CUDA = (*_VALUES, "--emulate-all", "-k", "cuda")
 _CUDA_TILES = ("tests/test_cuda_tiles.py",)
+_CUDA_BACKWARD = ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda-fused")
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,27 @@ PLANTS = (
         "(eps * top_mean2 * inverse - 1.0)",
         "(eps * top_mean2 * inverse + 1.0)",
         ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
+    ),
+    Plant(
+        "CUDA: ignored rows counted in a small head's mean",
+        "csrc/cuda/head_measure.cu",
+        "return label == Label::kIgnored ? 0.0 : kNan;",
+        "return label == Label::kIgnored ? 1.0 : kNan;",
+        _CUDA_BACKWARD,
+    ),
+    Plant(
+        "CUDA: last row lost in a small head's sums",
+        "csrc/cuda/head_measure_backward.cu",
+        "to = (warp + 1) * call.N / kSumWarps;",
+        "to = (warp + 1) * (call.N - 1) / kSumWarps;",
+        _CUDA_BACKWARD,
+    ),
+    Plant(
+        "CUDA: the label's own row forgotten in a norm's gradient",
+        "csrc/cuda/head_measure_backward.cu",
+        "if (j == anchor) along = -totals.at[1];",
+        "if (j == anchor) along = 0.0;",
+        _CUDA_BACKWARD,
     ),
 )
 _CHECK = ("tests/test_check.py", "-k", "every_cpu_target or (emulated and 1500)")

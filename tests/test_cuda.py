@@ -150,6 +150,10 @@ CALLS = {
         5000, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_(), measure='neuronwise'), W)[0]",
     ),
     "gradient": (10, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
+    "gradient of a small norm": (
+        10, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",
+    ),
+    "gradient of a large head": (100, 33, "torch.autograd.grad(flatcore.relative_flatness(x, W.requires_grad_()), W)[0]"),
     "gradient of a norm": (
         100, 33, "torch.autograd.grad(flatcore.feature_gradient_norms(x, W.requires_grad_(), y, reduction='mean'), W)[0]",
     ),

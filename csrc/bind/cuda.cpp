@@ -8,6 +8,7 @@ namespace flatcore::bind {
 
 void register_cuda(py::module_& module) {
   register_cuda_head(module);
+  register_cuda_head_measure(module);
   module.def("cuda_architectures", &cuda::architectures, "The architectures that were compiled.");
   module.def(
       "cuda_runtime",

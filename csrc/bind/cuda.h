@@ -7,6 +7,7 @@
 namespace flatcore::bind {
 
 void register_cuda_head(py::module_& module);
+void register_cuda_head_measure(py::module_& module);
 
 // Launches without the interpreter's lock; raises what CUDA refused.
 template <class Launch>

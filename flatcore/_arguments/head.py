@@ -45,11 +45,10 @@ class Inputs(NamedTuple):
     dtype: torch.dtype
 
     def sample_weights(self, weight: Tensor | None) -> Tensor | None:
-        """s_n where it is more than whether a label is ignored."""
-        if self.soft_target is None and weight is None:
+        """s_n of soft targets; of labels the reduction finds it."""
+        if self.soft_target is None:
             return None
-        target = self.head.target if self.soft_target is None else self.soft_target
-        return None if target is None else _sample_weights(target, weight, self.head.ignore_index, self.head.C)
+        return _sample_weights(self.soft_target, weight, self.head.ignore_index, self.head.C)
 
 
 _sample_weights = alone_after_fork(sample_weights)

@@ -377,8 +377,8 @@ def _name(path: str, stem: str) -> str:
 
 
 def _observed(stem: str) -> str:
-    """The path that a CUDA device's kernels have taken; gradients have chunks alone."""
-    return _name("chunked" if stem == "head_metrics_backward" else paths.last_path or "fused", stem)
+    """The path that a CUDA device's kernels have taken."""
+    return _name(paths.last_path or "fused", stem)
 
 
 def _on_cuda(device: torch.device, home: torch.device, full: bool) -> list[Row]:

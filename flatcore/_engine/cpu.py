@@ -12,7 +12,7 @@ from . import backend, chunked_cpu, chunked_cpu_backward, paths
 from .backend import _core
 from .head import Head
 from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
-from .reduction import Reduction
+from .reduction import REDUCTIONS, Reduction
 from .threads import threads
 
 _CPU = torch.device("cpu")
@@ -66,10 +66,11 @@ def head_measure(
         return *head_reduction(values[0], how, with_coefficient), call.prepared
     value = torch.empty((call.N,) if how.reduction == "none" else (), dtype=how.dtype, device=_CPU)
     coefficient = torch.empty(call.N, dtype=torch.float64, device=_CPU) if with_coefficient else None
-    s = None if how.s is None else readable(how.s).contiguous()
+    s = how.row_weights()
+    s = None if s is None else readable(s).contiguous()
     call.check_label(
         _core.head_measure(
-            call.cpu_target, call.problem, address(s), _REDUCTIONS[how.reduction], how.log,
+            call.cpu_target, call.problem, address(s), REDUCTIONS[how.reduction], how.log,
             how.count_rows, value.data_ptr(), how.dtype is torch.float64, address(coefficient),
         )
     )  # fmt: skip
@@ -119,19 +120,17 @@ def head_metrics_backward(
     return in_dtypes_of(head, gradients)
 
 
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-
-
 def head_reduction(logs: Tensor, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
     """Run the kernel; results as of ``reduction.reduce`` and ``reduce_with_log_coefficient``."""
     N = logs.shape[0]
     value = logs.new_empty((N,) if how.reduction == "none" else (), dtype=how.dtype)
     coefficient = logs.new_empty((N,)) if with_coefficient else None
-    s = None if how.s is None else readable(how.s).contiguous()
+    s = how.row_weights()
+    s = None if s is None else readable(s).contiguous()
     labels = None if how.target is None or s is not None else readable(how.target).contiguous()
     _core.head_reduction(
         backend.cpu_target or "", logs.data_ptr(), address(s), address(labels), N, how.ignore_index,
-        _REDUCTIONS[how.reduction], how.log, how.count_rows, value.data_ptr(), how.dtype is torch.float64,
+        REDUCTIONS[how.reduction], how.log, how.count_rows, value.data_ptr(), how.dtype is torch.float64,
         address(coefficient),
     )  # fmt: skip
     return value, coefficient

@@ -16,13 +16,14 @@ from . import chunked_cuda, chunked_cuda_backward, device, paths, proof
 from .chunked_cpu import GRADIENT, NEURONWISE
 from .extensions import cuda_module
 from .head import Head
-from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, readable
-from .reduction import Reduction, reduce, reduce_with_log_coefficient
+from .memory import HeadCall, address, as_dtype, in_dtypes_of, matrix, one_row, readable
+from .reduction import REDUCTIONS, Reduction, reduce, reduce_with_log_coefficient
 
 
 def stream(x: Tensor) -> tuple[int, int]:
     """Index of the tensor's device, and the address of the caller's current stream there."""
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    index = x.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)  # torch.cuda.current_stream makes an object of it first
 
 
 _loaded: set[int] = set()
@@ -39,7 +40,7 @@ def load(index: int) -> None:
 
 def path_of(stem: str, C: int, usable: frozenset[str]) -> str | None:
     """The path that this stem's kernels take for a head of C classes, None where no usable one can."""
-    if stem == "head_metrics":
+    if stem in ("head_metrics", "head_metrics_backward"):
         return paths.on_cuda(C, cuda_module().CUDA_FUSED_CLASSES, usable)
     return next(iter(usable), None)
 
@@ -95,10 +96,38 @@ def head_measure(
     """One field, reduced: the value, if wanted the log of its derivative by each row's log, and a gradient's start."""
     call = HeadCall(cuda_module(), head, 1 << field, 1)
     call.keeps = with_coefficient
+    if _measure_path(call, "head_metrics", "head_metrics_backward") == "fused":
+        return *_fused_measure(call, how, with_coefficient), None
     values, _ = _run(call, True)
     if with_coefficient:
         return *reduce_with_log_coefficient(values[0], how), call.prepared
     return reduce(values[0], how), None, None
+
+
+def _measure_path(call: HeadCall, *stems: str) -> str:
+    """The path of one measure or its gradient, which has to have passed with each of these stems.
+
+    A check compares the measures' values as head_metrics's, their gradients as head_metrics_backward's.
+    """
+    index = device.place(call.head.features)[1]
+    usable = frozenset.intersection(*(proof.among(index, stem) for stem in stems))
+    return paths.of_measure_on_cuda(call, cuda_module().CUDA_FUSED_CLASSES, usable)
+
+
+def _fused_measure(call: HeadCall, how: Reduction, with_coefficient: bool) -> tuple[Tensor, Tensor | None]:
+    paths.took("fused", call, call.head.features.device)
+    N = call.N
+    value = call.empty(*((N,) if how.reduction == "none" else ()), dtype=how.dtype)
+    s = None if how.s is None else readable(how.s).contiguous()
+    class_weight = None if how.class_weight is None else readable(how.class_weight)
+    workspace = call.empty(N + call.C)  # the rows' logs, which become their coefficients, and W's
+    at = workspace.data_ptr()
+    cuda_module().cuda_head_measure(
+        *stream(call.head.features), call.problem, address(s),
+        None if class_weight is None else one_row(class_weight), REDUCTIONS[how.reduction], how.log, how.count_rows,
+        value.data_ptr(), how.dtype is torch.float64, at, at + 8 * N,
+    )  # fmt: skip
+    return value, workspace[:N] if with_coefficient else None
 
 
 def head_metrics_backward(
@@ -109,19 +138,23 @@ def head_metrics_backward(
     wanted: Sequence[bool],
     prepared: object | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Run the kernels of this stem: a gradient of any head goes by tiles."""
+    """Run the kernels of this stem."""
     call = HeadCall(cuda_module(), head, 1 << field, 1)
     call.prepared = prepared
     N, D, C = call.N, call.D, call.C
-    upstream = as_dtype(readable(upstream), torch.float64).expand(N).contiguous()
+    upstream = readable(upstream)
     if log_coefficient is not None:
         log_coefficient = readable(log_coefficient).contiguous()
+    path = _measure_path(call, "head_metrics_backward")
+    paths.took(path, call, head.features.device)
+    if path == "fused":
+        return _fused_backward(call, upstream, log_coefficient, head, wanted)
+    upstream = as_dtype(upstream, torch.float64).expand(N).contiguous()
     of_features, of_weight, of_bias, of_logits = wanted
     d_features = call.empty(N, D, dtype=call.dtype) if of_features else None
     d_weight = call.empty(C, D, dtype=call.dtype).zero_() if of_weight else None
     d_bias = call.empty(C).zero_() if of_bias else None
     d_logits = call.empty(N, C, dtype=call.dtype) if of_logits else None
-    paths.took("chunked", call, head.features.device)
     chunked_cuda_backward.head_metrics_backward(
         cuda_module(),
         stream(call.head.features),
@@ -134,6 +167,22 @@ def head_metrics_backward(
         d_logits,
     )
     return in_dtypes_of(head, (d_features, d_weight, d_bias, d_logits))
+
+
+def _fused_backward(
+    call: HeadCall, upstream: Tensor, log_coefficient: Tensor | None, head: Head, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    core = cuda_module()
+    gradients = tuple(
+        call.empty(*x.shape, dtype=x.dtype) if want and x is not None else None
+        for x, want in zip(head.inputs, wanted, strict=True)
+    )
+    workspace = call.empty(core.cuda_head_measure_backward_workspace(call.problem))
+    core.cuda_head_measure_backward(
+        *stream(call.head.features), call.problem, one_row(upstream.expand(call.N)), address(log_coefficient),
+        workspace.data_ptr(), *(x if x is None else matrix(x) if x.dim() == 2 else one_row(x) for x in gradients),
+    )  # fmt: skip
+    return gradients
 
 
 def row_norms(x: Tensor, ord: tuple[float, ...]) -> Tensor:

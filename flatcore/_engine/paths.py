@@ -14,6 +14,12 @@ FUSED_CLASSES = 256
 FUSED_WEIGHT_BYTES = 1 << 20
 """On the CPU a head of at most this many classes whose weight (in the compute type) fits this many bytes, one core's
 second-level cache, takes the fused kernel; any other is chunked around the library's products."""
+CUDA_FUSED_ROWS = 1 << 14
+CUDA_FUSED_NUMBERS = 1 << 21
+"""On a CUDA device a small head's measure, two launches each way, is for calls that are short of work: of at most this
+many rows, for the sums over them go 32 columns a block. Neuronwise flatness and gradient norms keep (N, D) numbers of
+8 bytes, at most so many. Beyond, the kernels that read the features as fast as memory gives them should be quicker."""
+_OF_WEIGHT_ROWS = sum(1 << bit for bit, name in enumerate(FIELDS) if "neuronwise" in name or "gradient_norm" in name)
 _FUSED_CLASSES_AT_MOST = 4096  # forced: the table of distances takes 8 C^2 bytes
 
 forced_path: str | None = None
@@ -54,6 +60,15 @@ def on_cuda(C: int, limit: int, usable: frozenset[str]) -> str | None:
         raise ValueError(f"the fused path takes at most {limit} classes on a CUDA device, got {C}")
     wanted = (forced_path,) if forced_path else ("fused", "chunked") if limit >= C else ("chunked",)
     return next((path for path in wanted if path in usable), None)
+
+
+def of_measure_on_cuda(call: HeadCall, limit: int, usable: frozenset[str]) -> str:
+    """Choose "fused" or "chunked" for one measure or its gradient: what is quick, of the ``usable`` ones."""
+    if forced_path is not None or limit < call.C:
+        return forced_path or "chunked"
+    quick = call.N <= CUDA_FUSED_ROWS and (not call.fields & _OF_WEIGHT_ROWS or call.N * call.D <= CUDA_FUSED_NUMBERS)
+    wanted = ("fused", "chunked") if quick else ("chunked", "fused")
+    return next((path for path in wanted if path in usable), "chunked")
 
 
 def took(path: str, call: HeadCall, where: object) -> None:

@@ -37,7 +37,7 @@ choice: str = _check_choice(os.environ.get("FLATCORE_CUDA_CHECK", "") or "1")
 
 def paths_of(stem: str) -> frozenset[str]:
     """The paths between which a stem chooses on a CUDA device; "-" where it has one."""
-    return _BOTH if stem == "head_metrics" else _ONE
+    return _BOTH if stem in ("head_metrics", "head_metrics_backward") else _ONE
 
 
 class Verdict(NamedTuple):

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..reference import widest
 
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+"""As the compiled kernels know them."""
+
 
 class Reduction(NamedTuple):
     """What becomes of the rows' logs: how rows are weighed, what they are divided by, and the form of the value."""
@@ -26,8 +29,15 @@ class Reduction(NamedTuple):
     target: Tensor | None  # labels (N,), or None
     ignore_index: int
     C: int
-    s: Tensor | None = None  # (N,) in the widest dtype; None: 1, or 0 where the label is ignored
+    s: Tensor | None = None  # (N,), widest dtype; None: the label's class weight, 1 without one, 0 where it is ignored
     count_rows: bool = False  # the mean's divisor is N, not the sum of s
+    class_weight: Tensor | None = None  # (C,), of the labels
+
+    def row_weights(self) -> Tensor | None:
+        """s_n where it is more than whether a label is ignored."""
+        if self.s is not None or self.target is None or self.class_weight is None:
+            return self.s
+        return sample_weights(self.target, self.class_weight, self.ignore_index, self.C)
 
 
 def sample_weights(target: Tensor, weight: Tensor | None, ignore_index: int, C: int) -> Tensor:
@@ -49,7 +59,7 @@ def _weighed(logs: Tensor, how: Reduction) -> tuple[Tensor, Tensor | None]:
     """log(s_n t_n), and s."""
     s = how.s
     if s is None and how.target is not None:
-        s = sample_weights(how.target, None, how.ignore_index, how.C)
+        s = sample_weights(how.target, how.class_weight, how.ignore_index, how.C)
     if s is not None:
         # by select, so that a NaN in a row of weight 0 stays out
         logs = torch.where(s == 0, -math.inf, logs + s.log())

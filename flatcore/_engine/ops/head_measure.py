@@ -58,7 +58,7 @@ def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tupl
 def head_measure(head: Head, field: int, how: Reduction) -> Tensor:
     """One field of a head whose tensors a public function has checked, reduced. Differentiable."""
     tensors = head.tensors
-    if not is_plain(*tensors, how.s, checked=True):
+    if not is_plain(*tensors, how.s, how.class_weight, checked=True):
         values, _ = head_metrics(head, 1 << field, True)
         return reduce(values[0], how)
     if needs_gradient(*tensors):
