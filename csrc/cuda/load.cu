@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "cuda/device.h"
+#include "cuda/head_measure.h"
 #include "cuda/head_metrics.h"
 #include "cuda/launch.h"
 #include "cuda/row_norms.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr int64_t kLong = int64_t{1} << 20;  // columns or classes beyond every bound between two kernels
 constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 
+constexpr uint32_t kTrace = 1U << kLogHessianTrace, kNorm = 1U << kLogGradientNorm1;
 constexpr int64_t kFirst = 0, kOne = 1;       // a block of one row
 constexpr int64_t kTiles[] = {1, 512, 2048};  // classes of a tile: a warp's, half a block's and a block's
 
@@ -62,6 +64,17 @@ void every_entry_point(int device) {
       auto weights = call_of<HeadWeights>(dtype, wide, 2);
       weights.workspace = weights.center = weights.distances = &there;
       run(&head_weights, weights);
+      for (const uint32_t fields : {kTrace, kNorm}) {
+        auto measure = call_of<HeadMeasure>(dtype, wide, 1);
+        measure.fields = fields;
+        run(&head_measure, measure);
+        for (const int64_t C : {int64_t{1}, kFusedClasses}) {
+          auto gradient = call_of<HeadMeasureBackward>(dtype, wide, C);
+          gradient.fields = fields;
+          gradient.d_weight.data = &there;
+          run(&head_measure_backward, gradient);
+        }
+      }
       for (int64_t C = 1; C <= kFusedClasses; ++C) {
         auto metrics = call_of<HeadMetrics>(dtype, wide, C);
         run(&head_metrics, metrics);
@@ -83,7 +96,7 @@ void every_entry_point(int device) {
       }
       auto backward = call_of<HeadBackwardLoop>(Dtype::kFloat32, wide, 2);
       backward.temperature = temperature;
-      for (const uint32_t fields : {1U << kLogHessianTrace, 1U << kLogGradientNorm1}) {
+      for (const uint32_t fields : {kTrace, kNorm}) {
         backward.fields = fields;
         run(&head_backward_rows, backward, kFirst, kOne);
         for (const int64_t classes : kTiles) {
