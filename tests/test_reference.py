@@ -21,6 +21,7 @@ from checks import Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tracing import Largest
 
 import flatcore
 from flatcore import reference
@@ -226,22 +227,6 @@ def test_the_reference_is_one_graph(C: int, D: int, dtype: torch.dtype) -> None:
             assert (a is None) == (b is None)
             if a is not None:
                 assert_same("compiled", a, b)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor made here has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.numbers = max(self.numbers, x.numel())
-        return found
 
 
 @pytest.mark.parametrize("dtype", WIDE)
