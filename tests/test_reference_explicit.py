@@ -136,11 +136,14 @@ def test_memory_of_rows_done_again_is_bounded(monkeypatch: pytest.MonkeyPatch, d
 
 
 def test_a_graph_asks_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured on a device, what a tensor holds can't be asked: rows are left as products have them."""
+    """Captured on a device or traced, what a tensor holds can't be asked: rows are left as products have them."""
     explicit = importlib.import_module("flatcore.reference.explicit")
-    left, of = [torch.zeros(3)], [torch.ones(3)]
+    left, of = torch.zeros(1, 3), torch.ones(1, 3)
     assert explicit.unsure(left, of, 0.05).tolist() == [0, 1, 2]
-    assert explicit.unsure([torch.tensor([math.nan, 1.0])], [torch.ones(2)], 0.05) is None
-    assert explicit.unsure([x.to("meta") for x in left], [x.to("meta") for x in of], 0.05) is None
+    assert explicit.unsure(torch.tensor([[math.nan, 1.0]]), torch.ones(1, 2), 0.05) is None
+    assert explicit.unsure(left.to("meta"), of.to("meta"), 0.05) is None
+    with monkeypatch.context() as captured:
+        captured.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+        assert explicit.unsure(left, of, 0.05) is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert explicit.unsure(left, of, 0.05) is None

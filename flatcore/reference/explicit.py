@@ -29,14 +29,17 @@ def least_left(wide: torch.dtype, result: torch.dtype, inputs: Sequence[Tensor |
     return 1e-3 if result is torch.float64 else 1e-6
 
 
-def unsure(left: Sequence[Tensor], of: Sequence[Tensor], least: float) -> Tensor | None:
-    """The rows (F,) where less than the ``least`` share is left in one of some sums; None: nowhere, or it can't be asked."""
-    on = left[0].device.type
-    if torch.compiler.is_compiling() or on == "meta" or (on == "cuda" and torch.cuda.is_current_stream_capturing()):
+def unsure(left: Tensor, of: Tensor, least: float) -> Tensor | None:
+    """The rows (F,) where less than the ``least`` share is left of one of K sums (K, N); None: nowhere, or in a graph."""
+    if torch.compiler.is_compiling() or left.is_meta or _is_capturing(left.device):
         return None
-    lost = torch.stack([a < least * b for a, b in zip(left, of, strict=True)]).any(dim=0)  # not where either is NaN
-    rows = lost.nonzero().squeeze(1)
+    rows = (left < least * of).any(dim=0).nonzero().squeeze(1)  # not where either is NaN
     return rows if len(rows) else None
+
+
+def _is_capturing(device: torch.device) -> bool:
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return bool(asked and asked())
 
 
 class Explicit:
@@ -147,12 +150,12 @@ def gradient_norms(about: About, ords: Sequence[float], least: float) -> dict[fl
         return {ord: norms(delta, ord) for ord in ords}
     parts = Parts(about)
     delta = parts.use_up()
-    found = {ord: norms(delta, ord) for ord in ords}
-    which = unsure(list(found.values()), [parts.size(ord) for ord in ords], least)
-    if which is None:
-        return found
-    again = Explicit(about, which).delta
-    return {ord: x.index_copy(0, which, norms(again, ord)) for ord, x in found.items()}
+    found = torch.stack([norms(delta, ord) for ord in ords])
+    which = unsure(found, parts.sizes(ords), least)
+    if which is not None:
+        again = Explicit(about, which).delta
+        found = found.index_copy(1, which, torch.stack([norms(again, ord) for ord in ords]))
+    return dict(zip(ords, found.unbind(0), strict=True))
 
 
 def with_gradient_norm(about: About, ord: float, least: float) -> Differences | Parts | Mended:
@@ -160,7 +163,7 @@ def with_gradient_norm(about: About, ord: float, least: float) -> Differences | 
     if is_small(about.weight.C, about.weight.D):
         return Differences(about)
     parts = Parts(about)
-    which = unsure([norms(parts.delta, ord)], [parts.size(ord)], least)
+    which = unsure(norms(parts.delta, ord).unsqueeze(0), parts.sizes([ord]), least)
     return parts if which is None else Mended(parts, which, Explicit(about, which))
 
 
@@ -190,7 +193,7 @@ def _of_table(about: About, distances: Tensor) -> Tensor:
 def _of_parts(about: About, distances: Tensor | None, least: float) -> tuple[Parts | Mended, Tensor]:
     parts = Parts(about)
     inner = parts.variance() if distances is None else _of_table(about, distances)
-    which = unsure([inner], [parts.square_size()], least)
+    which = unsure(inner.unsqueeze(0), parts.square_size().unsqueeze(0), least)
     if which is None:
         return parts, inner
     again = Explicit(about, which)

@@ -6,6 +6,7 @@ Letters as in ``head_metrics``; tensors of classes and rows are (C, N).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -202,10 +203,9 @@ class Parts:
         most = 2 * weight.C**0.5 * torch.finfo(weight.wide).eps * weight.sum(self._coefficients, absolute=True)
         return torch.where(delta.abs() <= most, 0, delta)
 
-    def size(self, ord: float) -> Tensor:
-        """sum |k_j| ||v_j|| of the terms that the others' part of delta is summed from, (N,)."""
-        sizes = self.about.weight.sizes(ord)
-        return sizes @ self.rest + self.rest_share * sizes[self.about.anchor]
+    def sizes(self, ords: Sequence[float]) -> Tensor:
+        """sum |k_j| ||v_j|| of the terms that the others' part of delta is summed from, in some norms, (K, N)."""
+        return self.about.weight.sizes(ords) @ self._coefficients.abs()
 
     def variance(self) -> Tensor:
         """Var_p(w) exp(-rho), of the parts, each at its mean, and of what is in the others' about theirs."""

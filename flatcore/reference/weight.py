@@ -12,6 +12,8 @@ weighs as much, ``explicit`` does the row again from all differences. Of a small
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class Weight:
         self._whole: Tensor | None = None
         self._pairs: Tensor | None = None
         self._squares: Tensor | None = None
-        self._sizes: dict[float, Tensor] = {}
+        self._sizes: dict[tuple[float, ...], Tensor] = {}
 
     def rows(self, which: slice | Tensor) -> Tensor:
         """Some rows of W over ``scale``: exact, so that their differences are."""
@@ -107,11 +109,13 @@ class Weight:
             self._squares = joined([self.centred(i).square().sum(dim=1) for i in range(len(self.tiles))])
         return self._squares
 
-    def sizes(self, ord: float) -> Tensor:
-        """||v_j||, (C,)."""
-        if ord not in self._sizes:
-            self._sizes[ord] = joined([norms(self.centred(i), ord) for i in range(len(self.tiles))])
-        return self._sizes[ord]
+    def sizes(self, ords: Sequence[float]) -> Tensor:
+        """||v_j|| in some norms, (K, C)."""
+        key = tuple(ords)
+        if key not in self._sizes:
+            tiled = (self.centred(i) for i in range(len(self.tiles)))
+            self._sizes[key] = joined([torch.stack([norms(v, ord) for ord in key]) for v in tiled], dim=1)
+        return self._sizes[key]
 
     def distances(self) -> Tensor:
         """||w_j - w_k||^2, (C, C), from differences."""
