@@ -22,6 +22,9 @@ _ROWS = 128  # at least, as long as a block takes no more than a tile: a product
 _TILE = 1 << 22
 """Numbers of a tile of classes of W: 16 MiB of float32. A larger W is never widened or centred as a whole."""
 
+_FEW = 4
+"""Rows that are done again together, at least: each piece of W is widened once for them."""
+
 _forced: tuple[torch.dtype | None, torch.dtype | None] = None, None
 
 
@@ -87,6 +90,16 @@ def tiles(C: int, D: int) -> list[slice]:
     return [slice(start, min(start + classes, C)) for start in range(0, C, classes)]
 
 
+def pieces(N: int, C: int, D: int, wide: torch.dtype, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, a few at a time, and tiles of the classes of which (rows, classes, D) numbers take a block or less."""
+    most = _BLOCK.get(device.type, 1 << 24) // wide.itemsize
+    rows = max(min(_FEW, most // max(D, 1)), most // max(C * D, 1), 1)
+    classes = max(most // (rows * max(D, 1)), 1)
+    tiled = [slice(start, min(start + classes, C)) for start in range(0, C, classes)]
+    for start in range(0, N, rows):
+        yield slice(start, min(start + rows, N)), tiled
+
+
 def total(parts: Iterable[Tensor]) -> Tensor:
     """The sum of the parts, at least one."""
     return reduce(torch.add, parts)
@@ -95,6 +108,15 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 def lengths(x: Tensor) -> Tensor:
     """The L2 norm of each row. The library's norm makes no second (N, D) tensor, but adds up in 16 sums, or fewer."""
     return x.square().sum(dim=1).sqrt() if x.shape[1] > 1024 else torch.linalg.vector_norm(x, dim=1)
+
+
+def norms(x: Tensor, ord: float) -> Tensor:
+    """The norm of each row."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0])
+    if ord == 2:
+        return lengths(x)
+    return x.abs().sum(dim=1) if ord == 1 else x.abs().amax(dim=1)
 
 
 def within_range(largest: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import arithmetic, blocks, joined, lengths, widest
-from .split import About, Parts, Rows, Split, parts_of, width
+from .arithmetic import arithmetic, blocks, joined, widest
+from .explicit import gradient_norms, least_left, variance
+from .split import About, Rows, Split, width
 from .weight import Weight
 
 FIELDS = (
@@ -67,7 +68,7 @@ def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype |
     names = [name for bit, name in enumerate(FIELDS) if fields >> bit & 1]
     (N, D), C = features.shape, weight.shape[0]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        call = _Call(head, wide, names)
+        call = _Call(head, wide, names, least_left(wide, result, inputs))
         found = [call.rows(rows) for rows in blocks(N, width(C, D), wide, features.device)]
         values, m, bad = (joined(list(parts), dim=-1) for parts in zip(*found, strict=True))
         values = values.masked_fill(bad, math.nan)
@@ -79,15 +80,16 @@ def head_metrics(head: Any, fields: int, wide_result: bool, dtype: torch.dtype |
 class _Call:
     """A head and the fields that are asked of it, in one arithmetic; what belongs to W alone is found once."""
 
-    def __init__(self, head: Any, wide: torch.dtype, names: list[str]):
-        self.head, self.wide, self.names = head, wide, names
+    def __init__(self, head: Any, wide: torch.dtype, names: list[str], least: float):
+        self.head, self.wide, self.names, self.least = head, wide, names, least
         self.weight, self.counted = weights(head, wide)
         self.index = torch.arange(self.weight.C, device=head.features.device).unsqueeze(1)
         if any(name in LABELLED for name in names):
             self.y, self.valid, self.known = labels(head)
         if "log_layerwise" in names:
             self.log_norm = 0.5 * head.norm_power * self.counted.log_square()
-        if any(name in GRADIENT_ORDS for name in names):
+        self.ords = [GRADIENT_ORDS[name] for name in names if name in GRADIENT_ORDS]
+        if self.ords:
             self.weight.prepare()
             self.log_scale = self.weight.log_scale - math.log(head.temperature)
         self.distances = None
@@ -105,7 +107,9 @@ class _Call:
             log_n_head = torch.logaddexp(log_n, torch.zeros_like(log_n)) if head.include_bias else log_n
         if any(name in _OF_TRACE for name in names):
             log_trace = log_n_head + split.log_one_minus_sum_p2() - 2 * math.log(temperature)
-        about_label = delta = None
+        if self.ords:
+            about_label = About(split, self.weight, self.y[rows])
+            norms = gradient_norms(about_label, self.ords, self.least)
         values = []
         for name in names:
             if name == "confidence":
@@ -122,17 +126,15 @@ class _Call:
                 value = log_trace + self.log_norm
             elif name == "log_neuronwise":
                 about = About(split, self.counted, split.m)
-                value = log_n_head + (about.rho + variance(about, self.distances).log()) + self.log_scale_square
+                value = (
+                    log_n_head + (about.rho + variance(about, self.distances, self.least).log()) + self.log_scale_square
+                )
             elif name == "loss":
                 # log-sum-exp minus the target's logit, as differences to the top one
                 z_y = split.z.gather(0, self.y[rows].unsqueeze(0)).squeeze(0)
                 value = (split.t - z_y) / temperature + split.log1p_tau
             else:
-                if about_label is None or delta is None:
-                    about_label = About(split, self.weight, self.y[rows])
-                    delta = parts_of(about_label).use_up()
-                norm = norms(delta, GRADIENT_ORDS[name])
-                value = about_label.rho + norm.log() + self.log_scale
+                value = about_label.rho + norms[GRADIENT_ORDS[name]].log() + self.log_scale
             values.append(value)
         block = torch.stack(values) if values else given.t.new_empty((0, given.t.shape[0]))
         return block, split.m, given.bad
@@ -173,33 +175,3 @@ def distances(weight: Weight) -> Tensor | None:
     C, numbers = weight.C, weight.C**2 * weight.D
     small = any(classes >= C and numbers <= most for classes, most in _PAIRWISE.items())
     return weight.distances() if small else None
-
-
-def variance(about: About, distances: Tensor | None) -> Tensor:
-    """Var_p(w) exp(-rho) = sum_j p_j ||w_j - sum_k p_k w_k||^2 exp(-rho), about the top class.
-
-    With the classes whose row equals w_m taken as one top group of probability P, J all others, p_j = exp(rho) u_j there:
-    Var_p(w) = exp(rho) [ P sum_J u_j D_mj + exp(rho) 1/2 sum_JJ u_j u_k D_jk ]. Every term is >= 0: nothing cancels.
-    Without the table of distances D the same over the parts of J, each at its mean, and the spread within.
-    """
-    P, share = about.group(), about.rho.exp()
-    if distances is not None:
-        to_rest = distances @ about.u  # (C, N): sum_J u_k D_jk
-        from_top = to_rest.gather(0, about.anchor.unsqueeze(0)).squeeze(0)
-        return P * from_top + share * (0.5 * (about.u * to_rest).sum(dim=0))
-    points, spread = Parts(about).points()
-    inner = spread
-    for i, (a, x) in enumerate(points):
-        inner = inner + P * (a * x.square().sum(dim=1))
-        for c, y in points[:i]:
-            inner = inner + share * (a * c * (x - y).square().sum(dim=1))
-    return inner
-
-
-def norms(x: Tensor, ord: float) -> Tensor:
-    """The norm of each row."""
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0])
-    if ord == 2:
-        return lengths(x)
-    return x.abs().sum(dim=1) if ord == 1 else x.abs().amax(dim=1)

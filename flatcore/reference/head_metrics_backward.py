@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import arithmetic, blocks, joined, total
-from .head_metrics import FIELDS, GRADIENT_ORDS, distances, labels, norms, variance, weights
-from .split import About, Rows, Split, parts_of, width
+from .arithmetic import arithmetic, blocks, joined, norms, total
+from .explicit import least_left, with_gradient_norm, with_variance
+from .head_metrics import FIELDS, GRADIENT_ORDS, distances, labels, weights
+from .split import About, Rows, Split, width
 
 DIFFERENTIABLE = ("log_hessian_trace", "log_layerwise", "log_neuronwise", *GRADIENT_ORDS)
 """The fields that have a derivative."""
@@ -75,6 +76,7 @@ class _Call:
         self.plain, self.counted = weights(head, wide)
         self.index = torch.arange(self.plain.C, device=head.features.device).unsqueeze(1)
         inputs = (head.features, head.linear_weight, head.logits)
+        self.least = least_left(wide, head.features.dtype, inputs)
         upstream = upstream.expand(head.features.shape[0])
         logs = torch.zeros_like(upstream) if log_coefficient is None else log_coefficient
         self.keep = (upstream != 0) & (logs != -math.inf)
@@ -166,7 +168,7 @@ class _Call:
         """Cotangent of z, and the gradient of W that does not pass through z."""
         ord, weight, T = GRADIENT_ORDS[self.name], self.plain, split.temperature
         about = About(split, weight, self.y[rows])
-        parts = parts_of(about)
+        parts = with_gradient_norm(about, ord, self.least)
         equal, u, log_p = about.equal, about.u, split.log_p()
         delta = parts.delta if ord == 2 else parts.settled
         nu = norms(delta, ord)
@@ -196,11 +198,10 @@ class _Call:
         """Cotangent of z, the gradient that does not pass through z, and the rows whose value is not 0."""
         weight = self.counted
         about = About(split, weight, split.m)
-        parts = parts_of(about)
+        parts, inner = with_variance(about, self.distances, self.least)
         equal, u, share, p = about.equal, about.u, about.rho.exp(), split.log_p().exp()
         delta = parts.delta
         moved = share.unsqueeze(1) * delta  # mean - w_m
-        inner = variance(about, self.distances)
         live = live & ~(inner <= 0)
         inner = torch.where(live, inner, 1)
         c = 2 * self.coefficient(rows, live, weight.log_scale) / inner

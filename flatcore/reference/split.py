@@ -6,6 +6,7 @@ Letters as in ``head_metrics``; tensors of classes and rows are (C, N).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,22 +109,13 @@ def width(C: int, D: int) -> int:
     return C * D if is_small(C, D) else max(C, D)
 
 
-def parts_of(about: About) -> Differences | Parts:
-    """delta = sum_J u_j (w_j - w_a), (N, D), and sums like it: from all differences where W is small, else by parts."""
-    return Differences(about) if is_small(about.weight.C, about.weight.D) else Parts(about)
-
-
 class Differences:
-    """All differences d_j = w_j - w_a, (C, N, D): exact, whatever W is."""
+    """delta = sum_J u_j (w_j - w_a), (N, D), and sums like it, from all differences d_j = w_j - w_a, (C, N, D): exact."""
 
     def __init__(self, about: About):
         w = about.weight.rows(slice(None))
         self.d = w.unsqueeze(1) - w.index_select(0, about.anchor)
         self.delta = self.settled = (about.u.unsqueeze(2) * self.d).sum(dim=0)
-
-    def use_up(self) -> Tensor:
-        """The sum."""
-        return self.delta
 
     def along(self, x: Tensor) -> Tensor:
         """x d_j of x (N, D), as (C, N)."""
@@ -160,11 +152,15 @@ class Parts:
         self._is_anchor = about.split.index == about.anchor
         self._coefficients = torch.where(self._is_anchor, -self.rest_share, self.rest)
         self.rest_delta = weight.sum(self._coefficients)
+        self._delta: Tensor | None = None
+        self._rest_squares: Tensor | None = None
 
     @property
     def delta(self) -> Tensor:
         """The sum."""
-        return total([self.rest_delta, *(share.unsqueeze(1) * d for _, share, d in self.heavy)])
+        if self._delta is None:
+            self._delta = total([self.rest_delta, *(share.unsqueeze(1) * d for _, share, d in self.heavy)])
+        return self._delta
 
     def use_up(self) -> Tensor:
         """The sum, in the memory of the differences: what is not asked of a system need not be given back to it."""
@@ -203,19 +199,38 @@ class Parts:
     @property
     def settled(self) -> Tensor:
         """delta with a 0 where it is no larger than what rounding may leave of terms that cancel: there it has no sign."""
-        weight = self.about.weight
+        weight, delta = self.about.weight, self.delta
         most = 2 * weight.C**0.5 * torch.finfo(weight.wide).eps * weight.sum(self._coefficients, absolute=True)
-        delta = self.delta
         return torch.where(delta.abs() <= most, 0, delta)
 
-    def points(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Sum of u (N,) and mean difference to w_a (N, D) of each part; and sum u_j ||w_j - mean||^2 of the others."""
+    def sizes(self, ords: Sequence[float]) -> Tensor:
+        """sum |k_j| ||v_j|| of the terms that the others' part of delta is summed from, in some norms, (K, N)."""
+        return self.about.weight.sizes(ords) @ self._coefficients.abs()
+
+    def variance(self) -> Tensor:
+        """Var_p(w) exp(-rho), of the parts, each at its mean, and of what is in the others' about theirs."""
         weight, share = self.about.weight, self.rest_share
         one = torch.where(share > 0, share, 1).unsqueeze(1)
-        mean = self.rest_delta / one
+        points = [*((a, d) for _, a, d in self.heavy), (share, self.rest_delta / one)]
         about_centre = weight.sum(self.rest / one.T)
-        spread = (weight.squares() @ self.rest - share * about_centre.square().sum(dim=1)).clamp_min(0)
-        return [*((a, d) for _, a, d in self.heavy), (share, mean)], spread
+        inner = (self._squares() - share * about_centre.square().sum(dim=1)).clamp_min(0)  # the spread
+        group, p_rest = self.about.group(), self.about.rho.exp()
+        for i, (a, x) in enumerate(points):
+            inner = inner + group * (a * x.square().sum(dim=1))
+            for c, y in points[:i]:
+                inner = inner + p_rest * (a * c * (x - y).square().sum(dim=1))
+        return inner
+
+    def square_size(self) -> Tensor:
+        """What the variance is left of, (N,): sum u_j ||v_j||^2 of the others, and ||v_a||^2 as often as it meets them."""
+        about = self.about
+        met = about.group() + about.rho.exp() * total([share for _, share, _ in self.heavy])
+        return self._squares() + met * self.rest_share * about.weight.squares()[about.anchor]
+
+    def _squares(self) -> Tensor:
+        if self._rest_squares is None:
+            self._rest_squares = self.about.weight.squares() @ self.rest
+        return self._rest_squares
 
 
 def first(found: Tensor, index: Tensor) -> Tensor:

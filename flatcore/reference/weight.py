@@ -6,16 +6,18 @@ Letters as in ``head_metrics``. Of a large W, sums over classes of differences t
 
 with c the mean row. The ``HEAVY`` groups of equal rows that weigh most enter by their differences to the anchor, formed
 before anything is summed; a row equal to the anchor's enters nowhere. What is left is a library's product; it is rounded by
-the size of the v_j, so that digits are lost only where more groups than these nearly coincide with the anchor's row and with
-each other, and no other row weighs as much. Of a small W (``is_small``) all differences are formed.
+the size of the v_j. Where more groups than these nearly coincide with the anchor's row and with each other, and no other row
+weighs as much, ``explicit`` does the row again from all differences. Of a small W (``is_small``) all are formed at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .arithmetic import joined, tiles, total, within_range
+from .arithmetic import joined, norms, tiles, total, within_range
 
 _EXPLICIT = {1 << 62: 1 << 11, 16: 1 << 15}
 """Of up to so many features, and numbers C D of W, all differences to the anchor are formed first."""
@@ -45,6 +47,8 @@ class Weight:
         self.log_scale = self.scale.log()
         self._whole: Tensor | None = None
         self._pairs: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._sizes: dict[tuple[float, ...], Tensor] = {}
 
     def rows(self, which: slice | Tensor) -> Tensor:
         """Some rows of W over ``scale``: exact, so that their differences are."""
@@ -101,7 +105,17 @@ class Weight:
 
     def squares(self) -> Tensor:
         """||v_j||^2, (C,)."""
-        return joined([self.centred(i).square().sum(dim=1) for i in range(len(self.tiles))])
+        if self._squares is None:
+            self._squares = joined([self.centred(i).square().sum(dim=1) for i in range(len(self.tiles))])
+        return self._squares
+
+    def sizes(self, ords: Sequence[float]) -> Tensor:
+        """||v_j|| in some norms, (K, C)."""
+        key = tuple(ords)
+        if key not in self._sizes:
+            tiled = (self.centred(i) for i in range(len(self.tiles)))
+            self._sizes[key] = joined([torch.stack([norms(v, ord) for ord in key]) for v in tiled], dim=1)
+        return self._sizes[key]
 
     def distances(self) -> Tensor:
         """||w_j - w_k||^2, (C, C), from differences."""
