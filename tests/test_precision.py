@@ -16,7 +16,7 @@ from processes import forks
 from torch import Tensor
 
 import flatcore
-from flatcore._engine import chunked_cpu, paths
+from flatcore._engine import paths, tiles
 from flatcore._engine.precision import full_precision, products_are_exact
 
 backends = torch.backends
@@ -186,12 +186,12 @@ def wanted() -> list[Tensor]:
 def test_every_product_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where this processor multiplies in float32 whatever the switches say."""
     seen = []
-    for name in ("logits_into", "_add"):
-        function = getattr(chunked_cpu.Forward, name)
+    for name in ("multiply", "add"):
+        function = getattr(tiles.Rows, name)
         monkeypatch.setattr(
-            chunked_cpu.Forward,
+            tiles.Rows,
             name,
-            lambda *given, run=function: (seen.append(products_are_exact("cpu")), run(*given)),
+            lambda *given, run=function, **options: (seen.append(products_are_exact("cpu")), run(*given, **options)),
         )
     torch.set_float32_matmul_precision("medium")
     _measures(*_head(), _nothing)
