@@ -294,3 +294,16 @@ def test_row_norms_of_an_expanded_tensor(target: str) -> None:
     constant = torch.tensor(0.5).expand(7, 20)
     bound = tolerance("row_norm", 10.0, 0.0, torch.float32, terms=20)
     assert_within("row_norm", flatcore.row_norms(constant, ord=1), np.full(7, 10.0), bound, torch.float32)
+
+
+def test_a_sign_that_a_share_of_nearly_nothing_decides(path: str) -> None:
+    """The L1 norm's derivative by W has the sign of each column, however small: here that of exp(-120) of the rest."""
+    x = torch.ones(1, 2, dtype=torch.float64)
+    w = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[2.0, 1.0, -119.0]], dtype=torch.float64)
+    value = flatcore.feature_gradient_norms(x, w, torch.tensor([0]), logits=z, ord=1, reduction="sum")
+    (gradient,) = torch.autograd.grad(value, w)
+    p = z.softmax(1)[0]  # |p_1| + |p_2|, and w_0 by the sum of their factors
+    torch.testing.assert_close(gradient[1], torch.stack([p[1], -p[1]]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient[0], torch.stack([-p[1], p[1]]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient[2], torch.stack([p[2], -p[2]]), rtol=1e-12, atol=0)

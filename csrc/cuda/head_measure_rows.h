@@ -274,7 +274,7 @@ __device__ __forceinline__ Anchored anchored(const HeadProblem& call, const W& w
   const bool twin = mine && !differs && row.z > -math::kInfinity;
   const Sums<2> sums =
       Warp::merged(Sums<2>{{twin ? math::exp_nonpositive((row.z - row.tail.t) * inverse_temperature - log1p_tau) : 0.0,
-                            share > 0.0 ? share : 0.0}},
+                            math::explicit_share_counts(share) ? share : 0.0}},
                    AddSums{});
   found.group = sums.at[0];
   found.total = sums.at[1];
@@ -291,11 +291,11 @@ __device__ __forceinline__ Anchored anchored(const HeadProblem& call, const W& w
     };
     double value = 0.0;
     for (int j = 0; j < C; ++j) {
-      if (u[j] > 0.0) value += u[j] * difference(j);
+      if (math::explicit_share_counts(u[j])) value += u[j] * difference(j);
     }
     const double mean = value * inverse;
     for (int j = 0; j < C; ++j) {
-      if (!(u[j] > 0.0)) continue;
+      if (!math::explicit_share_counts(u[j])) continue;
       const double apart = difference(j) - mean;
       part.spread += u[j] * apart * apart;
     }

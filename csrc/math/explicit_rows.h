@@ -7,9 +7,9 @@
 
 namespace flatcore::math {
 
-// Whether a class counts in the sums: of the largest term, 2^-140 is below any digit kept in them. Marks below 0 do
-// not.
-FLATCORE_INLINE bool explicit_share_counts(double u) { return u >= 0x1p-140; }
+// Whether a class counts in the sums; marks below 0 do not. However little it is: where all others leave a component at
+// 0, it decides the component's sign.
+FLATCORE_INLINE bool explicit_share_counts(double u) { return u > 0.0; }
 
 // Where the classes whose row is the anchor's have this share, what sum u ||d||^2 - ||sum u d||^2/sum u loses by the
 // difference is small beside the other part of the variance.
