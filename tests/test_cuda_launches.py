@@ -220,6 +220,28 @@ def test_dtypes_apart_strides_and_given_logits_agree_with_the_reference(name: st
         torch.testing.assert_close(a.double(), exact.double(), rtol=0, atol=unit * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("power", (-900, -40, 40, 900))
+def test_weights_far_from_one_have_gradients_as_much_smaller_or_larger(power: int) -> None:
+    """W and the bias times 2^e: log Var_p(w) gains 2 e log 2, and its derivative by W is 2^-e times as large."""
+    g = torch.Generator().manual_seed(3)
+    x, w = (torch.randn(n, 9, generator=g, dtype=torch.float64) for n in (5, 4))
+    b, z = torch.randn(4, generator=g, dtype=torch.float64), torch.randn(5, 4, generator=g, dtype=torch.float64)
+
+    def value_and_gradients(scale: float) -> tuple[Tensor, ...]:
+        inputs = [t.requires_grad_() for t in (x.clone(), w * scale, b * scale)]
+        call = functools.partial(
+            flatcore.relative_flatness, logits=z, include_bias=True, measure="neuronwise", log=True
+        )
+        value = call(inputs[0], inputs[1], linear_bias=inputs[2])
+        return value.detach(), *torch.autograd.grad(value, inputs)
+
+    got, want = value_and_gradients(2.0**power), value_and_gradients(1.0)
+    assert paths.last_path == "fused"
+    moved = got[0] - 2 * power * math.log(2), got[1], *(2.0**power * gradient for gradient in got[2:])
+    for one, exact in zip(moved, want, strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-12, atol=1e-12 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("name", "N"),
     (

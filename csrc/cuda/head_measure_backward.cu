@@ -30,10 +30,11 @@ struct Kept {
   double* c;           // (N,): 0 where a row adds nothing by its features, NaN where it poisons
   double* g;           // (N, C): dL/dz
   double* weight_log;  // (C,): log ||w_j||^2; layerwise
-  // neuronwise and gradient norms: row j of W's gradient gains along direction + apart (w_j - w_anchor)
+  // neuronwise and gradient norms: row j of W's gradient gains along direction + apart 2^e (w_j - w_anchor)
   double* along;      // (N, C)
   double* apart;      // (N, C); neuronwise
   double* bias_part;  // (N, C): what d_bias gains; neuronwise
+  double* scale;      // (1,): 2^e, its square over Var_p(w) may leave the range; neuronwise
   double* direction;  // (N, D + 1)
   int64_t* anchor;    // (N,)
 };
@@ -56,6 +57,7 @@ __host__ __device__ __forceinline__ Kept kept_in(double* workspace, const HeadPr
   if (neuronwise) {
     kept.apart = place(call.N * call.C);
     kept.bias_part = place(call.N * call.C);
+    kept.scale = place(1);
   }
   if (size != nullptr) *size = at;
   return kept;
@@ -271,7 +273,8 @@ __device__ __forceinline__ bool put_anchored_row(const HeadMeasureBackward& call
     kept.along[at + j] = along;
     if (kept.apart != nullptr) {
       kept.apart[at + j] = apart;
-      kept.bias_part[at + j] = with_bias ? along * direction[call.D] + apart * (call.bias[j] - call.bias[anchor]) : 0.0;
+      kept.bias_part[at + j] =
+          with_bias ? along * direction[call.D] + apart * ((call.bias[j] - call.bias[anchor]) * scale) : 0.0;
     }
   }
   return true;
@@ -283,6 +286,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_anchored_rows(HeadMeasur
   __shared__ double u[kFusedClasses], g[1][kFusedClasses];
   const Kept kept = kept_in(call.workspace, call, nullptr);
   const double scale = scalbn(1.0, weight_exponent(call, w));
+  if (kept.scale != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *kept.scale = scale;
   const bool gradient = is_gradient(call);
   for (int64_t n = blockIdx.x; n < call.N; n += gridDim.x) {
     put_products(call, x, w, n, zero, tile);
@@ -351,7 +355,7 @@ __global__ void __launch_bounds__(kSumThreads) backward_sums(HeadMeasureBackward
     if (c != c) rows.at[1] += 1.0;
   }
   rows = Team<kSumThreads>::merged(rows, AddSums{});
-  const double poison = rows.at[1] > 0.0 ? kNan : 0.0;
+  const double poison = rows.at[1] > 0.0 ? kNan : 0.0, scale = kept.scale != nullptr ? *kept.scale : 1.0;
   // layerwise, in two steps: ||W||_F^-2 alone may leave the range; W = 0 has no gradient
   double half = 0.0, layer = 0.0;
   if (asks_for(call, kLogLayerwise)) {
@@ -407,7 +411,7 @@ __global__ void __launch_bounds__(kSumThreads) backward_sums(HeadMeasureBackward
         if (factor != 0.0 && along != 0.0) sums[j] += factor * along;
         if (kept.apart == nullptr) continue;
         const double apart = kept.apart[n * C + j];
-        if (apart != 0.0) sums[j] += apart * (static_cast<double>(w.at(j, d)) - own);
+        if (apart != 0.0) sums[j] += apart * ((static_cast<double>(w.at(j, d)) - own) * scale);
       }
     }
     merge_classes<most>(C, sums, [&](int j, double total) {
