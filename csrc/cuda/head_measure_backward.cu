@@ -103,12 +103,12 @@ __device__ __forceinline__ RowUpstream row_upstream(const HeadMeasureBackward& c
 // may leave the range.
 struct RowPart {
   double factor, half;
-  bool poisoned, adds;
+  bool poisoned;
 };
 __device__ __forceinline__ RowPart row_part(bool poisoned, double c, double log_n, bool norm) {
-  if (poisoned || !norm || c == 0.0) return {0.0, 0.0, poisoned, !poisoned};
+  if (poisoned || !norm || c == 0.0) return {0.0, 0.0, poisoned};
   const double half = exp(-0.5 * log_n);
-  return {2.0 * c * half, half, false, true};
+  return {2.0 * c * half, half, false};
 }
 
 // The rows' own gradients: factor phi + sum_j g_j w_j.
