@@ -122,6 +122,25 @@ def test_only_what_failed_is_not_taken_and_one_warning_says_what(card: Card, fai
     assert len(said(calls)) == 1 and card.runs == 1  # kept, and said once in each process
 
 
+@pytest.mark.parametrize(("failed", "wanted"), (("fused", ("chunked", "chunked")), ("chunked", ("fused", "reference"))))
+def test_a_gradient_takes_no_path_that_has_failed(card: Card, failed: str, wanted: tuple[str, str]) -> None:
+    """The other path may have passed, and not take as many classes."""
+    card.check = Check(rows(**{f"head_metrics_backward_{failed}": FAILURE}))
+
+    def path_of_a_gradient(C: int) -> str:
+        x, w, _ = head(C)
+        value = flatcore.hessian_trace(x.requires_grad_(), w)
+        paths.last_path = None
+        value.backward()
+        return paths.last_path or "reference"
+
+    with pytest.warns(RuntimeWarning, match=rf"head_metrics_backward \({failed}\)"):
+        assert (path_of_a_gradient(C_FUSED), path_of_a_gradient(C_CHUNKED)) == wanted
+    if "reference" in wanted:
+        with flatcore.backend("native"), pytest.raises(RuntimeError, match="head_metrics_backward failed"):
+            path_of_a_gradient(C_CHUNKED)
+
+
 @pytest.mark.parametrize("failed", FAILED)
 def test_native_raises_where_the_kernels_have_failed(card: Card, failed: str) -> None:
     card.check = Check(rows(**{failed: FAILURE}))

@@ -33,7 +33,7 @@ def run_backward(
 
     ``prepared``: the kernels of the forward pass, and what they found out there; others have no use for it.
     """
-    kernels = kernels_of(head.features, "head_metrics_backward")
+    kernels = kernels_of(head.features, "head_metrics_backward", head.C)
     theirs, found = prepared
     taken_over = () if found is None or theirs is not kernels else (found,)
     with exact_products(kernels, head.features):
