@@ -151,3 +151,11 @@ def test_memory_that_is_not_aligned_is_copied(path: str, dtype: torch.dtype) -> 
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
         else:
             assert_same("the answer", got, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_single_number_has_any_stride(path: str, dtype: torch.dtype) -> None:
+    """A view of one class's bias has its parent's stride, and counts as contiguous."""
+    x, w, b = torch.ones(2, 3, dtype=dtype), torch.ones(1, 3, dtype=dtype), torch.full((4, 3), 2, dtype=dtype)[:1, 0]
+    assert b.stride() == (3,) and b.is_contiguous()
+    assert_same("the trace", flatcore.hessian_trace(x, w, linear_bias=b), torch.zeros((), dtype=dtype))

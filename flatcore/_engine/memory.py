@@ -26,8 +26,8 @@ def matrix(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def one_row(x: Tensor) -> tuple[int, int, int, int]:
-    """The same of a vector, as a matrix of one row."""
-    return x.data_ptr(), 0, x.stride(0), _DTYPE_CODE[x.dtype]
+    """The same of a vector, as a matrix of one row; the stride of a single element may be anything, contiguous or not."""
+    return x.data_ptr(), 0, x.stride(0) if x.shape[0] != 1 else 1, _DTYPE_CODE[x.dtype]
 
 
 def readable(x: Tensor) -> Tensor:
