@@ -269,3 +269,22 @@ def test_blocks_of_rows_and_tiles_of_classes_change_nothing(
     for a, b in zip(everything(), whole, strict=True):
         scale = b.double().abs().nan_to_num(posinf=0.0).max().item()
         torch.testing.assert_close(a, b, rtol=100 * unit, atol=100 * max(unit, 2**-24) * scale)
+
+
+@pytest.mark.parametrize("classes", (3, 2100))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_the_largest_weights_of_a_format(dtype: torch.dtype, classes: int) -> None:
+    """W with entries beyond half of the largest number, and the same times 2^-9: every log less by as many log 2."""
+    g = torch.Generator().manual_seed(4)
+    x, w = torch.randn(4, 5, generator=g).to(dtype), (2 * torch.rand(classes, 5, generator=g) - 1).to(dtype)
+    w[0, 0] = 1
+    z, y = torch.randn(4, classes, generator=g).to(dtype), torch.tensor([1, 0, 2, 1])
+    names = ("log_layerwise", "log_neuronwise", "log_feature_gradient_norm", "log_feature_gradient_norm_1")
+    found = []
+    for scale in (torch.finfo(dtype).max, torch.finfo(dtype).max * 2.0**-9):
+        given = Head(x, w * scale, None, z, y, norm_power=2)
+        fields = sum(1 << FIELDS.index(name) for name in names)
+        found.append(reference.head_metrics(given, fields, False, dtype=dtype)[0])
+    powers = torch.tensor([2, 2, 1, 1], dtype=dtype).unsqueeze(1)
+    unit = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0] - found[1], (9 * math.log(2) * powers).expand(4, 4), rtol=0, atol=1500 * unit)

@@ -43,7 +43,8 @@ class Weight:
             largest = within_range(
                 joined([torch.maximum(x.amax(), -x.amin()).to(wide).view(1) for x in entries]).amax()
             )
-            self.scale = largest / largest.frexp().mantissa  # mantissa * 2^e over mantissa: 2^e, without rounding
+            # m 2^e over 2 m, m in [1/2, 1): 2^(e - 1), without rounding, which the largest number has within its format
+            self.scale = largest / (2 * largest.frexp().mantissa)
         self.log_scale = self.scale.log()
         self._whole: Tensor | None = None
         self._pairs: Tensor | None = None
