@@ -7,11 +7,6 @@
 
 namespace flatcore::cuda {
 
-__device__ __forceinline__ bool is_gradient(const HeadProblem& call) { return (call.fields & kGradientFields) != 0; }
-__device__ __forceinline__ bool asks_for(const HeadProblem& call, Field field) {
-  return (call.fields >> field & 1U) != 0;
-}
-
 template <class V>
 struct Direction {
   const HeadBackwardLoop& call;

@@ -65,11 +65,6 @@ Launched with_elements(const HeadProblem& call, Run run) {
   return run(AnyElements{call.features}, AnyElements{call.weight}, double{});
 }
 
-__device__ __forceinline__ bool asks_for(const HeadProblem& call, Field field) {
-  return (call.fields >> field & 1U) != 0;
-}
-__device__ __forceinline__ bool is_gradient(const HeadProblem& call) { return (call.fields & kGradientFields) != 0; }
-
 // log sum x_d^2 of a row by a team, known to its lanes: NaN and infinity as they come, no square leaves the range.
 template <int width, class X>
 __device__ __forceinline__ double log_row_squares(const X& x, int64_t row, int64_t D) {

@@ -12,6 +12,11 @@ namespace flatcore::cuda {
 
 constexpr double kNan = __builtin_nan("");
 
+__device__ __forceinline__ bool is_gradient(const HeadProblem& call) { return (call.fields & kGradientFields) != 0; }
+__device__ __forceinline__ bool asks_for(const HeadProblem& call, Field field) {
+  return (call.fields >> field & 1U) != 0;
+}
+
 __device__ __forceinline__ double element(const Matrix& a, int64_t row, int64_t column) {
   const int64_t at = row * a.row_stride + column * a.column_stride;
   switch (a.dtype) {
