@@ -46,6 +46,7 @@ class Weight:
             # m 2^e over 2 m, m in [1/2, 1): 2^(e - 1), without rounding, which the largest number has within its format
             self.scale = largest / (2 * largest.frexp().mantissa)
         self.log_scale = self.scale.log()
+        self._is_prepared = False
         self._whole: Tensor | None = None
         self._pairs: Tensor | None = None
         self._squares: Tensor | None = None
@@ -71,7 +72,10 @@ class Weight:
         return total(self.rows(tile).square().sum() for tile in self.tiles).log() + 2 * self.log_scale
 
     def prepare(self) -> Weight:
-        """Find the centre and the equal rows: a pass over W each."""
+        """Find the centre and the equal rows: a pass over W each, made once."""
+        if self._is_prepared:
+            return self
+        self._is_prepared = True
         if len(self.tiles) == 1:
             self._whole = self.rows(self.tiles[0])
         if self.C**2 * self.D <= 1 << 18:
