@@ -14,7 +14,10 @@ from refusing import C, D, N, arguments, gradients_with
 from torch import Tensor
 
 import flatcore
-from flatcore._check.tolerance import assert_within, tolerance
+from flatcore._check.tolerance import assert_same, assert_within, tolerance
+from flatcore._engine.head import Head
+from flatcore._engine.ops.head_metrics_backward import head_metrics_backward
+from flatcore.reference import FIELDS
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -307,3 +310,20 @@ def test_a_sign_that_a_share_of_nearly_nothing_decides(path: str) -> None:
     torch.testing.assert_close(gradient[1], torch.stack([p[1], -p[1]]), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient[0], torch.stack([-p[1], p[1]]), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient[2], torch.stack([p[2], -p[2]]), rtol=1e-12, atol=0)
+
+
+def test_an_ignored_row_stays_out_of_a_gradient_whatever_it_is_asked_for(path: str) -> None:
+    """The operator takes an upstream for it that is not 0, which no measure hands on."""
+    g = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, 4, generator=g, dtype=torch.float64) for n in (6, 5))
+    y = torch.tensor([0, 1, -100, 3, 4, 0])
+    field, wanted = FIELDS.index("log_feature_gradient_norm"), (True, True, False, False)
+
+    def gradients() -> tuple[Tensor | None, ...]:
+        upstream = torch.ones(6, dtype=torch.float64)
+        return head_metrics_backward(upstream, None, Head(x, w, None, None, y), field, wanted)[:2]
+
+    want = gradients()
+    x[2] = math.nan
+    for got, exact in zip(gradients(), want, strict=True):
+        assert_same("without the row", got, exact)

@@ -13,7 +13,6 @@ from .backend import _core
 from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE, Forward, Kept
 from .memory import HeadCall, address
 from .precision import full_precision
-from .reduction import derivative
 from .tiles import Order, padded
 
 _EXPLICIT_BYTES = 4 << 20  # of dL/dz of rows done from explicit differences, at a time
@@ -66,7 +65,6 @@ class _Backward:
         self.d_weight: Any = d_weight
         self.d_bias: Any = d_bias
         self.d_logits: Any = d_logits
-        self.c = derivative(upstream, log_coefficient, call.double)
         self.neuronwise = bool(call.fields & NEURONWISE)
         self.weights = bool(call.fields & (NEURONWISE | GRADIENT))
         kept: Kept | None = call.prepared
@@ -116,7 +114,7 @@ class _Backward:
         self.share += numbers[:, _core.HEAD_BACKWARD_ROW_C].sum()
         of_logits = self.head.logits is not None
         x = None if of_logits else forward.features(first, rows)
-        kept: Any = None if of_logits or self.d_weight is None else self._kept(x, first, rows)
+        kept: Any = None if of_logits or self.d_weight is None else _kept(x, numbers)
         here = slice(first, first + rows)
         mine: Any = None if of_logits or self.d_features is None else self.d_features[here]
         for start, stop in self.order.tiles():
@@ -150,13 +148,6 @@ class _Backward:
         elif self.weights:
             self._add_top(numbers, kinds, kept, mine, here)
         self._add_explicit((kinds == _core.EXPLICIT_ROW).nonzero().squeeze(1), first, kept, mine)
-
-    def _kept(self, x: Any, first: int, rows: int) -> Tensor:
-        """The features of a block, zero in the rows that add nothing: a NaN there must stay out."""
-        none = self.c[first : first + rows] == 0
-        if not none.any():
-            return x
-        return x[:rows].masked_fill(none.unsqueeze(1), 0)
 
     def _add_top(self, numbers: Tensor, kinds: Tensor, kept: Any, mine: Any, here: slice) -> None:
         """The top class's part of a gradient norm with another label: what makes dL/dz sum to 0."""
@@ -223,3 +214,11 @@ class _Backward:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
                     gradient.fill_(math.nan)
+
+
+def _kept(x: Any, numbers: Tensor) -> Tensor:
+    """The features of a block, zero in the rows that add nothing: a NaN there must stay out."""
+    none = numbers[:, _core.HEAD_BACKWARD_ROW_C] == 0
+    if not none.any():
+        return x
+    return x[: len(numbers)].masked_fill(none.unsqueeze(1), 0)

@@ -17,7 +17,6 @@ from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE
 from .chunked_cuda import Forward, Kept, padded
 from .memory import HeadCall, address
 from .precision import full_precision
-from .reduction import derivative
 
 SIGNS = sum(1 << FIELDS.index(name) for name in ("log_feature_gradient_norm_1", "log_feature_gradient_norm_inf"))
 """Measures whose gradient is made of signs: another sweep over the tiles makes sure of those."""
@@ -63,7 +62,6 @@ class _Backward:
         self.d_weight: Any = d_weight
         self.d_bias: Any = d_bias
         self.d_logits: Any = d_logits
-        self.c = derivative(upstream, log_coefficient, call.double)
         self.neuronwise = bool(call.fields & NEURONWISE)
         self.weights = bool(call.fields & (NEURONWISE | GRADIENT))
         kept: Kept | None = call.prepared
@@ -118,7 +116,8 @@ class _Backward:
         kept: Any = None
         if not given and self.d_weight is not None:
             # a row that adds nothing stays out, whatever stands in it
-            kept = self.head.features[here].to(self.dtype).masked_fill((self.c[here] == 0).unsqueeze(1), 0)
+            none = numbers[:, core.HEAD_BACKWARD_ROW_C] == 0
+            kept = self.head.features[here].to(self.dtype).masked_fill(none.unsqueeze(1), 0)
         if self.signs:
             for start, stop in self.known.order.tiles():
                 z = self.logits(x, here, start, stop)

@@ -102,16 +102,3 @@ def reduce_with_log_coefficient(logs: Tensor, how: Reduction) -> tuple[Tensor, T
     else:
         slope = weighed - (weighed.logsumexp(dim=0) if logs.shape[0] else 0)
     return value, torch.where(weighed == -math.inf, -math.inf, slope)
-
-
-def derivative(upstream: Tensor, log_coefficient: Tensor | None, double: bool) -> Tensor:
-    """upstream * exp(log_coefficient): 0, by select, where either of them says that a row adds nothing.
-
-    As csrc/math/upstream.h has it, ``counts_as_nothing``; ``double``: the value was given back in float64.
-    """
-    if log_coefficient is None:
-        return upstream
-    none = (upstream == 0) | (log_coefficient == -math.inf)
-    none |= ~upstream.isfinite() & (log_coefficient < (-745.133 if double else -103.972))
-    half = (0.5 * log_coefficient).exp()  # in two steps: exp of -740 has few digits left
-    return torch.where(none, 0, upstream * half * half)
