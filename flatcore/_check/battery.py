@@ -382,7 +382,7 @@ def _observed(stem: str) -> str:
 
 
 def _on_cuda(device: torch.device, home: torch.device, full: bool) -> list[Row]:
-    """Each call as it comes; heads that took the fused kernel once more by chunks."""
+    """Each call as it comes; heads that took the fused kernel once more by tiles."""
     tally = Tally(f"cuda:{device.index or 0}")
     with _backend.backend("native"):
         for case in battery_cases():

@@ -86,7 +86,7 @@ class _Backward:
         self.top: Any = call.empty(rows, dtype=torch.int64) if self.weights else None
         self.rows_of_weight: Any = call.empty(C).zero_() if self.neuronwise else None
         self.poison, self.share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
-        exact = call.empty(rows, D) if self.signs else None
+        exact = call.empty(rows, D).zero_() if self.signs else None  # a component left out is read as 0
         scratch = call.empty(core.cuda_head_backward_scratch(C, D)) if self.weights else None
         self._addresses = upstream, log_coefficient, exact, scratch  # what the loop has the addresses of
         self.loop = core.HeadBackwardLoop(

@@ -60,9 +60,8 @@ class HeadCall:
     float32.
     """
 
-    takes_float32_bias = (
-        False  # in the host's memory, where a tensor's conversion takes longer than a small head's logits
-    )
+    # in the host's memory, where a tensor's conversion takes 3.5 us, a sixth of what a small call takes beside its kernel
+    takes_float32_bias = False
 
     def __init__(self, core: Any, head: Head, fields: int, threads: int):
         features, weight, logits = head.features, head.linear_weight, head.logits
