@@ -13,7 +13,7 @@ from checks import LABELLED_LOGS, Problem, bits
 from torch import Tensor
 
 import flatcore
-from flatcore._engine import paths, tiles
+from flatcore._engine import chunked_cpu, paths, tiles
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -361,3 +361,32 @@ def test_a_row_does_not_depend_on_how_many_come_with_it(
                     assert torch.equal(some, whole[part]), (name, part)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("measure", ("neuronwise", "gradient"))
+def test_a_gradient_in_shorter_blocks_takes_the_values_over(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers take more of a row, so that its blocks are shorter; what is known of the rows is not found again."""
+    x, w = _randn(100, 24, seed=1).float().requires_grad_(), _randn(300, 24, seed=2).float().requires_grad_()
+    target = torch.arange(100) % 300
+
+    def gradients() -> tuple[Tensor, ...]:
+        if measure == "neuronwise":
+            value = flatcore.relative_flatness(x, w, measure="neuronwise")
+        else:
+            value = flatcore.feature_gradient_norms(x, w, target, reduction="mean")
+        return torch.autograd.grad(value, (x, w))
+
+    found: list[int] = []
+    statistics = chunked_cpu.Forward.statistics
+    monkeypatch.setattr(
+        chunked_cpu.Forward, "statistics", lambda self, *block: (found.append(block[1]), statistics(self, *block))[1]
+    )
+    with flatcore.backend("native"), paths.forced("chunked"):
+        whole = gradients()
+        assert found == [100]
+        lengths = [112, 32]  # of the values' blocks, and the gradient's
+        monkeypatch.setattr(tiles, "block_rows", lambda *sizes: lengths.pop(0))
+        parts = gradients()
+    assert found == [100, 100] and not lengths
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))

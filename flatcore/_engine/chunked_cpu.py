@@ -78,12 +78,16 @@ class Forward:
         rows = padded(min(self.N, self.block))
         self.z: Any = None if self.borrowed else torch.empty(rows * order.width, dtype=dtype)
         # taken over: the statistics of all rows, and the sums, if the field needs any, where one block had them all
-        of_values = kept is not None and (not self.weights or min(self.block, kept.block) >= self.N)
+        of_values = kept is not None and (not self.weights or kept.block >= self.N)
         tails = kept.tails if kept is not None and of_values else None
         self.is_known, self.all_tails = tails is not None, tails is not None or call.keeps
         self.mean: Any = None
+        self.all_means: Any = None  # of all rows, where a gradient's own blocks are shorter
         if self.weights:
-            self.mean = kept.mean if kept is not None and self.is_known else torch.empty(rows, self.D, dtype=dtype)
+            known_mean = kept.mean if kept is not None and self.is_known else None
+            if known_mean is not None and self.block < self.N:
+                self.all_means, known_mean = known_mean, None
+            self.mean = torch.empty(rows, self.D, dtype=dtype) if known_mean is None else known_mean
         self.near: Any = torch.empty(rows * order.near_count, dtype=dtype) if order.near_count else None
         self._features: Tensor | None = None
         self.scratch = torch.empty(scratch, dtype=torch.float64)
@@ -133,6 +137,11 @@ class Forward:
                 if near is not None:
                     self._add_near(self.mean[:rows], near[:rows], near_first, near_last)
         return bad
+
+    def take_over(self, first: int, rows: int) -> None:
+        """The sums of a block from the values' loop."""
+        if self.all_means is not None:
+            self.mean[:rows].copy_(self.all_means[first : first + rows])
 
     def logits(self, x: Any, first: int, rows: int, start: int, stop: int) -> Tensor:
         """A tile of logits: borrowed from the caller, copied from there, or multiplied."""

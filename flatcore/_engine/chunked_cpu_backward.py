@@ -104,7 +104,9 @@ class _Backward:
     def block(self, first: int, rows: int) -> None:
         """Add a block of rows to all gradients."""
         call, forward, count = self.call, self.forward, padded(rows)
-        if not forward.is_known:
+        if forward.is_known:
+            forward.take_over(first, rows)
+        else:
             forward.statistics(first, rows)
         forward.loop.values(first, rows)
         self.loop.rows(first, rows)
