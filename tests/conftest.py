@@ -152,10 +152,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which kernels this run can reach, and how long a run of everything takes."""
     found = flatcore.show_config()
-    takes = "everything: about 15 minutes"
+    takes = "everything: about 20 minutes"
     if not _wants_exhaustive(config):
         takes = (
-            "about 5 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (15 minutes)"
+            "5 to 8 minutes; exhaustive tests are left out, python -m pytest --exhaustive takes them too (20 minutes)"
         )
     return [
         f"flatcore: extension {found['extension']}, CPU targets {', '.join(found['cpu_targets']) or 'none'}",
