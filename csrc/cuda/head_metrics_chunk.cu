@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / 
         mean[d] = value;
       }
     }
+    Group::sync();  // every lane has read the state that the first one writes: a shuffle orders no memory
     if (Group::lane() != 0) continue;
     if (none) {
       if (bad) state.tail.u1 = kNan;
