@@ -37,8 +37,6 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
 LIBRARY = chunked_cuda.half_product, chunked_cuda.add_half_product
 """The products as they are called on a device; emulation has others in their place."""
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts over emulated threads")
-
 
 @pytest.fixture(autouse=True)
 def emulated(one_thread: None) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The gradient of a head on a CUDA device: tiles of classes outside, blocks of rows inside, as ``chunked_cuda``.
 
 As ``chunked_cpu_backward``, but nothing waits for the device: W's poison stays there, and what the top classes and the rows
-from explicit differences add is added by kernels. The gradient of any head goes this way.
+from explicit differences add is added by kernels. A small head of few rows has kernels of its own (``cuda.py``).
 """
 
 from __future__ import annotations
