@@ -2,6 +2,7 @@
 
     python bench/exactness.py            # prints the page
     python bench/exactness.py --write    # writes docs/exactness.md
+    python bench/exactness.py --draw     # draws docs/exactness.svg, which docs/zero.md shows; needs matplotlib
 
 Truth is 60-digit arithmetic on the same float32 numbers. Logits are given, so that nothing but the formula is judged.
 """
@@ -9,6 +10,7 @@ Truth is 60-digit arithmetic on the same float32 numbers. Logits are given, so t
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from pathlib import Path
 
@@ -99,6 +101,44 @@ def table(C: int) -> list[str]:
     return lines
 
 
+def draw(path: Path) -> None:
+    """The table of 10 classes as a picture: what is left of the truth, and the log that goes on."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "flatcore"  # the same file from the same numbers
+    gaps = [g / 2 for g in range(261)]
+    left: dict[str, list[float]] = {}
+    logs: dict[str, list[float]] = {"truth, 60 digits": [], "flatcore, float32": []}
+    names = {
+        "sum p(1-p)": "Σ p(1−p)", "1-sum p^2": "1 − Σ p²", "Gram": "Gram form", "W'(p-e)": "‖Wᵀ(p − e)‖",
+    }  # fmt: skip
+    kinds = {"sum p(1-p)": "trace", "1-sum p^2": "trace", "Gram": "neuronwise", "W'(p-e)": "gradient"}
+    for gap in gaps:
+        phi, w, z = problem(gap, 10)
+        exact = truth(phi, w, z)
+        for name, value in naive(phi, w, z).items():
+            left.setdefault(names[name], []).append(float(mpmath.mpf(value) / exact[kinds[name]]))
+        logs["truth, 60 digits"].append(float(mpmath.log(exact["trace"])))
+        logs["flatcore, float32"].append(ours(phi, w, z)["trace"])
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    shares, traces = figure.subplots(1, 2)
+    for (name, values), style in zip(left.items(), ("-", "--", "-.", ":"), strict=True):
+        shares.plot(gaps, values, style, label=name, linewidth=1.8)
+    shares.set(ylim=(-0.08, 1.6), xlabel="gap of the top two logits", ylabel="share of the truth", title="usual formulas")
+    usual = [math.log(s) + t if s > 0 else math.nan for s, t in zip(left["Σ p(1−p)"], logs["truth, 60 digits"], strict=True)]
+    traces.plot(gaps, logs["truth, 60 digits"], color="0.75", linewidth=6, label="truth, 60 digits")
+    traces.plot(gaps, logs["flatcore, float32"], color="C2", label="flatcore, float32")
+    traces.plot(gaps, usual, "--", color="C0", label="log of Σ p(1−p)")
+    traces.axvspan(104, gaps[-1], color="C3", alpha=0.12, linewidth=0)
+    traces.annotate("0: no log", (117, -15), ha="center", color="C3")
+    traces.set(xlabel="gap of the top two logits", ylabel="log Tr H", title="the log of the trace")
+    for axes in (shares, traces):
+        axes.legend(frameon=False, loc="upper right" if axes is shares else "lower left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def page() -> str:
     """The whole page."""
     mpmath.mp.dps = 60
@@ -124,8 +164,12 @@ on {platform.machine()}. `tests/test_head_metrics.py` holds every path to these 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/exactness.md instead of printing")
+    parser.add_argument("--draw", action="store_true", help="draw docs/exactness.svg instead")
     arguments = parser.parse_args()
-    if arguments.write:
+    if arguments.draw:
+        mpmath.mp.dps = 60
+        draw(Path(__file__).parents[1] / "docs" / "exactness.svg")
+    elif arguments.write:
         (Path(__file__).parents[1] / "docs" / "exactness.md").write_text(page())
     else:
         print(page())
