@@ -125,8 +125,12 @@ def draw(path: Path) -> None:
     shares, traces = figure.subplots(1, 2)
     for (name, values), style in zip(left.items(), ("-", "--", "-.", ":"), strict=True):
         shares.plot(gaps, values, style, label=name, linewidth=1.8)
-    shares.set(ylim=(-0.08, 1.6), xlabel="gap of the top two logits", ylabel="share of the truth", title="usual formulas")
-    usual = [math.log(s) + t if s > 0 else math.nan for s, t in zip(left["Σ p(1−p)"], logs["truth, 60 digits"], strict=True)]
+    shares.set(
+        ylim=(-0.08, 1.6), xlabel="gap of the top two logits", ylabel="share of the truth", title="usual formulas"
+    )
+    usual = [
+        math.log(s) + t if s > 0 else math.nan for s, t in zip(left["Σ p(1−p)"], logs["truth, 60 digits"], strict=True)
+    ]
     traces.plot(gaps, logs["truth, 60 digits"], color="0.75", linewidth=6, label="truth, 60 digits")
     traces.plot(gaps, logs["flatcore, float32"], color="C2", label="flatcore, float32")
     traces.plot(gaps, usual, "--", color="C0", label="log of Σ p(1−p)")
