@@ -45,6 +45,11 @@ BAD = {
     "no rows": ({"loader": [(torch.zeros(0, 6), torch.zeros(0).long())]}, ValueError, "at least one row"),
     "ignored alone": ({"loader": [(torch.zeros(2, 6), torch.full((2,), -100))]}, ValueError, "at least one row"),
     "a tensor": ({"loader": [torch.zeros(2, 6)]}, TypeError, r"pairs \(inputs, target\), got a Tensor as batch 0"),
+    "one pair, not a list of pairs": (
+        {"loader": (torch.zeros(2, 6), torch.zeros(2))},
+        TypeError,
+        r"is the loader itself one pair\? \[\(inputs, target\)\] is a loader of one batch",
+    ),
     "a dictionary": ({"loader": [{"x": 1, "y": 2}]}, TypeError, "got a dict of 2 as batch 0"),
     "three": ({"loader": [(1, 2, 3)]}, TypeError, "got a tuple of 3 as batch 0"),
     "lists": ({"loader": [([[0.0] * 6], [0])]}, TypeError, "got target of type list in batch 0"),

@@ -97,6 +97,8 @@ def checked(loader: Any, *, mappings: bool = False) -> Iterator[tuple[Any, Tenso
             remedy = ": leave out the rest, ((x, y) for x, y, *_ in loader)" if held and len(batch) > 2 else ""
             if isinstance(batch, Mapping):
                 remedy = ": inputs by name are for flatcore.evaluate, this needs one tensor of them"
+            if isinstance(batch, (Tensor, np.ndarray)):
+                remedy = ": is the loader itself one pair? [(inputs, target)] is a loader of one batch"
             raise TypeError(
                 f"loader must yield pairs (inputs, target), got a {type(batch).__qualname__}{held} as batch {number}{remedy}"
             )
