@@ -51,14 +51,13 @@ napoleon_custom_sections = [*_PARAGRAPHS, "Returns"]
 
 _HEADINGS = re.compile(rf"^({'|'.join(_PARAGRAPHS)}): (?=\S)")
 _OUTSIDE = {
-    "bench/README.md": "benchmarks.md",
-    "bench/results/cpu-2cores.md": "results.md",
-    "bench/results/gradients-2cores.md": "results.md",
-    "bench/results/cotangent-2cores.md": "results.md",
-    "bench/results/growth-2cores.md": "results.md",
-    "bench/results": "results.md",
+    r"README\.md": "index.md",
+    r"CONTRIBUTING\.md": "inside.md",
+    r"CHANGELOG\.md": "changelog.md",
+    r"bench/README\.md": "benchmarks.md",
+    r"bench/results(?:/[\w-]+\.md)?": "results.md",
 }
-"""Files outside of docs that pages link to, and the page that includes each."""
+"""Files outside of docs that pages may link to, and the page that includes each."""
 
 
 def give_sections_a_body(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -87,7 +86,7 @@ def link_inside(text: str, page: str) -> str:
     """Links to files of the repository that the site includes lead to the page that includes them."""
     up = "../" * page.count("/")
     for path, target in _OUTSIDE.items():
-        text = re.sub(rf"\]\((?:\.\./)*{re.escape(path)}\)", f"]({up}{target})", text)
+        text = re.sub(rf"\]\((?:\.\./)*{path}\)", f"]({up}{target})", text)
     return text
 
 

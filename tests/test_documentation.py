@@ -103,6 +103,11 @@ def test_every_page_stands_in_the_table_of_contents() -> None:
     assert sorted(listed) == sorted(pages)
 
 
+def test_every_committed_table_stands_among_the_results() -> None:
+    included = set(re.findall(r"\.\./bench/results/([\w-]+\.md)", (DOCS / "results.md").read_text(encoding="utf-8")))
+    assert included == {path.name for path in (ROOT / "bench/results").glob("*.md")}
+
+
 def prose(page: Path) -> str:
     """A page without its code, shown or not."""
     return re.sub(r"^```.*?^```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
