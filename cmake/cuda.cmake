@@ -110,6 +110,6 @@ function(flatcore_cuda_module)
     target_compile_options(cuda_kernels PRIVATE -Werror all-warnings)
   endif()
   flatcore_module(_cuda csrc/bind/cuda_module.cpp csrc/bind/cuda.cpp csrc/bind/cuda_head.cpp
-    csrc/bind/cuda_head_measure.cpp csrc/bind/head_problem.cpp $<TARGET_OBJECTS:cuda_kernels>)
+    csrc/bind/cuda_head_measure.cpp csrc/bind/exchange.cpp csrc/bind/head_problem.cpp $<TARGET_OBJECTS:cuda_kernels>)
 endfunction()
 message(STATUS "flatcore: FLATCORE_CUDA=${FLATCORE_CUDA}, CUDA kernels: ${FLATCORE_WITH_CUDA} ${FLATCORE_ARCHITECTURES}")

@@ -23,6 +23,7 @@ GRADIENT_NORMS = {
     2.0: "log_feature_gradient_norm",
     math.inf: "log_feature_gradient_norm_inf",
 }
+_FIELD = {name: field for field, name in enumerate(FIELDS)}
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -89,8 +90,10 @@ def measured(inputs: Inputs, name: str, like: Any, *, reduction: str, log: bool,
     s = inputs.sample_weights(weight)
     labelled = None if soft else weight
     how = Reduction(reduction, log, inputs.dtype, head.target, head.ignore_index, head.C, s, soft, labelled)
-    value = ops.head_measure(head, FIELDS.index(name), how)
-    return returner(like)(value.reshape(inputs.leading) if reduction == "none" else value)
+    value = ops.head_measure(head, _FIELD[name], how, inputs.plain and s is None and labelled is None)
+    if reduction == "none":
+        value = value.reshape(inputs.leading)
+    return value if isinstance(like, Tensor) else returner(like)(value)
 
 
 @on_the_arrays_stream

@@ -19,7 +19,7 @@ import pybind11
 import torch
 from torch import Tensor
 
-from flatcore._engine import chunked_cuda
+from flatcore._engine import chunked_cuda, extensions
 from flatcore._engine import cuda as _native_cuda
 from flatcore._engine.head import Head
 from flatcore._engine.ops import kernels
@@ -35,7 +35,7 @@ def module() -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="flatcore_emulator_"))
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/emulator/emulator.cpp"]
     sources += [
-        ROOT / "csrc/bind" / f"{name}.cpp" for name in ("cuda", "cuda_head", "cuda_head_measure", "head_problem")
+        ROOT / "csrc/bind" / f"{name}.cpp" for name in ("cuda", "cuda_head", "cuda_head_measure", "exchange", "head_problem")
     ]
     includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     compiler = os.environ.get("CXX", "c++")
@@ -61,7 +61,7 @@ def module() -> ModuleType:
     assert specification is not None and specification.loader is not None
     found = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(found)
-    return found
+    return extensions._connected(found)
 
 
 def _half_product(out: Tensor, a: Tensor, b: Tensor) -> None:

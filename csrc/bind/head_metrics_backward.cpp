@@ -41,27 +41,37 @@ BackwardLoop make_loop(const std::string& cpu_target, const Problem& problem, ui
 }  // namespace
 
 void register_head_metrics_backward(py::module_& module) {
+  // upstream and d_bias in float64 or, where a tensor's conversion would take 2 us each, in float32
   module.def(
       "head_metrics_backward",
       [](const std::string& cpu_target, const Problem& problem, uintptr_t upstream, int64_t upstream_stride,
-         uintptr_t log_coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits) {
+         bool double_upstream, uintptr_t log_coefficient, uintptr_t d_features, uintptr_t d_weight, uintptr_t d_bias,
+         bool double_bias, uintptr_t d_logits) {
         cpu::HeadMetricsBackward call;
         static_cast<HeadProblem&>(call) = problem;
-        call.upstream = pointer<const double>(upstream);
+        std::vector<double> wide_upstream, wide_bias;
+        if (!double_upstream) {
+          const auto* from = pointer<const float>(upstream);
+          wide_upstream.assign(from, from + (upstream_stride == 0 ? 1 : problem.N));
+        }
+        if (!double_bias && d_bias != 0) wide_bias.resize(static_cast<size_t>(problem.C));
+        call.upstream = double_upstream ? pointer<const double>(upstream) : wide_upstream.data();
         call.upstream_stride = upstream_stride;
         call.log_coefficient = pointer<const double>(log_coefficient);
         call.d_features = pointer<void>(d_features);
         call.d_weight = pointer<void>(d_weight);
-        call.d_bias = pointer<double>(d_bias);
+        call.d_bias = wide_bias.empty() ? pointer<double>(d_bias) : wide_bias.data();
         call.d_logits = pointer<void>(d_logits);
         const Workspace workspace(cpu::head_metrics_backward_workspace(problem));
         call.workspace = workspace.data();
         const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.head_metrics_backward(call);
+        for (size_t j = 0; j < wide_bias.size(); ++j) pointer<float>(d_bias)[j] = static_cast<float>(wide_bias[j]);
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"), py::arg("upstream_stride"),
-      py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"));
+      py::arg("double_upstream"), py::arg("log_coefficient"), py::arg("d_features"), py::arg("d_weight"),
+      py::arg("d_bias"), py::arg("double_bias"), py::arg("d_logits"));
   py::class_<BackwardLoop>(module, "HeadBackwardLoop")
       .def(py::init(&make_loop), py::arg("cpu_target"), py::arg("problem"), py::arg("upstream"),
            py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),

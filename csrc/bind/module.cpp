@@ -1,5 +1,6 @@
 // The contents of flatcore._core: one register function per stem.
 #include "bind/bind.h"
+#include "bind/exchange.h"
 
 namespace py = pybind11;
 
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_core, module) {
   });
   module.def(
       "cpu_target", [](const std::string& name) { return flatcore::bind::kernels_of(name).name; }, py::arg("name"));
+  flatcore::bind::register_exchange(module);
   flatcore::bind::register_head_problem(module);
   flatcore::bind::register_head_metrics(module);
   flatcore::bind::register_head_metrics_backward(module);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._engine import backend
+from .._engine.direct import plain_head
 from .._engine.head import Head, is_double
 from .._engine.reduction import sample_weights
 from .._engine.threads import alone_after_fork
@@ -41,8 +42,9 @@ class Inputs(NamedTuple):
 
     head: Head
     soft_target: Tensor | None  # (N, C); the head has no labels then
-    leading: torch.Size
+    leading: torch.Size | tuple[int]
     dtype: torch.dtype
+    plain: bool  # all of the head is simply its memory
 
     def sample_weights(self, weight: Tensor | None) -> Tensor | None:
         """s_n of soft targets; of labels the reduction finds it."""
@@ -74,6 +76,14 @@ def checked_inputs(
     include_bias: Any = False,
     norm_power: Any = 2,
 ) -> Inputs:
+    temperature, ignore_index = check_temperature(temperature), check_integer(ignore_index, "ignore_index")
+    counts, power = check_flag(include_bias, "include_bias"), int(norm_power)
+    if isinstance(features, Tensor) and not counts:
+        head = Head(features, linear_weight, linear_bias, logits, target, temperature, ignore_index, counts, power)
+        found = plain_head(head)
+        if found is not None and found[2] > 1:
+            N, _, _, double = found
+            return Inputs(head, None, (N,), torch.float64 if double else torch.float32, True)
     phi, w = _floating(features, "features"), _floating(linear_weight, "linear_weight")
     if w.dim() != 2:
         raise ValueError(f"linear_weight must be 2-dimensional (C, D), got shape {tuple(w.shape)}")
@@ -108,7 +118,6 @@ def checked_inputs(
                              f"got {tuple(z.shape)}")  # fmt: skip
         z = _rows(z)
     y = None
-    ignore_index = check_integer(ignore_index, "ignore_index")
     if target is not None:
         y = as_tensor(target, "target")
         check_tensor(y, "target")
@@ -116,10 +125,10 @@ def checked_inputs(
         y = _target(y, leading, n, classes, soft, ignore_index)
 
     hard = y is None or not y.is_floating_point()
-    temperature = check_temperature(temperature)
-    counts, b = _checked_include_bias(include_bias, b)
-    head = Head(_rows(phi), w, b, z, y if hard else None, temperature, ignore_index, counts, int(norm_power))
-    return Inputs(head, None if hard else y, leading, torch.float64 if is_double(head) else torch.float32)
+    if counts:
+        b = _checked_column(b)
+    head = Head(_rows(phi), w, b, z, y if hard else None, temperature, ignore_index, counts, power)
+    return Inputs(head, None if hard else y, leading, torch.float64 if is_double(head) else torch.float32, False)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -181,16 +190,15 @@ def check_measure(measure: Any, norm_power: Any) -> None:
         raise ValueError(f"norm_power must be 2 with measure='neuronwise', got {norm_power!r}")
 
 
-def _checked_include_bias(include_bias: Any, bias: Tensor | None) -> tuple[bool, Tensor | None]:
-    if not check_flag(include_bias, "include_bias"):
-        return False, bias
+def _checked_column(bias: Tensor | None) -> Tensor:
+    """A bias that counts as a column of W."""
     if bias is None:
         raise ValueError("include_bias=True needs linear_bias, got linear_bias=None")
     if not _may_read(bias):
         # as a label that is no class: NaN on every path, where a look would wait for the device
-        return True, torch.where(bias == -math.inf, math.nan, bias)
+        return torch.where(bias == -math.inf, math.nan, bias)
     if bool((bias == -math.inf).any()):
         raise ValueError(
             "include_bias=True needs a finite linear_bias, got an entry of -inf: the norms would be infinite"
         )
-    return True, bias
+    return bias

@@ -89,7 +89,7 @@ def head_metrics_backward(
 
     ``prepared``: what :func:`head_measure` gave of this head.
     """
-    upstream = as_dtype(readable(upstream), torch.float64).contiguous()
+    upstream = readable(upstream).contiguous()
     if log_coefficient is not None:
         log_coefficient = readable(log_coefficient).contiguous()
     call = _CpuCall(head, 1 << field)
@@ -98,19 +98,24 @@ def head_metrics_backward(
     of_features, of_weight, of_bias, of_logits = wanted
     d_features = torch.empty(N, D, dtype=dtype, device=_CPU) if of_features else None
     d_weight = torch.empty(C, D, dtype=dtype, device=_CPU) if of_weight else None
-    d_bias = torch.empty(C, dtype=torch.float64, device=_CPU) if of_bias else None
+    fused = call.path == "fused"
+    bias_dtype = torch.float64
+    if fused and of_bias and head.linear_bias is not None and head.linear_bias.dtype is torch.float32:
+        bias_dtype = torch.float32
+    d_bias = torch.empty(C, dtype=bias_dtype, device=_CPU) if of_bias else None
     d_logits = torch.empty(N, C, dtype=dtype, device=_CPU) if of_logits else None
     gradients = (d_features, d_weight, d_bias, d_logits)
-    if call.path == "fused":
+    if fused:
         _core.head_metrics_backward(
-            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), address(log_coefficient),
-            address(d_features), address(d_weight), address(d_bias), address(d_logits),
+            call.cpu_target, call.problem, upstream.data_ptr(), upstream.dim(), upstream.dtype is torch.float64,
+            address(log_coefficient), address(d_features), address(d_weight), address(d_bias),
+            bias_dtype is torch.float64, address(d_logits),
         )  # fmt: skip
     else:
         chunked_cpu_backward.head_metrics_backward(
             call.cpu_target,
             call,
-            upstream.expand(N).contiguous(),
+            as_dtype(upstream, torch.float64).expand(N).contiguous(),
             log_coefficient,
             d_features,
             d_weight,

@@ -47,45 +47,51 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_dtypes_of(head: Head, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of ``Head.inputs`` in their dtypes; one is wanted only of an input that is there."""
-    return tuple(
+    found = [
         None if x is None or gradient is None else as_dtype(gradient, x.dtype)
         for x, gradient in zip(head.inputs, gradients, strict=True)
-    )
+    ]
+    return tuple(found)
 
 
 class HeadCall:
     """A call for a head, as the kernels take it; holds the tensors whose addresses ``problem`` has.
 
-    ``head`` has readable tensors, contiguous labels, and a bias that is contiguous float64 or, where ``core`` takes it, any
-    float32.
+    ``head`` has readable tensors, contiguous labels, and a bias that is contiguous float64 or, where it is taken, any
+    float32. The module finds most heads so; the others are made so.
     """
 
     # in the host's memory, where a tensor's conversion takes 3.5 us, a sixth of what a small call takes beside its kernel
     takes_float32_bias = False
+    prepared: Any = None  # what a chunked loop has found out that a gradient can take over
+    keeps = False  # whether a gradient will
 
     def __init__(self, core: Any, head: Head, fields: int, threads: int):
-        features, weight, logits = head.features, head.linear_weight, head.logits
-        bias, target = head.linear_bias, head.target
-        self.fields, self.threads, self.double = fields, threads, is_double(head)
-        self.prepared: Any = None  # what a chunked loop has found out that a gradient can take over
-        self.keeps = False  # whether a gradient will
-        self.head = head = Head.of(
+        self.head, self.fields, self.threads = head, fields, threads
+        # under grad mode autograd would follow what the loops do with a tensor that requires gradient
+        self.problem = core.HeadProblem.of(head, fields, threads, torch.is_grad_enabled(), self.takes_float32_bias)
+        if self.problem is None:
+            self.head = head = self._readable(head)
+            self.problem = core.HeadProblem(
+                head, matrix(head.features), matrix(head.linear_weight),
+                None if head.logits is None else matrix(head.logits),
+                None if head.linear_bias is None else one_row(head.linear_bias), address(head.target),
+                head.N, head.D, head.C, fields, is_double(head), threads,
+            )  # fmt: skip
+        self.N, self.D, self.C, self.double = self.problem.size
+
+    def _readable(self, head: Head) -> Head:
+        bias, logits, target = head.linear_bias, head.logits, head.target
+        return Head.of(
             (
-                readable(features),
-                readable(weight),
+                readable(head.features),
+                readable(head.linear_weight),
                 None if bias is None else self._bias(readable(bias)),
                 None if logits is None else readable(logits),
                 None if target is None else readable(target).contiguous(),
             ),
             head.options,
         )
-        (self.N, self.D), self.C = features.shape, weight.shape[0]
-        self.problem = core.HeadProblem(
-            head, matrix(head.features), matrix(head.linear_weight),
-            None if head.logits is None else matrix(head.logits),
-            None if head.linear_bias is None else one_row(head.linear_bias), address(head.target),
-            self.N, self.D, self.C, fields, self.double, threads,
-        )  # fmt: skip
 
     def outputs(self, wide_result: bool) -> tuple[Tensor, Tensor]:
         """The memory that the kernels write: the chosen fields (K, N), and the prediction (N,)."""

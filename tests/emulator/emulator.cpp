@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/exchange.h"
 #include "cuda/elements.h"
 #include "cuda_runtime.h"
 
@@ -294,6 +295,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.attr("devices") = pybind11::cast(&emulator::devices, pybind11::return_value_policy::reference);
   module.def("narrow_halves", &narrow_halves);
   module.def("widen_halves", &widen_halves);
+  flatcore::bind::register_exchange(module);
   flatcore::bind::register_head_problem(module);
   flatcore::bind::register_cuda(module);
 }

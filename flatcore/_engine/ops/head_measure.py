@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..direct import is_direct, is_plain, needs_gradient
+from ..direct import is_direct_head, is_plain, is_undisturbed, needs_gradient
 from ..head import Head
 from ..reduction import Reduction, reduce, reduce_with_log_coefficient
 from ..threads import alone_after_fork
@@ -32,7 +32,7 @@ class _Measure(torch.autograd.Function):
         log_coefficient, *tensors = ctx.saved_tensors
         head = Head.of(tensors, ctx.options)
         *wanted, _, _, _ = ctx.needs_input_grad
-        if is_direct(upstream, *head.inputs):
+        if is_direct_head(head, upstream):
             gradients = run_backward(upstream, log_coefficient, head, ctx.field, wanted, ctx.prepared)
         else:  # a graph is asked for, a vmap over upstreams, a trace
             rows = upstream.to(log_coefficient.dtype).expand(log_coefficient.shape)
@@ -55,10 +55,13 @@ def _run(head: Head, field: int, how: Reduction, with_coefficient: bool) -> tupl
     return reduce(values[0], how), None, (None, None)
 
 
-def head_measure(head: Head, field: int, how: Reduction) -> Tensor:
-    """One field of a head whose tensors a public function has checked, reduced. Differentiable."""
+def head_measure(head: Head, field: int, how: Reduction, plain: bool = False) -> Tensor:
+    """One field of a head whose tensors a public function has checked, reduced. Differentiable.
+
+    ``plain``: it has found that all of them are simply their memory.
+    """
     tensors = head.tensors
-    if not is_plain(*tensors, how.s, how.class_weight, checked=True):
+    if not (is_undisturbed() if plain else is_plain(*tensors, how.s, how.class_weight, checked=True)):
         values, _ = head_metrics(head, 1 << field, True)
         return reduce(values[0], how)
     if needs_gradient(*tensors):
