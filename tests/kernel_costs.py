@@ -295,6 +295,9 @@ def priced(core: Any, note: Callable[[str, Cost], None]) -> dict[str, Any]:
 
         return refuse
 
+    for name in dir(core.HeadLoop):
+        if not name.startswith("_") and name not in vars(Loop):
+            setattr(Loop, name, unpriced(f"HeadLoop.{name}"))
     launching = (name for name in dir(core) if re.match("cuda_|Head", name) and name not in QUESTIONS)
     return {name: unpriced(name) for name in launching} | {
         "HeadProblem": Problem, "HeadLoop": Loop, "cuda_head_weights": weights, "cuda_head_metrics": metrics,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import count_works
+import kernel_costs
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_a_kernel_without_a_cost_is_refused() -> None:
     logits = torch.zeros(3, 4)
     with on_the_kernels_path(), pytest.raises(NotImplementedError, match="cuda_unmasked_cross_entropy has no cost"):
         counted(lambda: flatcore.unmasked_cross_entropy(logits, torch.arange(3)))
+
+    class Core:
+        class HeadLoop:
+            def table(self) -> None: ...
+
+        class HeadProblem: ...
+
+    with pytest.raises(NotImplementedError, match=r"HeadLoop\.table has no cost"):
+        kernel_costs.priced(Core, lambda name, cost: None)["HeadLoop"].table(None)
 
 
 # --------------------------------------------------------------------------------------------------------- the works
