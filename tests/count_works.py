@@ -52,7 +52,8 @@ START, END = "<!-- python tests/count_works.py --write -->", "<!-- end -->"
 
 # ------------------------------------------------------------------------------------------------- the benchmark's works
 WORKS: dict[str, Any] = {work.key: work for work in gpu.WORKS if re.match(r"W[1-6]\b", work.key)}
-Run = Callable[[Any], Any]
+Ready = Callable[[Any], Callable[[], Any]]
+"""From inputs to the call that is counted: what is made of them beforehand is not."""
 
 
 def resized(work: Any, **sizes: int) -> Any:
@@ -60,10 +61,14 @@ def resized(work: Any, **sizes: int) -> Any:
     return work._replace(**sizes)
 
 
-def runs(work: Any) -> tuple[Run, dict[str, Run]]:
+def answers(work: Any) -> tuple[Ready, dict[str, Ready]]:
     """Who answers: flatcore, and the plain forms by name."""
+
+    def ready(run: Callable[[Any], Any]) -> Ready:
+        return lambda x: functools.partial(run, x)
+
     (_, native), *forms = gpu._candidates(work, False)
-    return native, {name.removeprefix("eager, "): form for name, form in forms}
+    return ready(native), {name.removeprefix("eager, "): ready(form) for name, form in forms}
 
 
 def numbers(work: Any) -> Any:
@@ -94,17 +99,16 @@ class Counts(NamedTuple):
 
 def counted_work(work: Any, x: Any = None) -> Counter:
     """What flatcore asks for; without inputs nothing is run."""
-    native, _ = runs(work)
-    given = inputs(work, "cpu") if x is None else x
+    native, _ = answers(work)
     with torch.no_grad(), on_the_kernels_path():
-        return counted(lambda: native(given), dry=x is None)[1]
+        return counted(native(inputs(work, "cpu") if x is None else x), dry=x is None)[1]
 
 
 def counted_forms(work: Any) -> dict[str, Counter]:
     """What each plain form asks for."""
     x = inputs(work, "meta")
     with torch.no_grad():
-        return {name: counted_eagerly(lambda form=form: form(x)) for name, form in runs(work)[1].items()}
+        return {name: counted_eagerly(form(x)) for name, form in answers(work)[1].items()}
 
 
 @functools.cache
