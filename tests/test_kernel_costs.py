@@ -1,6 +1,6 @@
 """The formulas of kernel_costs.py against every load and store that the kernels make over emulated threads.
 
-The kernels' files are compiled once more so that each access calls tests/emulator/traffic.cpp (about a minute); counted are
+The kernels' files are compiled once more so that each access calls tests/emulator/traffic.cpp (two minutes); counted are
 the bytes that a launch reads and writes at least once, and how often the large inputs are asked for.
 
 Letters: N rows, D features, C classes.
