@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 # that spin took five times as long (20 s instead of 4 for one example).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import compiled
 import emulation
 import pytest
 import settings
@@ -37,6 +38,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
         "pip install scikit-build-core",
     ),
     "nvcc": (lambda: shutil.which("nvcc") is not None, "install the CUDA toolkit, 12 or newer"),
+    "nvdisasm": (lambda: compiled.disassembler() is not None, "pip install nvidia-cuda-nvdisasm"),
     "cuda": (flatcore.cuda.is_available, "a build with CUDA kernels, and a GPU"),
     "efficientnet": (
         lambda: all(

@@ -32,12 +32,25 @@ ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
 @functools.cache
 def module() -> ModuleType:
     """Compile once a session (10 s) and import."""
+    return _compiled()
+
+
+@functools.cache
+def watched_module() -> ModuleType:
+    """The same with every load and store of the kernels handed to tests/emulator/traffic.cpp."""
+    # types of its own: both modules may be loaded
+    return _compiled("-fsanitize=thread", '-DPYBIND11_COMPILER_TYPE="watched"')
+
+
+def _compiled(*watching: str) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="flatcore_emulator_"))
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/emulator/emulator.cpp"]
     sources += [
         ROOT / "csrc/bind" / f"{name}.cpp" for name in ("cuda", "cuda_head", "cuda_head_measure", "exchange", "head_problem")
     ]
     includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    if watching:
+        sources.append(ROOT / "tests/emulator/traffic.cpp")
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     flags += ['-DFLATCORE_CUDA_ARCHITECTURES="host"', *(f"-I{path}" for path in includes)]
@@ -45,7 +58,17 @@ def module() -> ModuleType:
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}_{source.suffix[1:]}.o")
         done = subprocess.run(
-            [compiler, *flags, "-x", "c++", "-c", str(source), "-o", target],
+            [
+                compiler,
+                *flags,
+                *(watching if source.suffix == ".cu" else watching[1:]),
+                "-x",
+                "c++",
+                "-c",
+                str(source),
+                "-o",
+                target,
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -57,7 +80,10 @@ def module() -> ModuleType:
         objects = list(pool.map(compiled, sources))
     shared = folder / f"cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([compiler, "-shared", *objects, "-o", str(shared)], check=True)
-    specification = importlib.util.spec_from_file_location("cuda_emulated", shared)
+    name = (
+        "watched.cuda_emulated" if watching else "cuda_emulated"
+    )  # a module of the same name would be the first again
+    specification = importlib.util.spec_from_file_location(name, shared)
     assert specification is not None and specification.loader is not None
     found = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(found)

@@ -1,7 +1,6 @@
 """What a small head's measure asks of a CUDA device, by count: launches, allocations, and what waits for it.
 
-The Python path is the real one, over emulated threads: launches of its kernels are counted by the emulator, the
-framework's operators and its allocations by a dispatch mode.
+The Python path is the real one, over emulated threads (counting.py).
 
 Letters: N rows, D features, C classes.
 """
@@ -10,59 +9,25 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulation
 import pytest
 import torch
+from counting import Counter, on_the_kernels_path
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import flatcore
 from flatcore._check.tolerance import assert_same
-from flatcore._engine import direct, paths, proof
+from flatcore._engine import paths, proof
 
 W6 = 128, 512, 10
-UNINITIALISED = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
-WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
-"""Operators that hand numbers to the host."""
-
-
-class Counter(TorchDispatchMode):
-    """Launches and allocations, of the framework and of the emulated kernels together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.allocations, self.waits = 0, 0, 0
-
-    def __enter__(self) -> Counter:
-        self.launches -= emulation.module().devices.launches
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.launches += emulation.module().devices.launches
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given]
-        self.allocations += len(made)
-        self.waits += function in WAITING
-        self.launches += function not in UNINITIALISED and (bool(made) or function._schema.is_mutable)
-        return result
 
 
 @pytest.fixture(autouse=True)
-def counted_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels by force, called as if no mode counted; nor are labels looked at, which lie on a device elsewhere."""
-    monkeypatch.setattr(direct, "_dispatch_modes", lambda: 0)
-    module = sys.modules["flatcore._engine.ops.head_measure"]  # its name in the package is the function's
-    monkeypatch.setattr(module, "refuse_bad_labels", lambda *arguments: None)
-    with flatcore.backend("native"), emulation.emulated():
+def counted_path() -> Iterator[None]:
+    with on_the_kernels_path():
         yield
 
 

@@ -284,6 +284,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
       .def_readonly("queries", &Devices::queries)
       .def_property_readonly("loaded", &loaded)
       .def_readonly("launches", &Devices::launches)
+      .def_readwrite("dry", &Devices::dry)
       .def_property_readonly("active",
                              [](const Devices& all) { return pybind11::make_tuple(all.active[0], all.active[1]); })
       .def("set",
