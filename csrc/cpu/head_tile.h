@@ -25,7 +25,7 @@ constexpr int kRowBlock = 4;  // 4 x 5 accumulators, 4 + 5 loads for 20 multiply
 #else
 constexpr int kRowBlock = 2;  // 2 x 5 accumulators of 16 registers
 #endif
-constexpr int kAhead = 4;  // rows fetched ahead, into the second-level cache: the first holds W
+constexpr int kAhead = 8;  // rows fetched ahead, into the second-level cache: the first holds W
 constexpr int kClassBlock = 5;
 constexpr int64_t kVectorsPerBlock = 64;
 
@@ -128,10 +128,10 @@ struct TileRows {
   double log_n[kTile];  // log ||phi||^2
 };
 
-// Logits (unless given) and log ||phi||^2 of a tile.
+// Logits (unless given) and log ||phi||^2 of a tile; with `narrow`, (C, kTile), the logits go there in float.
 template <class C, class T>
 void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_stride, const TileBuffers& buffers,
-                   TileRows& tile) {
+                   TileRows& tile, float* narrow = nullptr) {
   constexpr int lanes = VectorOf<C>::kLanes;
   const T* x = static_cast<const T*>(call.features.data);
   const T* rows[kTile];
@@ -158,7 +158,8 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
   }
   const bool products = call.logits.data == nullptr;
   double squares[kTile] = {};
-  if (products) std::memset(buffers.z, 0, static_cast<size_t>(call.C) * kTile * sizeof(double));
+  const bool straight = narrow != nullptr && whole <= kVectorsPerBlock;
+  if (products && !straight) std::memset(buffers.z, 0, static_cast<size_t>(call.C) * kTile * sizeof(double));
   for (int64_t start = 0; start < whole || start == 0; start += kVectorsPerBlock) {
     const int64_t vectors = whole - start < kVectorsPerBlock ? whole - start : kVectorsPerBlock;
     const bool last = start + vectors == whole;
@@ -184,13 +185,21 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
         } else {
           dot_classes<C, T, false>(classes, from, ends_of_block, next, vectors, w, packed_stride, sums, row_squares);
         }
-        for (int j = 0; j < classes; ++j) {
+        for (int j = 0; j < classes && straight; ++j) {
+          float* to = narrow + (c + j) * kTile + i;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRowBlock; ++r) to[r] = static_cast<float>(sums[j * kRowBlock + r]);
+        }
+        for (int j = 0; j < classes && !straight; ++j) {
           double* to = buffers.z + (c + j) * kTile + i;
           for (int r = 0; r < kRowBlock; ++r) to[r] += static_cast<double>(sums[j * kRowBlock + r]);
         }
         c += kClassBlock;
       } while (products && c < call.C);
     }
+  }
+  if (products && narrow != nullptr && !straight) {
+    for (int64_t j = 0; j < call.C * kTile; ++j) narrow[j] = static_cast<float>(buffers.z[j]);
   }
   for (int i = 0; i < tile.count; ++i) {
     tile.log_n[i] = math::squares_in_range<C>(squares[i]) ? 0.0 : log_sum_squares(rows[i], 1, call.D);
@@ -204,7 +213,8 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
   for (int i = 0; i < kTile; ++i) tile.bad[i] = tile.log_n[i] != tile.log_n[i];
 }
 
-inline void tile_given_logits(const HeadProblem& call, const TileBuffers& buffers, const TileRows& tile) {
+template <class Z>
+void tile_given_logits(const HeadProblem& call, Z* z, const TileRows& tile) {
   with_element(call.logits.dtype, [&](auto* type) {
     using T = ElementOf<decltype(type)>;
     const T* logits = static_cast<const T*>(call.logits.data);
@@ -212,7 +222,7 @@ inline void tile_given_logits(const HeadProblem& call, const TileBuffers& buffer
       const int64_t n = tile.first + (i < tile.count ? i : tile.count - 1);
       const T* from = logits + n * call.logits.row_stride;
       for (int64_t j = 0; j < call.C; ++j) {
-        buffers.z[j * kTile + i] = static_cast<double>(widen(from[j * call.logits.column_stride]));
+        z[j * kTile + i] = static_cast<Z>(widen(from[j * call.logits.column_stride]));
       }
     }
   });
