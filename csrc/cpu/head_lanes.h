@@ -269,14 +269,12 @@ inline void lane_values(const HeadProblem& call, const Lanes& lanes, double log_
   const auto put = [&](Field field, const auto& value) __attribute__((always_inline)) {
     if (!wants(field)) return;
     for (int v = 0; v < kTile; v += kFloats) {
-      store_unaligned(out.at[field] + v, narrowed(each([&](int i) __attribute__((always_inline)) {
-                        return value(v + i * kDoubles);
-                      })));
+      store_unaligned(out.at[field] + v,
+                      narrowed(each([&](int i) __attribute__((always_inline)) { return value(v + i * kDoubles); })));
     }
   };
-  const auto at = [](const double* from, int i) __attribute__((always_inline)) {
-    return load_unaligned<DoubleV>(from + i);
-  };
+  const auto at = [](const double* from, int i)
+                      __attribute__((always_inline)) { return load_unaligned<DoubleV>(from + i); };
   if (wants(kConfidence)) std::memcpy(out.at[kConfidence], softmax.confidence, sizeof(softmax.confidence));
   put(kMargin, [&](int i) { return at(softmax.margin, i); });
   put(kLogOneMinusConfidence, [&](int i) { return at(softmax.log_eps, i); });
@@ -321,8 +319,8 @@ inline void lane_values(const HeadProblem& call, const Lanes& lanes, double log_
       const FloatV inverse = 1.0F / load_unaligned<FloatV>(softmax.u1 + v);
       const FloatV mean = load_unaligned<FloatV>(from_top + v) * inverse;
       const FloatV half = load_unaligned<FloatV>(halves + v) * inverse * inverse;
-      const FloatV inner = load_unaligned<FloatV>(softmax.confidence + v) * mean +
-                           load_unaligned<FloatV>(softmax.eps + v) * half;
+      const FloatV inner =
+          load_unaligned<FloatV>(softmax.confidence + v) * mean + load_unaligned<FloatV>(softmax.eps + v) * half;
       unordinary_unless(v, inner > kLeastOfDistances);
       const WideV logs = widened(math::log_normal_float(inner));
       store_unaligned(out.at[kLogNeuronwise] + v, narrowed(each([&](int i) {

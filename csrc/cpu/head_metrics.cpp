@@ -48,7 +48,8 @@ inline Layout layout_of(const HeadProblem& problem) {
   at += align(problem.C * 8);
   layout.lanes = at;
   layout.lane_table = align(problem.C * problem.C * 4);
-  if (lanes_apply(problem)) at += align(problem.C * 4) + (table ? (problem.include_bias ? 2 : 1) * layout.lane_table : 0);
+  if (lanes_apply(problem))
+    at += align(problem.C * 4) + (table ? (problem.include_bias ? 2 : 1) * layout.lane_table : 0);
   layout.threads = at;
   // logits, u and mean distances of a tile (with and without the bias), and scratch for explicit rows
   layout.per_thread = align((4 * problem.C * kTile + 2 * problem.C + problem.D + 8) * 8) +
@@ -317,8 +318,8 @@ Outcome run(const HeadMetrics& call) {
   char* base = static_cast<char*>(call.workspace);
   C* packed = reinterpret_cast<C*>(base + layout.packed);
   double* largest_of_row = reinterpret_cast<double*>(base + layout.row_sums);
-  Shared shared{nullptr, nullptr, pack_weight(call, layout.packed_stride, packed, largest_of_row), 0.0, Values(call),
-                {}};
+  Shared shared{nullptr, nullptr,      pack_weight(call, layout.packed_stride, packed, largest_of_row),
+                0.0,     Values(call), {}};
   const double scale = std::scalbn(1.0, shared.exponent);
 
   if (shared.values.wants(kLogLayerwise)) {
@@ -336,10 +337,11 @@ Outcome run(const HeadMetrics& call) {
 
   shared.lanes = lanes_of(call, shared, layout);
 
-  // Tasks of a few tiles: enough of them to balance threads, large enough (about 20 us) to hide a task's hand-out.
+  // Tasks of a few tiles: enough of them to balance threads, large enough (about 80 us) to hide a task's hand-out
+  // and the rows at its end that are fetched for nobody.
   const int64_t tiles = (call.N + kTile - 1) / kTile;
   const int64_t work = kTile * (call.D + 64) * (call.C + 4);
-  const int64_t tiles_per_task = work > (1 << 20) ? 1 : (1 << 20) / work;
+  const int64_t tiles_per_task = work > (1 << 22) ? 1 : (1 << 22) / work;
   const int64_t per_task =
       tiles_per_task * 2 * call.threads > tiles ? (tiles + 2 * call.threads - 1) / (2 * call.threads) : tiles_per_task;
   const int threads = call.N * (call.D + 64) * (call.C + 4) < (1 << 18) ? 1 : call.threads;

@@ -79,7 +79,8 @@ class Values {
     }
   }
   void put(Field field, int64_t n, const float* values, int count) const {
-    if (float_at_[field] != nullptr) std::memcpy(float_at_[field] + n, values, static_cast<size_t>(count) * sizeof(float));
+    if (float_at_[field] != nullptr)
+      std::memcpy(float_at_[field] + n, values, static_cast<size_t>(count) * sizeof(float));
   }
   void put(Field field, int64_t n, double value) const { put(field, n, &value, 1); }
 
