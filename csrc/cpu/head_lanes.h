@@ -74,7 +74,7 @@ struct Lanes {
   float* distances = nullptr;
   float* bias_distances = nullptr;
   double log_distance = 0.0, log_bias_distance = 0.0;  // of that power
-  double inverse_temperature = 1.0;
+  double inverse_temperature = 1.0, two_log_t = 0.0;
   math::FloatFactor factor{1.0F, 0.0F};
   float least = kLeastExponent;  // of a difference of two logits
 };
@@ -254,7 +254,7 @@ inline void lane_values(const HeadProblem& call, const Lanes& lanes, double log_
                         const LaneBuffers& buffers, const TileRows& tile, const LaneLabels& labels,
                         LaneSoftmax& softmax, LaneValues& out) {
   const int64_t C = call.C;
-  const double two_log_t = 2.0 * std::log(call.temperature);
+  const double two_log_t = lanes.two_log_t;
   const auto wants = [&](Field field) { return (call.fields >> field & 1U) != 0; };
   if (call.temperature == 1.0) {
     lane_softmax<true>(lanes, C, buffers, softmax);

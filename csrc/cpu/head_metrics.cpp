@@ -3,13 +3,14 @@
 // Who allocates: the caller, outputs and workspace; both are overwritten. Inputs may not overlap them. 64-bit offsets.
 //
 // Numerics: products and ||phi||^2 in float32 (float64 if an input is), at most 64 terms per lane before the sums are
-// carried into float64; everything after the product in float64: the bias, the top two, exp and log, the distances
-// between rows of W (from differences). No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h.
-// Rows whose ||phi||^2 leaves the range of float, and rows where a sum over the table of distances would cancel
-// (duplicated or nearly duplicated rows of W), are done again explicitly.
+// carried into float64; after the product float64, or, where inputs and results are float32, float lanes as far as the
+// contract carries float (head_lanes.h says how far). Distances between rows of W are summed from differences in
+// float64. No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h. Rows that are not ordinary in
+// lanes are done again in float64; of these, rows whose ||phi||^2 leaves the range of float, and rows where a sum over
+// the table of distances would cancel (duplicated or nearly duplicated rows of W), explicitly.
 //
-// Cost: N*D elements of features read once, 2NDC + 2ND operations for the products, about 25 C per row in float64 for
-// the softmax, and 2NC^2 in float64 where distances are needed. W is packed once per call.
+// Cost: N*D elements of features read once, 2NDC + 2ND operations for the products, about 25 C per row for the softmax,
+// and 2NC^2 where distances are needed. W is packed once per call.
 // A row's value depends on nothing but the row: neighbours, thread count and position leave every bit as it is.
 //
 // Ladder and measurements: docs/performance.md.
@@ -255,6 +256,7 @@ Lanes lanes_of(const HeadMetrics& call, const Shared& shared, const Layout& layo
   lanes.on = true;
   lanes.given = call.logits.data != nullptr;
   lanes.inverse_temperature = 1.0 / call.temperature;
+  lanes.two_log_t = 2.0 * std::log(call.temperature);
   lanes.factor = math::float_factor(lanes.inverse_temperature);
   lanes.least = static_cast<float>(kLeastExponent * call.temperature);
   if (call.bias != nullptr) {
