@@ -1,13 +1,20 @@
-// The shared per-row mathematics behind a C interface, for tests/test_math.py: scalars, and vectors of four doubles.
+// The shared per-row mathematics behind a C interface, for tests/test_math.py: scalars, and vectors of four doubles or
+// floats.
 #include "math/epsilon_split.h"
 #include "math/softmax_tail.h"
 
 typedef double Vector __attribute__((vector_size(32)));
 typedef uint64_t VectorBits __attribute__((vector_size(32)));
+typedef float FloatVector __attribute__((vector_size(16)));
+typedef uint32_t FloatBits __attribute__((vector_size(16)));
 namespace flatcore::math {
 template <>
 struct Shape<Vector> {
   using Bits = VectorBits;
+};
+template <>
+struct Shape<FloatVector> {
+  using Bits = FloatBits;
 };
 }  // namespace flatcore::math
 
@@ -40,6 +47,31 @@ void map_log1p(const double* x, double* scalar, double* vector, int64_t count) {
   map(
       x, scalar, vector, count, [](double v) { return log1p_nonnegative(v); },
       [](Vector v) { return log1p_nonnegative(v); });
+}
+
+// In float, of numbers that are floats.
+void map_log_float(const double* x, double* scalar, double* vector, int64_t count) {
+  map(
+      x, scalar, vector, count, [](double v) { return static_cast<double>(log_normal_float(static_cast<float>(v))); },
+      [](Vector v) {
+        return __builtin_convertvector(log_normal_float(__builtin_convertvector(v, FloatVector)), Vector);
+      });
+}
+void map_log1p_float(const double* x, double* scalar, double* vector, int64_t count) {
+  map(
+      x, scalar, vector, count,
+      [](double v) { return static_cast<double>(log1p_nonnegative_float(static_cast<float>(v))); },
+      [](Vector v) {
+        return __builtin_convertvector(log1p_nonnegative_float(__builtin_convertvector(v, FloatVector)), Vector);
+      });
+}
+// exp(difference of two floats), and that of the difference times a factor; 0 below `least` (before the factor).
+void exp_differences_float(const float* x, const float* top, double factor, float least, float* plain, float* scaled,
+                           int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    plain[i] = exp_difference_float(x[i], top[i], least);
+    scaled[i] = exp_scaled_difference_float(x[i], top[i], float_factor(factor), least);
+  }
 }
 
 // Merges the leaves in the order of a list of pairs: node i takes (pairs[2i], pairs[2i + 1]); the last node is

@@ -26,6 +26,7 @@ _VALUES = ("tests/test_head_metrics.py",)
 _BACKWARD = ("tests/test_head_metrics_backward.py", "-k", "gradcheck and fused and not cuda")
 _FUSED = (*_VALUES, "-k", "fused and not cuda")
 _CHUNKED = (*_VALUES, "-k", "chunked and not cuda")
+_LANES = ("tests/test_head_lanes.py",)
 _CUDA = (*_VALUES, "--emulate-all", "-k", "cuda")
 _CUDA_TILES = ("tests/test_cuda_tiles.py",)
 _CUDA_BACKWARD = ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda-fused")
@@ -138,6 +139,27 @@ PLANTS = (
         "out[i] = log_n_head[i] + log_one_minus_sum_p2[i] - two_log_t;",
         "out[i] = log_n_head[i] + log_one_minus_sum_p2[i];",
         _FUSED,
+    ),
+    Plant(
+        "the difference's rounding dropped in float lanes",
+        "csrc/math/exp_log.h",
+        "const V value = exp_with_lost_float(difference, lost);",
+        "const V value = exp_with_lost_float(difference, lost * 0.0F);",
+        ("tests/test_math.py", "-k", "exp_of_a_difference"),
+    ),
+    Plant(
+        "every row ordinary by its distances",
+        "csrc/cpu/head_lanes.h",
+        "unordinary_unless(v, inner > kLeastOfDistances);",
+        "",
+        _LANES,
+    ),
+    Plant(
+        "every row ordinary by its gradient",
+        "csrc/cpu/head_lanes.h",
+        "unordinary_unless(v, left | load_unaligned<Int32V>(unlabelled + v));",
+        "",
+        _LANES,
     ),
     Plant(
         "NaN logits not noticed",

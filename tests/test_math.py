@@ -104,6 +104,54 @@ def test_log1p_keeps_relative_accuracy_below_one_ulp_of_one(library):
         assert got[0] == 0.0
 
 
+FLOAT_EPS = 2.0**-23
+
+
+def check_float(x, got, truth, least=0.0):
+    """Within two units of float's last place; of ``least`` where the truth is less."""
+    with mpmath.workdps(60):
+        for value, result in zip(x, got, strict=True):
+            exact = truth(mpmath.mpf(float(value)))
+            off = float(abs(mpmath.mpf(float(result)) - exact) / max(abs(exact), least) / FLOAT_EPS)
+            assert off <= ULPS, f"f({value!r}) = {result!r}, off by {off} of float's last place"
+
+
+def test_logs_in_float(library):
+    rng = random.Random(4)
+    x = spread(rng, -126, 126, 1500) + [1 + rng.uniform(-0.3, 0.5) for _ in range(1500)]
+    x, scalar, vector = mapped(library, "map_log_float", np.asarray(x, dtype=np.float32))
+    check_float(x, scalar, mpmath.log, least=1.0)
+    check_float(x, vector, mpmath.log, least=1.0)
+    x = spread(rng, -126, 8, 3000) + [rng.uniform(0.3, 0.5) for _ in range(500)] + [0.0]
+    x, scalar, vector = mapped(library, "map_log1p_float", np.asarray(x, dtype=np.float32))
+    check_float(x, scalar, mpmath.log1p, least=1e-300)
+    check_float(x, vector, mpmath.log1p, least=1e-300)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.37, 3.0, 1e-5, 1e5))
+def test_exp_of_a_difference_in_float_has_no_rounding_of_the_difference(library, temperature):
+    """Pairs of all sizes, most of which no float can hold the difference of."""
+    rng = random.Random(5)
+    least = -43.0 * temperature
+    top = np.float32([rng.choice((-1, 1)) * rng.uniform(0, 60) * temperature for _ in range(3000)])
+    x = np.float32([t - rng.choice((1e-3, 1.0, 60.0)) * rng.uniform(0, 1) * temperature for t in top])
+    x = np.minimum(x, top)
+    plain, scaled = np.empty_like(x), np.empty_like(x)
+    pointer = ctypes.POINTER(ctypes.c_float)
+    a, b, p, s = (v.ctypes.data_as(pointer) for v in (x, top, plain, scaled))
+    library.exp_differences_float(
+        a, b, ctypes.c_double(1 / temperature), ctypes.c_float(least), p, s, ctypes.c_int64(len(x))
+    )
+    with mpmath.workdps(60):
+        exact = [mpmath.mpf(float(v)) - mpmath.mpf(float(t)) for v, t in zip(x, top, strict=True)]
+        kept = [i for i, difference in enumerate(exact) if difference > 1.0001 * least]
+        inverse = mpmath.mpf(1) / mpmath.mpf(temperature)
+        check_float(kept, scaled[kept], lambda i: mpmath.exp(exact[int(i)] * inverse))
+        if temperature == 1.0:
+            check_float(kept, plain[kept], lambda i: mpmath.exp(exact[int(i)]))
+    assert not scaled[[i for i, difference in enumerate(exact) if difference < 1.0001 * least - 1e-30]].any()
+
+
 def merged(library, z, pairs, temperature=1.0):
     nodes = (Tail * (len(z) + len(pairs)))()
     flat = [node for pair in pairs for node in pair]

@@ -3,13 +3,14 @@
 // Who allocates: the caller, outputs and workspace; both are overwritten. Inputs may not overlap them. 64-bit offsets.
 //
 // Numerics: products and ||phi||^2 in float32 (float64 if an input is), at most 64 terms per lane before the sums are
-// carried into float64; everything after the product in float64: the bias, the top two, exp and log, the distances
-// between rows of W (from differences). No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h.
-// Rows whose ||phi||^2 leaves the range of float, and rows where a sum over the table of distances would cancel
-// (duplicated or nearly duplicated rows of W), are done again explicitly.
+// carried into float64; after the product float64, or, where inputs and results are float32, float lanes as far as the
+// contract carries float (head_lanes.h says how far). Distances between rows of W are summed from differences in
+// float64. No 1 - p, no 1 - sum p^2 and no difference of squares: math/epsilon_split.h. Rows that are not ordinary in
+// lanes are done again in float64; of these, rows whose ||phi||^2 leaves the range of float, and rows where a sum over
+// the table of distances would cancel (duplicated or nearly duplicated rows of W), explicitly.
 //
-// Cost: N*D elements of features read once, 2NDC + 2ND operations for the products, about 25 C per row in float64 for
-// the softmax, and 2NC^2 in float64 where distances are needed. W is packed once per call.
+// Cost: N*D elements of features read once, 2NDC + 2ND operations for the products, about 25 C per row for the softmax,
+// and 2NC^2 where distances are needed. W is packed once per call.
 // A row's value depends on nothing but the row: neighbours, thread count and position leave every bit as it is.
 //
 // Ladder and measurements: docs/performance.md.
@@ -17,6 +18,7 @@
 
 #include <cstring>
 
+#include "cpu/head_lanes.h"
 #include "cpu/head_tile.h"
 #include "math/table_rows.h"
 
@@ -26,8 +28,9 @@ namespace {
 
 struct Layout {
   int64_t packed_stride;  // elements of a packed row of W
+  int64_t lane_table;     // bytes of a table of distances in float
   // byte offsets
-  int64_t packed, distances, bias_distances, row_sums, threads, per_thread, total;
+  int64_t packed, distances, bias_distances, row_sums, lanes, threads, per_thread, total;
 };
 
 inline Layout layout_of(const HeadProblem& problem) {
@@ -44,10 +47,14 @@ inline Layout layout_of(const HeadProblem& problem) {
   at += table && problem.include_bias ? align(problem.C * problem.C * 8) : 0;
   layout.row_sums = at;
   at += align(problem.C * 8);
+  layout.lanes = at;
+  layout.lane_table = align(problem.C * problem.C * 4);
+  if (lanes_apply(problem))
+    at += align(problem.C * 4) + (table ? (problem.include_bias ? 2 : 1) * layout.lane_table : 0);
   layout.threads = at;
   // logits, u and mean distances of a tile (with and without the bias), and scratch for explicit rows
   layout.per_thread = align((4 * problem.C * kTile + 2 * problem.C + problem.D + 8) * 8) +
-                      align(kTile * problem.D * 8) + align(kTile * 64);
+                      align(kTile * problem.D * 8) + align(kTile * 64) + align(4 * problem.C * kTile * 4);
   layout.total = at + layout.per_thread * problem.threads;
   return layout;
 }
@@ -62,6 +69,7 @@ struct Buffers : TileBuffers {
   double* s;       // (C, kTile) sum_k D_jk u_k
   double* s_bias;  // the same for the bias's distances
   double* row;     // 2 C + D: scratch for explicit rows
+  LaneBuffers lanes;
 
   Buffers(const HeadMetrics& call, const Layout& layout, int thread) {
     char* base = static_cast<char*>(call.workspace) + layout.threads + thread * layout.per_thread;
@@ -73,6 +81,10 @@ struct Buffers : TileBuffers {
     base += align((4 * call.C * kTile + 2 * call.C + call.D + 8) * 8);
     packed = base;
     tails = base + align(kTile * call.D * 8);
+    lanes.z = reinterpret_cast<float*>(base + align(kTile * call.D * 8) + align(kTile * 64));
+    lanes.u = lanes.z + call.C * kTile;
+    lanes.s = lanes.u + call.C * kTile;
+    lanes.s_bias = lanes.s + call.C * kTile;
   }
 };
 
@@ -83,6 +95,7 @@ struct Shared {
   int exponent;
   double log_layer;  // norm_power log ||W||_F
   Values values;
+  Lanes lanes;
 };
 
 void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffers& buffers, TileRows& tile,
@@ -235,13 +248,80 @@ void tile_statistics(const HeadMetrics& call, const Shared& shared, const Buffer
   return;
 }
 
+// The lanes' side of what a call shares; off where anything about the call is beyond them.
+Lanes lanes_of(const HeadMetrics& call, const Shared& shared, const Layout& layout) {
+  Lanes lanes;
+  if (!lanes_apply(call)) return lanes;
+  char* base = static_cast<char*>(call.workspace) + layout.lanes;
+  lanes.on = true;
+  lanes.given = call.logits.data != nullptr;
+  lanes.inverse_temperature = 1.0 / call.temperature;
+  lanes.two_log_t = 2.0 * std::log(call.temperature);
+  lanes.factor = math::float_factor(lanes.inverse_temperature);
+  lanes.least = static_cast<float>(kLeastExponent * call.temperature);
+  if (call.bias != nullptr) {
+    if (!lanes.given) lanes.bias = reinterpret_cast<float*>(base);
+    lanes.on &= narrow_bias(call.bias, call.C, reinterpret_cast<float*>(base));
+  }
+  base += align(call.C * 4);
+  if (shared.distances != nullptr) {
+    lanes.distances = reinterpret_cast<float*>(base);
+    lanes.on &= narrow_distances(shared.distances, call.C, lanes.distances, lanes.log_distance);
+  }
+  if (shared.bias_distances != nullptr) {
+    lanes.bias_distances = reinterpret_cast<float*>(base + layout.lane_table);
+    lanes.on &= narrow_distances(shared.bias_distances, call.C, lanes.bias_distances, lanes.log_bias_distance);
+  }
+  return lanes;
+}
+
+// A tile whose logits are in buffers.lanes.z: float's values where a row is ordinary, float64's where it is not.
+void tile_in_lanes(const HeadMetrics& call, const Shared& shared, const Buffers& buffers, TileRows& tile,
+                   FirstBadRow& bad_label) {
+  const int64_t n0 = tile.first;
+  const int count = tile.count;
+  LaneLabels labels;
+  for (int i = 0; i < kTile; ++i) {
+    labels.kind[i] = i < count ? label_of(call, n0 + i) : Label::kNone;
+    if (labels.kind[i] == Label::kBad) bad_label.report(n0 + i);
+    labels.y[i] = labels.kind[i] == Label::kValid ? static_cast<int32_t>(call.target[n0 + i]) : 0;
+  }
+  LaneSoftmax softmax;
+  LaneValues out;
+  lane_values(call, shared.lanes, shared.log_layer, shared.exponent, buffers.lanes, tile, labels, softmax, out);
+  bool all = true;
+  for (int i = 0; i < count; ++i) {
+    if (tile.bad[i]) softmax.ordinary[i] = 0;
+    all &= softmax.ordinary[i] != 0;
+  }
+  if (!all) {
+    for (int64_t j = 0; j < call.C * kTile; ++j) buffers.z[j] = static_cast<double>(buffers.lanes.z[j]);
+    tile_statistics(call, shared, buffers, tile, bad_label);
+  }
+  for (int field = 0; field < kFieldCount; ++field) {
+    if ((call.fields >> field & 1U) == 0) continue;
+    if (all) {
+      shared.values.put(static_cast<Field>(field), n0, out.at[field], count);
+      continue;
+    }
+    for (int i = 0; i < count; ++i) {
+      if (softmax.ordinary[i] != 0) shared.values.put(static_cast<Field>(field), n0 + i, out.at[field] + i, 1);
+    }
+  }
+  if (call.prediction == nullptr) return;
+  for (int i = 0; i < count; ++i) {
+    if (softmax.ordinary[i] != 0) call.prediction[n0 + i] = softmax.m[i];
+  }
+}
+
 template <class C>
 Outcome run(const HeadMetrics& call) {
   const Layout layout = layout_of(call);
   char* base = static_cast<char*>(call.workspace);
   C* packed = reinterpret_cast<C*>(base + layout.packed);
   double* largest_of_row = reinterpret_cast<double*>(base + layout.row_sums);
-  Shared shared{nullptr, nullptr, pack_weight(call, layout.packed_stride, packed, largest_of_row), 0.0, Values(call)};
+  Shared shared{nullptr, nullptr,      pack_weight(call, layout.packed_stride, packed, largest_of_row),
+                0.0,     Values(call), {}};
   const double scale = std::scalbn(1.0, shared.exponent);
 
   if (shared.values.wants(kLogLayerwise)) {
@@ -257,10 +337,13 @@ Outcome run(const HeadMetrics& call) {
     shared.bias_distances = with_bias;
   }
 
-  // Tasks of a few tiles: enough of them to balance threads, large enough (about 20 us) to hide a task's hand-out.
+  shared.lanes = lanes_of(call, shared, layout);
+
+  // Tasks of a few tiles: enough of them to balance threads, large enough (about 80 us) to hide a task's hand-out
+  // and the rows at its end that are fetched for nobody.
   const int64_t tiles = (call.N + kTile - 1) / kTile;
   const int64_t work = kTile * (call.D + 64) * (call.C + 4);
-  const int64_t tiles_per_task = work > (1 << 20) ? 1 : (1 << 20) / work;
+  const int64_t tiles_per_task = work > (1 << 22) ? 1 : (1 << 22) / work;
   const int64_t per_task =
       tiles_per_task * 2 * call.threads > tiles ? (tiles + 2 * call.threads - 1) / (2 * call.threads) : tiles_per_task;
   const int threads = call.N * (call.D + 64) * (call.C + 4) < (1 << 18) ? 1 : call.threads;
@@ -268,16 +351,29 @@ Outcome run(const HeadMetrics& call) {
   FirstBadRow bad_label;
   parallel_for(threads, tasks, [&](int64_t task, int thread) {
     const Buffers buffers(call, layout, thread);
+    float* narrow = shared.lanes.on ? buffers.lanes.z : nullptr;
     for (int64_t index = task * per_task; index < (task + 1) * per_task && index < tiles; ++index) {
       TileRows tile{};
       tile.first = index * kTile;
       tile.count = static_cast<int>(call.N - tile.first < kTile ? call.N - tile.first : kTile);
       with_element(call.features.dtype, [&](auto* type) {
         using T = ElementOf<decltype(type)>;
-        if constexpr (sizeof(T) <= sizeof(C)) tile_products<C, T>(call, packed, layout.packed_stride, buffers, tile);
+        if constexpr (sizeof(T) <= sizeof(C)) {
+          tile_products<C, T>(call, packed, layout.packed_stride, buffers, tile, narrow);
+        }
       });
-      if (call.logits.data != nullptr) tile_given_logits(call, buffers, tile);
-      tile_statistics(call, shared, buffers, tile, bad_label);
+      if (call.logits.data != nullptr) {
+        if (narrow != nullptr) {
+          tile_given_logits(call, narrow, tile);
+        } else {
+          tile_given_logits(call, buffers.z, tile);
+        }
+      }
+      if (narrow != nullptr) {
+        tile_in_lanes(call, shared, buffers, tile, bad_label);
+      } else {
+        tile_statistics(call, shared, buffers, tile, bad_label);
+      }
     }
   });
   return bad_label.outcome();

@@ -150,7 +150,7 @@ void tile_backward(const HeadMetricsBackward& call, const BackwardLayout& layout
     tile_products<C, C>(rows, shared.packed, stride, group.tile, tile);
     tile.first = first;
     tile.count = count;
-    if (given) tile_given_logits(call, group.tile, tile);
+    if (given) tile_given_logits(call, group.tile.z, tile);
     tile_softmax(call, group.tile, tile, softmax);
     if (is_gradient) std::memset(static_cast<void*>(group.k_compute), 0, classes * kTile * sizeof(C));
     if (is_gradient) std::memset(static_cast<void*>(group.dual), 0, kTile * stride * sizeof(C));

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 
@@ -76,6 +77,10 @@ class Values {
     } else if (as_float != nullptr) {
       for (int i = 0; i < count; ++i) as_float[n + i] = static_cast<float>(values[i]);
     }
+  }
+  void put(Field field, int64_t n, const float* values, int count) const {
+    if (float_at_[field] != nullptr)
+      std::memcpy(float_at_[field] + n, values, static_cast<size_t>(count) * sizeof(float));
   }
   void put(Field field, int64_t n, double value) const { put(field, n, &value, 1); }
 

@@ -25,7 +25,7 @@ constexpr int kRowBlock = 4;  // 4 x 5 accumulators, 4 + 5 loads for 20 multiply
 #else
 constexpr int kRowBlock = 2;  // 2 x 5 accumulators of 16 registers
 #endif
-constexpr int kAhead = 4;  // rows fetched ahead, into the second-level cache: the first holds W
+constexpr int kAhead = 8;  // rows fetched ahead, into the second-level cache: the first holds W
 constexpr int kClassBlock = 5;
 constexpr int64_t kVectorsPerBlock = 64;
 
@@ -57,8 +57,9 @@ FLATCORE_INLINE void fold(typename VectorOf<C>::Type* acc, C* sums) {
 }
 
 // Dot products of RB rows of features with CB rows of packed W over `vectors` whole vectors and perhaps a zero-padded
-// tail; `norms` adds the rows' sums of squares. sums: [class][row], squares: [row].
-template <class C, class T, int RB, int CB, bool norms>
+// tail; `norms` adds the rows' sums of squares. sums: [class][row], squares: [row]. Meanwhile `fetched` of the rows
+// `next` are fetched, one after the other, as many vectors a step.
+template <class C, class T, int RB, int CB, bool norms, int fetched>
 FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, const T* const* next, int64_t vectors,
                                const C* w, int64_t w_stride, C* sums, C* squares) {
   using V = typename VectorOf<C>::Type;
@@ -80,36 +81,49 @@ FLATCORE_INLINE void dot_block(const T* const* rows, const T* const* tails, cons
       for (int r = 0; r < RB; ++r) acc[c * RB + r] += x[r] * wc;
     }
   };
-  for (int64_t i = 0; i < vectors; ++i) {
-    if constexpr (norms) {
-      // Rows are short streams (2 KiB at D = 512) that the hardware prefetcher meets too late: W1 336 -> 207 ns a row.
-      // Into the second level: prefetched into the first, they push W out of it (280 ns).
+  if constexpr (fetched > 0) {
+    // Rows are short streams (2 KiB at D = 512) that the hardware prefetcher meets too late: W1's products take 300 ns
+    // a row without, 155 with rows fetched side by side, and 143 in order, where it joins in.
+    // Into the second level: fetched into the first, they push W out of it (195 and 215 ns).
+    const int64_t share = (vectors + fetched - 1) / fetched;
+    int64_t i = 0;
+    for (int row = 0; row < fetched; ++row) {
+      const T* at = next[row];
+      const int64_t end = (row + 1) * share < vectors ? (row + 1) * share : vectors;
+      for (; i < end; ++i, at += fetched * lanes) {
 #pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) __builtin_prefetch(next[r] + i * lanes, 0, 2);
+        for (int k = 0; k < fetched; ++k) __builtin_prefetch(at + k * lanes, 0, 2);
+        step(rows, i * lanes, i * lanes);
+      }
     }
-    step(rows, i * lanes, i * lanes);
+  } else {
+    for (int64_t i = 0; i < vectors; ++i) step(rows, i * lanes, i * lanes);
   }
   if (tails != nullptr) step(tails, 0, vectors * lanes);
   if constexpr (CB > 0) fold<C, CB * RB, lanes>(acc, sums);
   if constexpr (norms) fold<C, RB, lanes>(square, squares);
 }
 
-template <class C, class T, bool norms>
+template <class C, class T, bool norms, int fetched>
 FLATCORE_INLINE void dot_classes(int classes, const T* const* rows, const T* const* tails, const T* const* next,
                                  int64_t vectors, const C* w, int64_t w_stride, C* sums, C* squares) {
+  const auto block = [&](auto count) __attribute__((always_inline)) {
+    dot_block<C, T, kRowBlock, decltype(count)::value, norms, fetched>(rows, tails, next, vectors, w, w_stride, sums,
+                                                                       squares);
+  };
   switch (classes) {
     case 5:
-      return dot_block<C, T, kRowBlock, 5, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 5>{});
     case 4:
-      return dot_block<C, T, kRowBlock, 4, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 4>{});
     case 3:
-      return dot_block<C, T, kRowBlock, 3, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 3>{});
     case 2:
-      return dot_block<C, T, kRowBlock, 2, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 2>{});
     case 1:
-      return dot_block<C, T, kRowBlock, 1, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 1>{});
     default:
-      return dot_block<C, T, kRowBlock, 0, norms>(rows, tails, next, vectors, w, w_stride, sums, squares);
+      return block(std::integral_constant<int, 0>{});
   }
 }
 
@@ -128,10 +142,10 @@ struct TileRows {
   double log_n[kTile];  // log ||phi||^2
 };
 
-// Logits (unless given) and log ||phi||^2 of a tile.
+// Logits (unless given) and log ||phi||^2 of a tile; with `narrow`, (C, kTile), the logits go there in float.
 template <class C, class T>
 void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_stride, const TileBuffers& buffers,
-                   TileRows& tile) {
+                   TileRows& tile, float* narrow = nullptr) {
   constexpr int lanes = VectorOf<C>::kLanes;
   const T* x = static_cast<const T*>(call.features.data);
   const T* rows[kTile];
@@ -158,7 +172,8 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
   }
   const bool products = call.logits.data == nullptr;
   double squares[kTile] = {};
-  if (products) std::memset(buffers.z, 0, static_cast<size_t>(call.C) * kTile * sizeof(double));
+  const bool straight = narrow != nullptr && whole <= kVectorsPerBlock;
+  if (products && !straight) std::memset(buffers.z, 0, static_cast<size_t>(call.C) * kTile * sizeof(double));
   for (int64_t start = 0; start < whole || start == 0; start += kVectorsPerBlock) {
     const int64_t vectors = whole - start < kVectorsPerBlock ? whole - start : kVectorsPerBlock;
     const bool last = start + vectors == whole;
@@ -178,19 +193,41 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
         const int64_t left = products ? call.C - c : 0;
         const int classes = static_cast<int>(left < kClassBlock ? left : kClassBlock);
         const C* w = packed_w + c * packed_stride + start * lanes;
+        // fetched in the first two blocks of classes, if there are two
+        constexpr int half = kRowBlock / 2;
         if (c == 0) {
-          dot_classes<C, T, true>(classes, from, ends_of_block, next, vectors, w, packed_stride, sums, row_squares);
+          if (left > kClassBlock) {
+            dot_block<C, T, kRowBlock, kClassBlock, true, half>(from, ends_of_block, next, vectors, w, packed_stride,
+                                                                sums, row_squares);
+          } else {
+            dot_classes<C, T, true, kRowBlock>(classes, from, ends_of_block, next, vectors, w, packed_stride, sums,
+                                               row_squares);
+          }
           for (int r = 0; r < kRowBlock; ++r) squares[i + r] += static_cast<double>(row_squares[r]);
         } else {
-          dot_classes<C, T, false>(classes, from, ends_of_block, next, vectors, w, packed_stride, sums, row_squares);
+          if (c == kClassBlock) {
+            dot_classes<C, T, false, half>(classes, from, ends_of_block, next + half, vectors, w, packed_stride, sums,
+                                           row_squares);
+          } else {
+            dot_classes<C, T, false, 0>(classes, from, ends_of_block, next, vectors, w, packed_stride, sums,
+                                        row_squares);
+          }
         }
-        for (int j = 0; j < classes; ++j) {
+        for (int j = 0; j < classes && straight; ++j) {
+          float* to = narrow + (c + j) * kTile + i;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRowBlock; ++r) to[r] = static_cast<float>(sums[j * kRowBlock + r]);
+        }
+        for (int j = 0; j < classes && !straight; ++j) {
           double* to = buffers.z + (c + j) * kTile + i;
           for (int r = 0; r < kRowBlock; ++r) to[r] += static_cast<double>(sums[j * kRowBlock + r]);
         }
         c += kClassBlock;
       } while (products && c < call.C);
     }
+  }
+  if (products && narrow != nullptr && !straight) {
+    for (int64_t j = 0; j < call.C * kTile; ++j) narrow[j] = static_cast<float>(buffers.z[j]);
   }
   for (int i = 0; i < tile.count; ++i) {
     tile.log_n[i] = math::squares_in_range<C>(squares[i]) ? 0.0 : log_sum_squares(rows[i], 1, call.D);
@@ -204,7 +241,8 @@ void tile_products(const HeadProblem& call, const C* packed_w, int64_t packed_st
   for (int i = 0; i < kTile; ++i) tile.bad[i] = tile.log_n[i] != tile.log_n[i];
 }
 
-inline void tile_given_logits(const HeadProblem& call, const TileBuffers& buffers, const TileRows& tile) {
+template <class Z>
+void tile_given_logits(const HeadProblem& call, Z* z, const TileRows& tile) {
   with_element(call.logits.dtype, [&](auto* type) {
     using T = ElementOf<decltype(type)>;
     const T* logits = static_cast<const T*>(call.logits.data);
@@ -212,7 +250,7 @@ inline void tile_given_logits(const HeadProblem& call, const TileBuffers& buffer
       const int64_t n = tile.first + (i < tile.count ? i : tile.count - 1);
       const T* from = logits + n * call.logits.row_stride;
       for (int64_t j = 0; j < call.C; ++j) {
-        buffers.z[j * kTile + i] = static_cast<double>(widen(from[j * call.logits.column_stride]));
+        z[j * kTile + i] = static_cast<Z>(widen(from[j * call.logits.column_stride]));
       }
     }
   });

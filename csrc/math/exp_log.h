@@ -42,22 +42,15 @@ FLATCORE_INLINE V exp_nonpositive(V x) {
   return x < kExpUnderflow ? V{} : value;
 }
 
-// exp(x - top) for x <= top in float (x = -inf gives 0, NaN gives NaN); exp(0) is exactly 1.
-//
-// The difference of two floats is rounded: by 4e-6 at 87, which would be the result's relative error. What the rounding
-// took (exact, by Knuth's two-sum, which needs no order of the operands) is added after the reduction, so the result is
-// right to 2 units in its last place for every pair. Results below the smallest normal float are returned as 0.
+// exp(argument + lost) in float, |lost| at most a rounding of the argument; exp(0) is exactly 1.
 template <class V>
-FLATCORE_INLINE V exp_difference_float(V x, V top) {
+FLATCORE_INLINE V exp_with_lost_float(V argument, V lost) {
   using Bits = typename Shape<V>::Bits;
   constexpr float magic = 0x1.8p23F;
-  const V difference = x - top;
-  const V taken = x - difference;
-  const V lost = (x - (difference + taken)) + (taken - top);
-  const V shifted = difference * 0x1.715476p+0F + magic;
+  const V shifted = argument * 0x1.715476p+0F + magic;
   const V k = shifted - magic;
   // the high part of ln 2 has 15 bits: its product with |k| < 2^8 is exact
-  const V r = ((difference - k * 0x1.62e4p-1F) - k * 0x1.7f7d1cp-20F) + lost;  // |r| <= 0.3467
+  const V r = ((argument - k * 0x1.62e4p-1F) - k * 0x1.7f7d1cp-20F) + lost;  // |r| <= 0.3467
   // Taylor to r^7: the first term left out is below 6e-9 of the result, a tenth of a rounding.
   V p = r * (1.0F / 5040.0F) + 1.0F / 720.0F;
   p = p * r + 1.0F / 120.0F;
@@ -67,8 +60,49 @@ FLATCORE_INLINE V exp_difference_float(V x, V top) {
   p = p * r + 1.0F;
   p = p * r + 1.0F;
   const Bits exponent = (bit_cast<Bits>(shifted) + uint32_t{127}) << 23;
-  const V value = p * bit_cast<V>(exponent);
-  return difference < -87.3F ? V{} : value;
+  return p * bit_cast<V>(exponent);
+}
+
+// exp(x - top) for x <= top in float (x = -inf gives 0, NaN gives NaN); exp(0) is exactly 1.
+//
+// The difference of two floats is rounded: by 4e-6 at 87, which would be the result's relative error. What the rounding
+// took (exact, by Knuth's two-sum, which needs no order of the operands) is added after the reduction, so the result is
+// right to 2 units in its last place for every pair. Results of differences below `least`, at the lowest that of the
+// smallest normal float, are returned as 0.
+constexpr float kExpUnderflowFloat = -87.3F;
+template <class V>
+FLATCORE_INLINE V exp_difference_float(V x, V top, float least = kExpUnderflowFloat) {
+  const V difference = x - top;
+  const V taken = x - difference;
+  const V lost = (x - (difference + taken)) + (taken - top);
+  const V value = exp_with_lost_float(difference, lost);
+  return difference < least ? V{} : value;
+}
+
+// What float multiplies differences of logits by: 1/T in two parts, the high one of 12 bits.
+struct FloatFactor {
+  float high, low;
+};
+FLATCORE_INLINE FloatFactor float_factor(double factor) {
+  const uint32_t high = bit_cast<uint32_t>(static_cast<float>(factor)) & 0xfffff000U;
+  return {bit_cast<float>(high), static_cast<float>(factor - static_cast<double>(bit_cast<float>(high)))};
+}
+
+// exp((x - top) factor) likewise, for differences of at least `least`, 0 below. The difference's upper 12 bits times
+// the factor's are exact without a fused multiply-add, and what else there is goes after the reduction: 2^-35 of the
+// argument is left out.
+template <class V>
+FLATCORE_INLINE V exp_scaled_difference_float(V x, V top, FloatFactor factor, float least) {
+  using Bits = typename Shape<V>::Bits;
+  const V difference = x - top;
+  const V taken = x - difference;
+  const V lost = (x - (difference + taken)) + (taken - top);
+  const V high = bit_cast<V>(bit_cast<Bits>(difference) & uint32_t{0xfffff000});
+  const V product = high * factor.high;
+  const V rest = ((difference - high) + lost) * factor.high + (difference + lost) * factor.low;
+  const V argument = product + rest;
+  const V value = exp_with_lost_float(argument, rest - (argument - product));
+  return difference < least ? V{} : value;
 }
 
 // log(x) for x >= 0: log(0) = -inf, log(inf) = inf, NaN gives NaN; subnormals are right.
@@ -109,6 +143,48 @@ template <class V>
 FLATCORE_INLINE V log1p_nonnegative(V x) {
   const V u = 1.0 + x;
   return log_nonnegative(u) + (x - (u - 1.0)) / u;
+}
+
+// log(1 + f) + k ln 2 in float for 1 + f in [sqrt(1/2), sqrt(2)).
+template <class V>
+FLATCORE_INLINE V log_of_parts_float(V f, V k) {
+  // 2 atanh(s), s = f/(2 + f), |s| <= 0.1716: the first term left out is below 3e-9 of the sum
+  const V s = f / (f + 2.0F);
+  const V z = s * s;
+  V p = z * (1.0F / 9.0F) + 1.0F / 7.0F;
+  p = p * z + 1.0F / 5.0F;
+  p = p * z + 1.0F / 3.0F;
+  const V two_s = s + s;
+  return k * 0x1.62e4p-1F + (two_s + (two_s * (z * p) + k * 0x1.7f7d1cp-20F));
+}
+
+// x = 2^k (1 + f) for a normal float x > 0, 1 + f in [sqrt(1/2), sqrt(2)).
+template <class V>
+FLATCORE_INLINE V float_parts(V x, V& f) {
+  using Bits = typename Shape<V>::Bits;
+  constexpr uint32_t sqrt_half = 0x3f3504f3U, one = 0x3f800000U;
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits biased = (bits - sqrt_half + one) >> 23;
+  f = bit_cast<V>(bits - ((biased - uint32_t{127}) << 23)) - 1.0F;
+  return bit_cast<V>(biased | uint32_t{0x4b000000}) - (0x1p23F + 127.0F);
+}
+
+// log(x) in float for a normal x > 0, within 2 units of 2^-24 of max(1, |log x|). Anything else gives some number.
+template <class V>
+FLATCORE_INLINE V log_normal_float(V x) {
+  V f;
+  const V k = float_parts(x, f);
+  return log_of_parts_float(f, k);
+}
+
+// log(1 + x) in float for x >= 0, finite; relative accuracy also where 1 + x rounds to 1: below sqrt(2) f is x itself,
+// above what 1 + x was rounded by is 2^-24 of a logarithm of at least 0.35.
+template <class V>
+FLATCORE_INLINE V log1p_nonnegative_float(V x) {
+  V f;
+  const V k = float_parts(1.0F + x, f);
+  const auto large = k > 0.0F;
+  return log_of_parts_float(large ? f : x, large ? k : V{});
 }
 
 }  // namespace flatcore::math
