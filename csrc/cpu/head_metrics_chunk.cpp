@@ -8,14 +8,18 @@
 //
 // Who allocates: the caller; outputs are overwritten.
 //
-// Numerics: logits as the product left them, everything else in float64. Tiles merge by the monoid
+// Numerics: logits as the product left them, in floats for float32 products: exp of differences whose error is added
+// after the reduction, the shares' sums in float64 from the first term on and those of their squares from the fourth;
+// everything else in float64. Tiles merge by the monoid
 // (math/softmax_tail.h): shares are u_j = exp((z_j - r)/T), r the best logit but one so far, so that a logit costs one
 // exponential; where r rises, all sums of the row, those of the product too, are multiplied by one common factor. Where
 // the sum over u (W - center) leaves less than 1/20 of what it was taken from (nearly equal top rows), the row is done
 // again from float64 logits and explicit differences, so large heads are as right as small ones.
 //
-// Cost: a tile's logits are read twice from the last-level cache and written once; about 30 operations in float64 each.
+// Cost: a tile's logits are read once from the last-level cache, once from the first level and written once; about 40
+// vector operations for 16 of them.
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/head_metrics.h"
 #include "cpu/head_rows.h"
@@ -26,53 +30,75 @@
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
 
-// A row's logits of a tile, in the compute type, with the bias where it is still to be added.
-template <class C>
-struct LogitRow {
-  const C* z;
-  const double* bias;
-  bool given;
+// The arithmetic of a tile's logits: L is float for float32 products, whose logits are floats and, with a bias of
+// floats, take one rounding more; double for float64 ones, and where bias or temperature leave float's range.
+template <class L>
+using VectorOfL = typename VectorOf<L>::Type;
 
-  double at(int64_t k) const { return static_cast<double>(z[k]) + (bias ? bias[k] : 0.0); }
-  DoubleV vector_at(int64_t k) const {
-    const DoubleV v = Load<double>::from(z + k);
-    return bias ? v + load_unaligned<DoubleV>(bias + k) : v;
+// The first `count` elements, fewer than a vector, zeros behind them.
+template <class L, class T>
+FLATCORE_INLINE VectorOfL<L> load_some(const T* from, int64_t count) {
+  alignas(64) T padded[VectorOf<L>::kLanes] = {};
+  std::memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
+  return Load<L>::from(padded);
+}
+
+// A row's logits of a tile, in the compute type C, with the bias where it is still to be added.
+template <class C, class L>
+struct LogitRow {
+  using V = VectorOfL<L>;
+  static constexpr int kLanes = VectorOf<L>::kLanes;
+  const C* z;
+  const L* bias;
+  bool given;
+  int64_t count;
+
+  L at(int64_t k) const { return bias ? static_cast<L>(z[k]) + bias[k] : static_cast<L>(z[k]); }
+  // Positions k, k+1, ...: absent classes behind the last. `bad` becomes NaN where the product is not finite.
+  V vector_at(int64_t k, V& bad) const {
+    const int64_t left = count - k;
+    V v = left >= kLanes ? Load<L>::from(z + k) : load_some<L>(z + k, left);
+    if (!given) bad += v * L{0};
+    if (bias != nullptr) v += left >= kLanes ? load_unaligned<V>(bias + k) : load_some<L>(bias + k, left);
+    if (left < kLanes) v = lanes() < static_cast<LaneIndex>(left) ? v : V{} - static_cast<L>(math::kInfinity);
+    return v;
+  }
+  using LaneIndex = std::conditional_t<sizeof(L) == 4, int32_t, int64_t>;
+  static typename VectorOf<L>::Index lanes() {
+    typename VectorOf<L>::Index index;
+    for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+    return index;
   }
 };
 
 // The top two of a tile, by position in it; `poison` becomes NaN if the row is not to be trusted.
-template <class C>
-math::SoftmaxTail tops_of_tile(const LogitRow<C>& row, int64_t count, double& poison) {
-  DoubleV t = DoubleV{} - math::kInfinity, r = t, m = DoubleV{} - 1.0, bad = {};
-  DoubleV index = {};
-  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(lane);
-  int64_t k = 0;
-  for (; k + kDoubles <= count; k += kDoubles) {
-    const DoubleV z = row.vector_at(k);
-    if (!row.given) bad += Load<double>::from(row.z + k) * 0.0;
-    bad = z < math::kInfinity ? bad : DoubleV{} + kNan;
+template <class C, class L>
+math::SoftmaxTail tops_of_tile(const LogitRow<C, L>& row, double& poison) {
+  using V = VectorOfL<L>;
+  using Index = typename VectorOf<L>::Index;
+  constexpr int lanes = VectorOf<L>::kLanes;
+  constexpr L infinity = static_cast<L>(math::kInfinity);
+  V t = V{} - infinity, r = t, bad = {};
+  Index m = Index{} - 1, index = row.lanes();
+  for (int64_t k = 0; k < row.count; k += lanes) {
+    const V z = row.vector_at(k, bad);
+    bad = z < infinity ? bad : V{} + static_cast<L>(kNan);
     const auto higher = z > t;
-    const DoubleV second = z > r ? z : r;
+    const V second = z > r ? z : r;
     r = higher ? t : second;
     m = higher ? index : m;
     t = higher ? z : t;
-    index += static_cast<double>(kDoubles);
+    index += lanes;
   }
   math::SoftmaxTail tail = math::empty_tail();
-  double below = -math::kInfinity;  // best of what is not a lane's top
-  for (int lane = 0; lane < kDoubles; ++lane) {
-    poison += bad[lane];
+  L below = -infinity;  // best of what is not a lane's top
+  for (int lane = 0; lane < lanes; ++lane) {
+    poison += static_cast<double>(bad[lane]);
     if (m[lane] < 0) continue;
     if (r[lane] > below) below = r[lane];
-    tail = math::combine_tops(tail, math::leaf_tail(static_cast<int64_t>(m[lane]), t[lane]));
+    tail = math::combine_tops(tail, math::leaf_tail(static_cast<int64_t>(m[lane]), static_cast<double>(t[lane])));
   }
-  for (; k < count; ++k) {
-    const double z = row.at(k);
-    if (!row.given) poison += static_cast<double>(row.z[k]) * 0.0;
-    if (!(z < math::kInfinity)) poison = kNan;
-    if (z > -math::kInfinity) tail = math::combine_tops(tail, math::leaf_tail(k, z));
-  }
-  if (below > tail.r) tail.r = below;
+  if (static_cast<double>(below) > tail.r) tail.r = static_cast<double>(below);
   return tail;
 }
 
@@ -94,42 +120,103 @@ struct TileColumns {
   }
 };
 
+// exp((z - base)/T), 0 where a float's share is not kept.
+template <class L>
+struct Shares;
+template <>
+struct Shares<double> {
+  double base, inverse_temperature;
+  Shares(double from, double temperature) : base(from), inverse_temperature(1.0 / temperature) {}
+  DoubleV of(DoubleV z) const { return math::exp_nonpositive((z - base) * inverse_temperature); }
+};
+template <>
+struct Shares<float> {
+  float base;
+  math::FloatTemperature temperature;
+  Shares(double from, double t) : base(static_cast<float>(from)), temperature(t) {}
+  FloatV of(FloatV z) const { return math::exp_difference_float(z, FloatV{} + base, temperature); }
+};
+
+// What is stored of a share in the compute type, and the same as doubles.
+FLATCORE_INLINE void keep(double* to, DoubleV u, DoubleV (&wide)[1]) {
+  if (to != nullptr) store_unaligned(to, u);
+  wide[0] = u;
+}
+FLATCORE_INLINE void keep(float* to, FloatV u, DoubleV (&wide)[2]) {
+  if (to != nullptr) store_unaligned(to, u);
+  split(u, wide);
+}
+FLATCORE_INLINE void keep(float* to, DoubleV u, DoubleV (&wide)[1]) {
+  wide[0] = u;
+  if (to == nullptr) return;
+  const HalfFloatV stored = to_float(math::share_is_kept(u) ? u : DoubleV{});
+  store_unaligned(to, stored);
+  wide[0] = to_double(stored);
+}
+
 // Adds exp((z_j - base)/T) of a tile and their squares to u1 and u2, `top` (a position, or -1) left out; stores them in
-// `shares` unless null, and sums what is stored.
-template <class C>
-ShareSums sum_tile(const LogitRow<C>& row, int64_t count, int64_t top, double base, double inverse_temperature,
-                   const TileColumns& columns, C* shares, double& u1, double& u2) {
-  DoubleV sum1 = {}, sum2 = {}, one = {}, square = {}, bias = {};
+// `shares` unless null, and sums what is stored. Floats are added in float64, their squares from 4 terms on.
+template <class C, class L>
+ShareSums sum_tile(const LogitRow<C, L>& row, int64_t top, double base, double temperature, const TileColumns& columns,
+                   C* shares, double& u1, double& u2) {
+  using V = VectorOfL<L>;
+  constexpr int lanes = VectorOf<L>::kLanes, halves = lanes / kDoubles;
+  const Shares<L> exponential(base, temperature);
+  DoubleV sum1[halves] = {}, sum2[halves] = {}, one[halves] = {}, square[halves] = {}, bias[halves] = {};
+  V ignored = {};
+  const auto add = [&](int64_t k, C* to, const double* squares, const double* biases) {
+    V u = exponential.of(row.vector_at(k, ignored));
+    if (top >= k && top < k + lanes) u[top - k] = L{0};
+    DoubleV wide[halves];
+    if constexpr (sizeof(L) > sizeof(C)) sum1[0] += u;  // what is stored is rounded
+    keep(to, u, wide);
+    for (int i = 0; i < halves; ++i) {
+      one[i] += wide[i];
+      if (squares) square[i] += wide[i] * load_unaligned<DoubleV>(squares + i * kDoubles);
+      if (biases) {
+        bias[i] +=
+            wide[i] * (load_unaligned<DoubleV>(biases + i * kDoubles) * columns.bias_scale - columns.bias_center);
+      }
+    }
+    return u;
+  };
+  const auto whole = [&](int64_t k) {
+    return add(k, shares == nullptr ? nullptr : shares + k, columns.squares ? columns.squares + k : nullptr,
+               columns.bias ? columns.bias + k : nullptr);
+  };
+  const auto square_of = [&](V u) {
+    DoubleV wide[halves];
+    split(u, wide);
+    for (int i = 0; i < halves; ++i) sum2[i] += wide[i];
+  };
   int64_t k = 0;
-  for (; k + kDoubles <= count; k += kDoubles) {
-    DoubleV u = math::exp_nonpositive((row.vector_at(k) - base) * inverse_temperature);
-    if (top >= k && top < k + kDoubles) u[top - k] = 0.0;
-    sum1 += u;
-    sum2 += u * u;
-    if (shares == nullptr) continue;
-    if constexpr (sizeof(C) == 8) {
-      store_unaligned(shares + k, u);
-    } else {
-      const HalfFloatV stored = to_float(math::share_is_kept(u) ? u : DoubleV{});
-      store_unaligned(shares + k, stored);
-      u = to_double(stored);
-    }
-    one += u;
-    if (columns.squares) square += u * load_unaligned<DoubleV>(columns.squares + k);
-    if (columns.bias) {
-      bias += u * (load_unaligned<DoubleV>(columns.bias + k) * columns.bias_scale - columns.bias_center);
-    }
+  for (; k + 4 * lanes <= row.count; k += 4 * lanes) {
+    const V a = whole(k), b = whole(k + lanes), c = whole(k + 2 * lanes), d = whole(k + 3 * lanes);
+    square_of((a * a + b * b) + (c * c + d * d));
   }
-  ShareSums sums{sum_lanes(one), sum_lanes(square), sum_lanes(bias)};
-  u1 += sum_lanes(sum1);
-  u2 += sum_lanes(sum2);
-  for (; k < count; ++k) {
-    const double u = k == top ? 0.0 : math::tail_scale(row.at(k), base, inverse_temperature);
-    u1 += u;
-    u2 += u * u;
-    if (shares == nullptr) continue;
-    shares[k] = sizeof(C) == 8 || math::share_is_kept(u) ? static_cast<C>(u) : C{};
-    columns.add(sums, k, static_cast<double>(shares[k]));
+  for (; k + lanes <= row.count; k += lanes) {
+    const V a = whole(k);
+    square_of(a * a);
+  }
+  if (k < row.count) {
+    const int64_t left = row.count - k;
+    alignas(64) C some[lanes];
+    alignas(64) double squares[lanes] = {}, biases[lanes] = {};
+    const auto bytes = static_cast<size_t>(left) * sizeof(double);
+    if (columns.squares) std::memcpy(squares, columns.squares + k, bytes);
+    if (columns.bias) std::memcpy(biases, columns.bias + k, bytes);
+    const V a = add(k, shares == nullptr ? nullptr : some, columns.squares ? squares : nullptr,
+                    columns.bias ? biases : nullptr);
+    square_of(a * a);
+    if (shares != nullptr) std::memcpy(shares + k, some, static_cast<size_t>(left) * sizeof(C));
+  }
+  ShareSums sums;
+  for (int i = 0; i < halves; ++i) {
+    u1 += sum_lanes(sizeof(L) > sizeof(C) ? sum1[i] : one[i]);
+    u2 += sum_lanes(sum2[i]);
+    sums.one += sum_lanes(one[i]);
+    sums.square += sum_lanes(square[i]);
+    sums.bias += sum_lanes(bias[i]);
   }
   return sums;
 }
@@ -209,7 +296,7 @@ void rescale_mean(const HeadLoop& call, int64_t i, C factor, C share, int64_t jo
   }
 }
 
-template <class C>
+template <class C, class L>
 void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, FirstBadRow& bad_label) {
   const int64_t n = tile.first + i;
   const double inverse_temperature = 1.0 / call.temperature;
@@ -224,11 +311,17 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   C* shares = call.centered_squares != nullptr ? static_cast<C*>(tile.z) + i * tile.z_stride : nullptr;
   const double* bias = call.bias_by_position != nullptr ? call.bias_by_position : call.bias;
   const bool given = call.logits.data != nullptr;
-  const LogitRow<C> row{z, given || bias == nullptr ? nullptr : bias + tile.first_class, given};
+  const L* added = nullptr;
+  if constexpr (sizeof(L) == 8) {
+    added = bias;
+  } else {
+    added = call.float_bias;
+  }
+  const LogitRow<C, L> row{z, given || added == nullptr ? nullptr : added + tile.first_class, given, tile.classes};
   const auto position = [&](int64_t j) { return call.positions != nullptr ? call.positions[j] : j; };
   if (label == Label::kValid) {
     const int64_t k = position(call.target[n]) - tile.first_class;
-    if (k >= 0 && k < tile.classes) state.own = row.at(k);
+    if (k >= 0 && k < tile.classes) state.own = static_cast<double>(row.at(k));
   }
   const auto clear = [&] {  // zeros keep the product's other rows free of it on every library
     if (shares != nullptr) std::memset(static_cast<void*>(shares), 0, static_cast<size_t>(tile.classes) * sizeof(C));
@@ -238,7 +331,7 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   };
 
   double poison = state.tail.u1 * 0.0;
-  math::SoftmaxTail tops = tops_of_tile(row, tile.classes, poison);
+  math::SoftmaxTail tops = tops_of_tile(row, poison);
   if (poison != poison) {
     state.tail.u1 = kNan;
     return clear();
@@ -246,7 +339,9 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   int64_t top = tops.m;
   if (top >= 0 && call.classes != nullptr) {  // of equal logits the lowest class, wherever it stands
     for (int64_t k = top + 1; k < tile.classes && tops.r == tops.t; ++k) {
-      if (row.at(k) == tops.t && call.classes[tile.first_class + k] < call.classes[tile.first_class + top]) top = k;
+      if (static_cast<double>(row.at(k)) == tops.t &&
+          call.classes[tile.first_class + k] < call.classes[tile.first_class + top])
+        top = k;
     }
   }
   if (top >= 0) tops.m = call.classes != nullptr ? call.classes[tile.first_class + top] : tile.first_class + top;
@@ -264,8 +359,8 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   const TileColumns columns{weights ? call.centered_squares + tile.first_class : nullptr,
                             weights && call.include_bias ? bias + tile.first_class : nullptr, scale,
                             weights ? call.center[call.D] : 0.0};
-  ShareSums sums = sum_tile(row, tile.classes, is_new ? top : int64_t{-1}, base, inverse_temperature, columns, shares,
-                            state.tail.u1, state.tail.u2);
+  ShareSums sums =
+      sum_tile(row, is_new ? top : int64_t{-1}, base, call.temperature, columns, shares, state.tail.u1, state.tail.u2);
   if (!weights) return;
   C* near = static_cast<C*>(tile.near) + i * tile.repeats.near_count;
   if (tile.repeats.pieces > 0) sums = merge_repeats(tile.repeats, tile.classes, columns, shares, near);
@@ -460,13 +555,24 @@ void weights_of_row(const HeadLoop& call, const Values& values, int64_t first, i
 
 Outcome head_loop_statistics(const HeadLoop& call, const HeadTile& tile) {
   FirstBadRow bad_label;
-  parallel_for(tile.rows * tile.classes < (1 << 14) ? 1 : call.threads, tile.rows, [&](int64_t i, int) {
-    if (call.double_compute) {
-      statistics_of_row<double>(call, tile, i, bad_label);
-    } else {
-      statistics_of_row<float>(call, tile, i, bad_label);
-    }
-  });
+  const bool has_bias = call.bias != nullptr && call.logits.data == nullptr;
+  const bool in_float = !call.double_compute && (!has_bias || call.float_bias != nullptr) &&
+                        math::FloatTemperature::fits(call.temperature);
+  const auto statistics = [&](auto of_row) {
+    const int64_t together = 1 + (int64_t{1} << 12) / (tile.classes + 1);  // rows of a task
+    const int64_t tasks = (tile.rows + together - 1) / together;
+    parallel_for(tile.rows * tile.classes < (1 << 14) ? 1 : call.threads, tasks, [&](int64_t task, int) {
+      const int64_t end = (task + 1) * together < tile.rows ? (task + 1) * together : tile.rows;
+      for (int64_t i = task * together; i < end; ++i) of_row(call, tile, i, bad_label);
+    });
+  };
+  if (call.double_compute) {
+    statistics(statistics_of_row<double, double>);
+  } else if (in_float) {
+    statistics(statistics_of_row<float, float>);
+  } else {
+    statistics(statistics_of_row<float, double>);
+  }
   return bad_label.outcome();
 }
 

@@ -8,7 +8,7 @@
 // Who allocates: the caller; the sort works on C numbers of its own. Numerics: equal rows have bit-equal projections,
 // and are compared element by element, so that none is merged that differs. Nearly equal ones (1/1024 of their distance
 // to the mean row) are found where no other row's projection lies between; one that is missed only keeps its own
-// rounding. Cost: one read of W, C log C comparisons, a few elements of each neighbour in that order and, of those that
+// rounding. Cost: C log C comparisons, a few elements of each neighbour in that order and, of those that
 // are equal, all.
 #include "cpu/head_repeats.h"
 
@@ -16,7 +16,6 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace flatcore::cpu::FLATCORE_TARGET {
@@ -24,39 +23,13 @@ namespace {
 
 constexpr double kNear = 0x1p-10;  // of the row's distance to the mean row
 
-// A fixed pseudo-random number in [-1, 1): the finalizer of splitmix64.
-double projection(uint64_t d) {
-  uint64_t x = (d + 1) * 0x9e3779b97f4a7c15ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  x ^= x >> 31;
-  return static_cast<double>(static_cast<int64_t>(x) >> 11) * 0x1p-52;
-}
-
 template <class T>
 RepeatCounts repeats(const HeadRepeats& call) {
   const T* w = static_cast<const T*>(call.weight.data);
   const int64_t rows = call.weight.row_stride, step = call.weight.column_stride;
   const int64_t C = call.C, D = call.D;
   const double scale = std::scalbn(1.0, call.exponent);
-  double* key = call.keys;
-  double* vector = key + C;
-  for (int64_t d = 0; d <= D; ++d) vector[d] = projection(static_cast<uint64_t>(d)) * scale;  // the last for the bias
-  parallel_for(C * D < (1 << 16) ? 1 : call.threads, C, [&](int64_t j, int) {
-    const T* x = w + j * rows;
-    DoubleV sums[4] = {};
-    double tail = call.bias != nullptr ? call.bias[j] * vector[D] : 0.0;
-    int64_t d = 0;
-    if (step == 1) {
-      for (; d + 4 * kDoubles <= D; d += 4 * kDoubles) {
-        for (int k = 0; k < 4; ++k) {
-          sums[k] += Load<double>::from(x + d + k * kDoubles) * load_unaligned<DoubleV>(vector + d + k * kDoubles);
-        }
-      }
-    }
-    for (; d < D; ++d) tail += static_cast<double>(widen(x[d * step])) * vector[d];
-    key[j] = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + tail;
-  });
+  const double* key = call.keys;
 
   struct Keyed {
     double key;
@@ -72,6 +45,10 @@ RepeatCounts repeats(const HeadRepeats& call) {
 
   RepeatCounts counts{0, 0, 0};
   const auto is_near = [&](int64_t j, int64_t k, double limit) {
+    // the lengths of near rows differ by less than the rows: tells most others without a look at W, whose rows lie
+    // apart
+    const double lengths = std::sqrt(call.centered_squares[j]) - std::sqrt(call.centered_squares[k]);
+    if (lengths * lengths > 1.01 * limit + 1e-12 * call.centered_squares[j]) return false;
     const T *x = w + j * rows, *y = w + k * rows;
     double sum = call.bias != nullptr ? (call.bias[j] - call.bias[k]) * scale : 0.0;
     sum *= sum;
