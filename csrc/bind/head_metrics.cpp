@@ -208,6 +208,28 @@ void register_head_metrics(py::module_& module) {
           py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("in_order"), py::arg("x"),
           py::arg("x_stride"), py::arg("z"), py::arg("z_stride"))
       .def(
+          "own_tile",  // the logits, statistics and sums of a tile without repeats
+          [](const Loop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes, uintptr_t x,
+             int64_t x_stride, uintptr_t z) {
+            check_rows(loop.call, first, rows);
+            const cpu::OwnProduct product{rows,     first_class,      classes, nullptr, pointer<const void>(x),
+                                          x_stride, pointer<void>(z), classes};
+            cpu::HeadTile tile;
+            tile.first = first;
+            tile.rows = rows;
+            tile.first_class = first_class;
+            tile.classes = classes;
+            tile.z = product.z;
+            tile.z_stride = classes;
+            py::gil_scoped_release release;
+            loop.kernels->head_own_logits(loop.call, product);
+            const int64_t bad = bad_row(loop.kernels->head_loop_statistics(loop.call, tile));
+            if (loop.call.mean != nullptr) loop.kernels->head_own_sums(loop.call, product);
+            return bad;
+          },
+          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("x"),
+          py::arg("x_stride"), py::arg("z"))
+      .def(
           "own_sums",
           [](const Loop& loop, int64_t rows, int64_t first_class, int64_t classes, uintptr_t z, int64_t z_stride) {
             const cpu::OwnProduct product{rows,    first_class, classes,          loop.call.classes,

@@ -8,11 +8,10 @@
 // Who allocates: the caller; the sort works on C numbers of its own. Numerics: equal rows have bit-equal projections,
 // and are compared element by element, so that none is merged that differs. Nearly equal ones (1/1024 of their distance
 // to the mean row) are found where no other row's projection lies between; one that is missed only keeps its own
-// rounding. Cost: C log C comparisons, a few elements of each neighbour in that order and, of those that
+// rounding. Cost: a sort of C numbers, a few elements of each neighbour in that order and, of those that
 // are equal, all.
 #include "cpu/head_repeats.h"
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -23,6 +22,39 @@ namespace {
 
 constexpr double kNear = 0x1p-10;  // of the row's distance to the mean row
 
+struct Keyed {
+  double key;
+  int64_t j;
+};
+
+// By key, equal ones in the order they come in: byte by byte from the lowest, whose counts are taken together. A
+// comparison sort of 4,096 random keys took 0.2 ms, as long as a read of 8 MB of W.
+void sort_by_key(std::vector<Keyed>& order) {
+  const auto bits = [](double key) {
+    const auto raw = math::bit_cast<uint64_t>(key);
+    return (raw >> 63) != 0 ? ~raw : raw | (uint64_t{1} << 63);
+  };
+  std::vector<size_t> counts(size_t{8} * 256);
+  for (const Keyed& item : order) {
+    const uint64_t value = bits(item.key);
+    for (size_t byte = 0; byte < 8; ++byte) ++counts[byte * 256 + (value >> (8 * byte) & 255U)];
+  }
+  std::vector<Keyed> other(order.size());
+  for (size_t byte = 0; byte < 8; ++byte) {
+    size_t* at = counts.data() + byte * 256;
+    size_t before = 0, most = 0;
+    for (size_t digit = 0; digit < 256; ++digit) {
+      const size_t here = at[digit];
+      most = here > most ? here : most;
+      at[digit] = before;
+      before += here;
+    }
+    if (most == order.size()) continue;  // one digit for all
+    for (const Keyed& item : order) other[at[bits(item.key) >> (8 * byte) & 255U]++] = item;
+    order.swap(other);
+  }
+}
+
 template <class T>
 RepeatCounts repeats(const HeadRepeats& call) {
   const T* w = static_cast<const T*>(call.weight.data);
@@ -31,17 +63,12 @@ RepeatCounts repeats(const HeadRepeats& call) {
   const double scale = std::scalbn(1.0, call.exponent);
   const double* key = call.keys;
 
-  struct Keyed {
-    double key;
-    int64_t j;
-  };
   std::vector<Keyed> order;
   order.reserve(static_cast<size_t>(C));
-  for (int64_t j = 0; j < C; ++j) {  // a row that is not finite equals none
-    if (key[j] * 0.0 == 0.0) order.push_back({key[j], j});
+  for (int64_t j = 0; j < C; ++j) {                               // a row that is not finite equals none
+    if (key[j] * 0.0 == 0.0) order.push_back({key[j] + 0.0, j});  // -0 is 0
   }
-  std::sort(order.begin(), order.end(),
-            [](const Keyed& x, const Keyed& y) { return x.key != y.key ? x.key < y.key : x.j < y.j; });
+  sort_by_key(order);
 
   RepeatCounts counts{0, 0, 0};
   const auto is_near = [&](int64_t j, int64_t k, double limit) {

@@ -120,7 +120,7 @@ class Sweep {
       V v = Load<L>::from(x + d);
       const V a = magnitude(v);
       tops = a > tops ? a : tops;
-      v *= factor;
+      if (factor != L{1}) v *= factor;
       DoubleV wide[kHalves];
       split(v, wide);
       for (int k = 0; k < kHalves; ++k) {
