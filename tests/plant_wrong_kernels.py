@@ -99,7 +99,7 @@ PLANTS = (
     ),
     Plant(
         "class tail off by one, chunked",
-        "csrc/cpu/head_metrics_chunk.cpp",
+        "csrc/cpu/head_logits.h",
         "if (k < row.count) {",
         "if (k + 1 < row.count) {",
         ("tests/test_shapes.py", "-k", "ragged"),
@@ -120,7 +120,7 @@ PLANTS = (
     ),
     Plant(
         "top class left in q, chunked",
-        "csrc/cpu/head_metrics_chunk.cpp",
+        "csrc/cpu/head_logits.h",
         "if (top >= k && top < k + lanes) u[top - k] = L{0};",
         "",
         _CHUNKED,

@@ -26,9 +26,6 @@ constexpr int kSums = 8;  // of 16
 #endif
 constexpr int64_t kCarried = 64;
 
-template <class L>
-using VectorOfL = typename VectorOf<L>::Type;
-
 // Lane i: two neighbours (i, i ^ S) of `a` added where i has no bit S, of `b` where it has.
 template <int S, class V, class Index, size_t... I>
 FLATCORE_INLINE V add_neighbours(V a, V b, std::index_sequence<I...>) {
@@ -57,13 +54,6 @@ FLATCORE_INLINE VectorOfL<L> sums_of_lanes(VectorOfL<L>* v) {
     }
     return sums_of_lanes<L, 2 * S>(v);
   }
-}
-
-template <class L, class T>
-FLATCORE_INLINE VectorOfL<L> load_some(const T* from, int64_t count) {
-  alignas(64) T padded[VectorOf<L>::kLanes] = {};
-  std::memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
-  return Load<L>::from(padded);
 }
 
 // out[r][k]: the dot products of R rows and K classes.
