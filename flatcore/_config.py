@@ -41,7 +41,11 @@ def show_config() -> dict[str, Any]:
         "cuda_available": cuda.is_available(),
         "path": paths.forced_path or "auto",
         "last_path": paths.last_path,
-        "fused_limits": {"classes": paths.FUSED_CLASSES, "weight_bytes": paths.FUSED_WEIGHT_BYTES},
+        "fused_limits": {
+            "classes": paths.FUSED_CLASSES,
+            "classes_of_logits": paths.FUSED_CLASSES_OF_LOGITS,
+            "weight_bytes": paths.FUSED_WEIGHT_BYTES,
+        },
         "workspace_bytes": tiles.WORKSPACE_BYTES,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -72,6 +72,19 @@ class HeadLoop:
         near_count: int,
         near_shares: int,
     ) -> int: ...
+    def own_logits(
+        self,
+        rows: int,
+        first_class: int,
+        classes: int,
+        in_order: bool,
+        x: int,
+        x_stride: int,
+        z: int,
+        z_stride: int,
+    ) -> None: ...
+    def own_tile(self, first: int, rows: int, first_class: int, classes: int, x: int, x_stride: int, z: int) -> int: ...
+    def own_sums(self, rows: int, first_class: int, classes: int, z: int, z_stride: int) -> None: ...
     def values(self, first: int, rows: int) -> None: ...
 
 class HeadBackwardLoop:
@@ -158,7 +171,13 @@ def head_repeats(
     near_of: int,
 ) -> tuple[int, int]: ...
 def head_summary(
-    cpu_target: str, problem: HeadProblem, row_workspace: int, summary: int, center: int, centered_squares: int
+    cpu_target: str,
+    problem: HeadProblem,
+    row_workspace: int,
+    summary: int,
+    center: int,
+    centered_squares: int,
+    keys: int,
 ) -> None: ...
 def plain_head(head: object) -> tuple[int, int, int, bool] | None: ...
 def row_norms(

@@ -342,7 +342,8 @@ def test_a_row_does_not_depend_on_how_many_come_with_it(
 ) -> None:
     """Bit for bit. Promised where the head is small; on the tiled path as far as the library's products do not depend on it.
 
-    Formula, tiles and path come from C, D and the dtypes, and the library is given multiples of 16 rows.
+    Formula, tiles and path come from C, D and the dtypes, and the library is given multiples of 16 rows. Up to 16 rows of a
+    large head take products of our own, whose order of sums is another than the library's: promised among them.
     """
     if kind == "fused" and classes > 300:
         classes = 100
@@ -356,11 +357,49 @@ def test_a_row_does_not_depend_on_how_many_come_with_it(
             for name, options in _INVARIANT.items():
                 function = getattr(flatcore, name)
                 whole = function(features, weight, target, reduction="none", log=True, **options)
-                for part in (slice(0, 1), slice(0, 19), slice(700, 1029), slice(1, 2099)):
+                few = function(features[:16], weight, target[:16], reduction="none", log=True, **options)
+                if kind == "fused":
+                    assert torch.equal(few, whole[:16]), name
+                for part in (slice(0, 1), slice(2, 9), slice(1, 16)):
+                    some = function(features[part], weight, target[part], reduction="none", log=True, **options)
+                    assert torch.equal(some, few[part]), (name, part)
+                for part in (slice(0, 17), slice(0, 19), slice(700, 1029), slice(1, 2099)):
                     some = function(features[part], weight, target[part], reduction="none", log=True, **options)
                     assert torch.equal(some, whole[part]), (name, part)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", (1, 3, 16))
+@pytest.mark.parametrize("width", (1, 47, 1100))
+@pytest.mark.parametrize("kind", ("dense", "centered", "bfloat16", "columns"))
+def test_few_rows_of_a_large_head(kind: str, width: int, rows: int) -> None:
+    """The products of our own: every remainder of rows, classes and columns, a center, W as it stands, and W by columns."""
+    x, w = _randn(rows, width, seed=1), _randn(2100, width, seed=2) + (5.0 if kind == "centered" else 0.0)
+    x, w = x.float(), w.bfloat16() if kind == "bfloat16" else w.float()
+    if kind == "columns":
+        w = w.T.contiguous().T
+        x = torch.cat([x, x], dim=1)[:, ::2][:, :width]
+    target = torch.arange(rows) * 131
+    for function, options in (
+        (flatcore.hessian_trace, {}),
+        (flatcore.relative_flatness, {"measure": "neuronwise"}),
+        (flatcore.feature_gradient_norms, {"target": target}),
+    ):
+        with flatcore.backend("native"):
+            got = function(x, w, reduction="none", log=True, **options)
+        with flatcore.backend("reference"):
+            truth = function(x.double(), w.double(), reduction="none", log=True, **options)
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=4e-5)
+
+
+def test_the_path_of_a_head_is_chosen_from_its_classes_and_fields() -> None:
+    x, w = _randn(20, 8, seed=1).float(), _randn(300, 8, seed=2).float()
+    with flatcore.backend("native"):
+        flatcore.hessian_trace(x, w)
+        assert paths.last_path == "fused"  # no table of distances
+        flatcore.relative_flatness(x, w, measure="neuronwise")
+        assert paths.last_path == "chunked"
 
 
 @pytest.mark.parametrize("measure", ("neuronwise", "gradient"))

@@ -1,5 +1,6 @@
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bind/bind.h"
 
@@ -27,16 +28,27 @@ cpu::HeadReduction make_reduction(uintptr_t logs, uintptr_t sample_weights, uint
   return call;
 }
 
+// The same numbers as floats, or nothing if one of them is not a float.
+std::vector<float> as_floats(const double* from, int64_t count) {
+  std::vector<float> floats(from == nullptr ? 0 : static_cast<size_t>(count));
+  for (size_t k = 0; k < floats.size(); ++k) {
+    floats[k] = static_cast<float>(from[k]);
+    if (static_cast<double>(floats[k]) != from[k] && from[k] == from[k]) return {};
+  }
+  return floats;
+}
+
 // A loop over a large head, built once a call.
 struct Loop {
   cpu::HeadLoop call;
   const cpu::Target* kernels;
+  std::vector<float> float_bias;
 };
 Loop make_loop(const std::string& cpu_target, const Problem& problem, uintptr_t summary, uintptr_t center,
                uintptr_t centered_squares, uintptr_t classes, uintptr_t positions, uintptr_t bias_by_position,
                uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t mean, uintptr_t scratch,
                bool equal_rows) {
-  Loop loop{{}, &kernels_of(cpu_target)};
+  Loop loop{{}, &kernels_of(cpu_target), {}};
   static_cast<HeadProblem&>(loop.call) = problem;
   loop.call.summary = pointer<const double>(summary);
   loop.call.center = pointer<const double>(center);
@@ -44,6 +56,10 @@ Loop make_loop(const std::string& cpu_target, const Problem& problem, uintptr_t 
   loop.call.classes = pointer<const int64_t>(classes);
   loop.call.positions = pointer<const int64_t>(positions);
   loop.call.bias_by_position = pointer<const double>(bias_by_position);
+  if (!problem.double_compute) {
+    loop.float_bias = as_floats(bias_by_position != 0 ? loop.call.bias_by_position : problem.bias, problem.C);
+    loop.call.float_bias = loop.float_bias.empty() ? nullptr : loop.float_bias.data();
+  }
   loop.call.tails = pointer<HeadTail>(tails);
   loop.call.all_tails = all_tails;
   loop.call.row_state = pointer<HeadRow>(row_state);
@@ -108,7 +124,7 @@ void register_head_metrics(py::module_& module) {
   module.def(
       "head_summary",
       [](const std::string& cpu_target, const Problem& problem, uintptr_t row_workspace, uintptr_t summary,
-         uintptr_t center, uintptr_t centered_squares) {
+         uintptr_t center, uintptr_t centered_squares, uintptr_t keys) {
         cpu::HeadSummary call;
         call.weight = problem.weight;
         call.C = problem.C;
@@ -121,12 +137,13 @@ void register_head_metrics(py::module_& module) {
         call.summary = pointer<double>(summary);
         call.center = pointer<double>(center);
         call.centered_squares = pointer<double>(centered_squares);
+        call.keys = pointer<double>(keys);
         const cpu::Target& kernels = kernels_of(cpu_target);
         py::gil_scoped_release release;
         kernels.head_summary(call);
       },
       py::arg("cpu_target"), py::arg("problem"), py::arg("row_workspace"), py::arg("summary"), py::arg("center"),
-      py::arg("centered_squares"));
+      py::arg("centered_squares"), py::arg("keys"));
   module.def(
       "head_repeats",  // (groups, near)
       [](const std::string& cpu_target, const Problem& problem, int exponent, uintptr_t centered_squares,
@@ -138,8 +155,7 @@ void register_head_metrics(py::module_& module) {
         call.bias = problem.include_bias ? problem.bias : nullptr;
         call.exponent = exponent;
         call.centered_squares = pointer<const double>(centered_squares);
-        call.threads = problem.threads;
-        call.keys = pointer<double>(keys);
+        call.keys = pointer<const double>(keys);
         call.members = pointer<int64_t>(members);
         call.starts = pointer<int64_t>(starts);
         call.near = pointer<int64_t>(near);
@@ -179,6 +195,49 @@ void register_head_metrics(py::module_& module) {
           py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"),
           py::arg("z_stride"), py::arg("starts"), py::arg("pieces"), py::arg("end"), py::arg("near"),
           py::arg("near_of"), py::arg("near_count"), py::arg("near_shares"))
+      .def(
+          "own_logits",
+          [](const Loop& loop, int64_t rows, int64_t first_class, int64_t classes, bool in_order, uintptr_t x,
+             int64_t x_stride, uintptr_t z, int64_t z_stride) {
+            const cpu::OwnProduct product{
+                rows,     first_class,      classes, in_order ? loop.call.classes : nullptr, pointer<const void>(x),
+                x_stride, pointer<void>(z), z_stride};
+            py::gil_scoped_release release;
+            loop.kernels->head_own_logits(loop.call, product);
+          },
+          py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("in_order"), py::arg("x"),
+          py::arg("x_stride"), py::arg("z"), py::arg("z_stride"))
+      .def(
+          "own_tile",  // the logits, statistics and sums of a tile without repeats
+          [](const Loop& loop, int64_t first, int64_t rows, int64_t first_class, int64_t classes, uintptr_t x,
+             int64_t x_stride, uintptr_t z) {
+            check_rows(loop.call, first, rows);
+            const cpu::OwnProduct product{rows,     first_class,      classes, nullptr, pointer<const void>(x),
+                                          x_stride, pointer<void>(z), classes};
+            cpu::HeadTile tile;
+            tile.first = first;
+            tile.rows = rows;
+            tile.first_class = first_class;
+            tile.classes = classes;
+            tile.z = product.z;
+            tile.z_stride = classes;
+            py::gil_scoped_release release;
+            loop.kernels->head_own_logits(loop.call, product);
+            const int64_t bad = bad_row(loop.kernels->head_loop_statistics(loop.call, tile));
+            if (loop.call.mean != nullptr) loop.kernels->head_own_sums(loop.call, product);
+            return bad;
+          },
+          py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("x"),
+          py::arg("x_stride"), py::arg("z"))
+      .def(
+          "own_sums",
+          [](const Loop& loop, int64_t rows, int64_t first_class, int64_t classes, uintptr_t z, int64_t z_stride) {
+            const cpu::OwnProduct product{rows,    first_class, classes,          loop.call.classes,
+                                          nullptr, 0,           pointer<void>(z), z_stride};
+            py::gil_scoped_release release;
+            loop.kernels->head_own_sums(loop.call, product);
+          },
+          py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"), py::arg("z_stride"))
       .def(
           "values",
           [](const Loop& loop, int64_t first, int64_t rows) {

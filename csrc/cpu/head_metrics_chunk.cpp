@@ -8,15 +8,19 @@
 //
 // Who allocates: the caller; outputs are overwritten.
 //
-// Numerics: logits as the product left them, everything else in float64. Tiles merge by the monoid
+// Numerics: logits as the product left them, in floats for float32 products: exp of differences whose error is added
+// after the reduction, the shares' sums in float64 from the first term on and those of their squares from the fourth;
+// everything else in float64. Tiles merge by the monoid
 // (math/softmax_tail.h): shares are u_j = exp((z_j - r)/T), r the best logit but one so far, so that a logit costs one
 // exponential; where r rises, all sums of the row, those of the product too, are multiplied by one common factor. Where
 // the sum over u (W - center) leaves less than 1/20 of what it was taken from (nearly equal top rows), the row is done
 // again from float64 logits and explicit differences, so large heads are as right as small ones.
 //
-// Cost: a tile's logits are read twice from the last-level cache and written once; about 30 operations in float64 each.
+// Cost: a tile's logits are read once from the last-level cache, once from the first level and written once; about 40
+// vector operations for 16 of them.
 #include <cstring>
 
+#include "cpu/head_logits.h"
 #include "cpu/head_metrics.h"
 #include "cpu/head_rows.h"
 #include "cpu/parallel.h"
@@ -25,114 +29,6 @@
 
 namespace flatcore::cpu::FLATCORE_TARGET {
 namespace {
-
-// A row's logits of a tile, in the compute type, with the bias where it is still to be added.
-template <class C>
-struct LogitRow {
-  const C* z;
-  const double* bias;
-  bool given;
-
-  double at(int64_t k) const { return static_cast<double>(z[k]) + (bias ? bias[k] : 0.0); }
-  DoubleV vector_at(int64_t k) const {
-    const DoubleV v = Load<double>::from(z + k);
-    return bias ? v + load_unaligned<DoubleV>(bias + k) : v;
-  }
-};
-
-// The top two of a tile, by position in it; `poison` becomes NaN if the row is not to be trusted.
-template <class C>
-math::SoftmaxTail tops_of_tile(const LogitRow<C>& row, int64_t count, double& poison) {
-  DoubleV t = DoubleV{} - math::kInfinity, r = t, m = DoubleV{} - 1.0, bad = {};
-  DoubleV index = {};
-  for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(lane);
-  int64_t k = 0;
-  for (; k + kDoubles <= count; k += kDoubles) {
-    const DoubleV z = row.vector_at(k);
-    if (!row.given) bad += Load<double>::from(row.z + k) * 0.0;
-    bad = z < math::kInfinity ? bad : DoubleV{} + kNan;
-    const auto higher = z > t;
-    const DoubleV second = z > r ? z : r;
-    r = higher ? t : second;
-    m = higher ? index : m;
-    t = higher ? z : t;
-    index += static_cast<double>(kDoubles);
-  }
-  math::SoftmaxTail tail = math::empty_tail();
-  double below = -math::kInfinity;  // best of what is not a lane's top
-  for (int lane = 0; lane < kDoubles; ++lane) {
-    poison += bad[lane];
-    if (m[lane] < 0) continue;
-    if (r[lane] > below) below = r[lane];
-    tail = math::combine_tops(tail, math::leaf_tail(static_cast<int64_t>(m[lane]), t[lane]));
-  }
-  for (; k < count; ++k) {
-    const double z = row.at(k);
-    if (!row.given) poison += static_cast<double>(row.z[k]) * 0.0;
-    if (!(z < math::kInfinity)) poison = kNan;
-    if (z > -math::kInfinity) tail = math::combine_tops(tail, math::leaf_tail(k, z));
-  }
-  if (below > tail.r) tail.r = below;
-  return tail;
-}
-
-// Sums over the shares of a tile as they are stored.
-struct ShareSums {
-  double one = 0.0, square = 0.0, bias = 0.0;  // of u_j, u_j ||2^e w_j - center||^2, u_j (2^e b_j - center_b)
-};
-
-// What belongs to a tile's classes, from its first position on; null for none.
-struct TileColumns {
-  const double* squares;
-  const double* bias;
-  double bias_scale, bias_center;
-
-  void add(ShareSums& sums, int64_t k, double u) const {
-    sums.one += u;
-    if (squares) sums.square += u * squares[k];
-    if (bias) sums.bias += u * (bias[k] * bias_scale - bias_center);
-  }
-};
-
-// Adds exp((z_j - base)/T) of a tile and their squares to u1 and u2, `top` (a position, or -1) left out; stores them in
-// `shares` unless null, and sums what is stored.
-template <class C>
-ShareSums sum_tile(const LogitRow<C>& row, int64_t count, int64_t top, double base, double inverse_temperature,
-                   const TileColumns& columns, C* shares, double& u1, double& u2) {
-  DoubleV sum1 = {}, sum2 = {}, one = {}, square = {}, bias = {};
-  int64_t k = 0;
-  for (; k + kDoubles <= count; k += kDoubles) {
-    DoubleV u = math::exp_nonpositive((row.vector_at(k) - base) * inverse_temperature);
-    if (top >= k && top < k + kDoubles) u[top - k] = 0.0;
-    sum1 += u;
-    sum2 += u * u;
-    if (shares == nullptr) continue;
-    if constexpr (sizeof(C) == 8) {
-      store_unaligned(shares + k, u);
-    } else {
-      const HalfFloatV stored = to_float(math::share_is_kept(u) ? u : DoubleV{});
-      store_unaligned(shares + k, stored);
-      u = to_double(stored);
-    }
-    one += u;
-    if (columns.squares) square += u * load_unaligned<DoubleV>(columns.squares + k);
-    if (columns.bias) {
-      bias += u * (load_unaligned<DoubleV>(columns.bias + k) * columns.bias_scale - columns.bias_center);
-    }
-  }
-  ShareSums sums{sum_lanes(one), sum_lanes(square), sum_lanes(bias)};
-  u1 += sum_lanes(sum1);
-  u2 += sum_lanes(sum2);
-  for (; k < count; ++k) {
-    const double u = k == top ? 0.0 : math::tail_scale(row.at(k), base, inverse_temperature);
-    u1 += u;
-    u2 += u * u;
-    if (shares == nullptr) continue;
-    shares[k] = sizeof(C) == 8 || math::share_is_kept(u) ? static_cast<C>(u) : C{};
-    columns.add(sums, k, static_cast<double>(shares[k]));
-  }
-  return sums;
-}
 
 // The shares of each piece of a group in its first class, and the sums over them. A piece's own sum is compensated:
 // 4,000 equal terms would lose 4e-13 of it.
@@ -209,7 +105,7 @@ void rescale_mean(const HeadLoop& call, int64_t i, C factor, C share, int64_t jo
   }
 }
 
-template <class C>
+template <class C, class L>
 void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, FirstBadRow& bad_label) {
   const int64_t n = tile.first + i;
   const double inverse_temperature = 1.0 / call.temperature;
@@ -224,11 +120,17 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   C* shares = call.centered_squares != nullptr ? static_cast<C*>(tile.z) + i * tile.z_stride : nullptr;
   const double* bias = call.bias_by_position != nullptr ? call.bias_by_position : call.bias;
   const bool given = call.logits.data != nullptr;
-  const LogitRow<C> row{z, given || bias == nullptr ? nullptr : bias + tile.first_class, given};
+  const L* added = nullptr;
+  if constexpr (sizeof(L) == 8) {
+    added = bias;
+  } else {
+    added = call.float_bias;
+  }
+  const LogitRow<C, L> row{z, given || added == nullptr ? nullptr : added + tile.first_class, given, tile.classes};
   const auto position = [&](int64_t j) { return call.positions != nullptr ? call.positions[j] : j; };
   if (label == Label::kValid) {
     const int64_t k = position(call.target[n]) - tile.first_class;
-    if (k >= 0 && k < tile.classes) state.own = row.at(k);
+    if (k >= 0 && k < tile.classes) state.own = static_cast<double>(row.at(k));
   }
   const auto clear = [&] {  // zeros keep the product's other rows free of it on every library
     if (shares != nullptr) std::memset(static_cast<void*>(shares), 0, static_cast<size_t>(tile.classes) * sizeof(C));
@@ -238,7 +140,7 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   };
 
   double poison = state.tail.u1 * 0.0;
-  math::SoftmaxTail tops = tops_of_tile(row, tile.classes, poison);
+  math::SoftmaxTail tops = tops_of_tile(row, poison);
   if (poison != poison) {
     state.tail.u1 = kNan;
     return clear();
@@ -246,7 +148,9 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   int64_t top = tops.m;
   if (top >= 0 && call.classes != nullptr) {  // of equal logits the lowest class, wherever it stands
     for (int64_t k = top + 1; k < tile.classes && tops.r == tops.t; ++k) {
-      if (row.at(k) == tops.t && call.classes[tile.first_class + k] < call.classes[tile.first_class + top]) top = k;
+      if (static_cast<double>(row.at(k)) == tops.t &&
+          call.classes[tile.first_class + k] < call.classes[tile.first_class + top])
+        top = k;
     }
   }
   if (top >= 0) tops.m = call.classes != nullptr ? call.classes[tile.first_class + top] : tile.first_class + top;
@@ -264,8 +168,8 @@ void statistics_of_row(const HeadLoop& call, const HeadTile& tile, int64_t i, Fi
   const TileColumns columns{weights ? call.centered_squares + tile.first_class : nullptr,
                             weights && call.include_bias ? bias + tile.first_class : nullptr, scale,
                             weights ? call.center[call.D] : 0.0};
-  ShareSums sums = sum_tile(row, tile.classes, is_new ? top : int64_t{-1}, base, inverse_temperature, columns, shares,
-                            state.tail.u1, state.tail.u2);
+  ShareSums sums =
+      sum_tile(row, is_new ? top : int64_t{-1}, base, call.temperature, columns, shares, state.tail.u1, state.tail.u2);
   if (!weights) return;
   C* near = static_cast<C*>(tile.near) + i * tile.repeats.near_count;
   if (tile.repeats.pieces > 0) sums = merge_repeats(tile.repeats, tile.classes, columns, shares, near);
@@ -460,13 +364,24 @@ void weights_of_row(const HeadLoop& call, const Values& values, int64_t first, i
 
 Outcome head_loop_statistics(const HeadLoop& call, const HeadTile& tile) {
   FirstBadRow bad_label;
-  parallel_for(tile.rows * tile.classes < (1 << 14) ? 1 : call.threads, tile.rows, [&](int64_t i, int) {
-    if (call.double_compute) {
-      statistics_of_row<double>(call, tile, i, bad_label);
-    } else {
-      statistics_of_row<float>(call, tile, i, bad_label);
-    }
-  });
+  const bool has_bias = call.bias != nullptr && call.logits.data == nullptr;
+  const bool in_float = !call.double_compute && (!has_bias || call.float_bias != nullptr) &&
+                        math::FloatTemperature::fits(call.temperature);
+  const auto statistics = [&](auto of_row) {
+    const int64_t together = 1 + (int64_t{1} << 12) / (tile.classes + 1);  // rows of a task
+    const int64_t tasks = (tile.rows + together - 1) / together;
+    parallel_for(tile.rows * tile.classes < (1 << 14) ? 1 : call.threads, tasks, [&](int64_t task, int) {
+      const int64_t end = (task + 1) * together < tile.rows ? (task + 1) * together : tile.rows;
+      for (int64_t i = task * together; i < end; ++i) of_row(call, tile, i, bad_label);
+    });
+  };
+  if (call.double_compute) {
+    statistics(statistics_of_row<double, double>);
+  } else if (in_float) {
+    statistics(statistics_of_row<float, float>);
+  } else {
+    statistics(statistics_of_row<float, double>);
+  }
   return bad_label.outcome();
 }
 

@@ -27,8 +27,7 @@ struct HeadRepeats {
   const double* bias = nullptr;              // (C,), null unless it counts as a column of W
   int exponent = 0;                          // 2^e brings W into range
   const double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2
-  int threads = 1;
-  double* keys = nullptr;  // (C + D + 1): workspace
+  const double* keys = nullptr;              // (C,): a random projection of each row, by head_summary
   // outputs
   int64_t* members = nullptr;  // (C,)
   int64_t* starts = nullptr;   // (C + 1,)

@@ -145,6 +145,17 @@ struct Load<double> {
   }
 };
 
+template <class L>
+using VectorOfL = typename VectorOf<L>::Type;
+
+// The first `count` elements, fewer than a vector, zeros behind them.
+template <class L, class T>
+FLATCORE_INLINE VectorOfL<L> load_some(const T* from, int64_t count) {
+  alignas(64) T padded[VectorOf<L>::kLanes] = {};
+  __builtin_memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
+  return Load<L>::from(padded);
+}
+
 // |x| by clearing the sign: NaN stays NaN.
 FLATCORE_INLINE DoubleV magnitude(DoubleV x) {
   return math::bit_cast<DoubleV>(math::bit_cast<UInt64V>(x) & uint64_t{0x7fffffffffffffff});

@@ -18,6 +18,8 @@ struct Target {
   bool (*supported)();
   Outcome (*head_metrics)(const HeadMetrics&);
   void (*head_summary)(const HeadSummary&);
+  void (*head_own_logits)(const HeadProblem&, const OwnProduct&);
+  void (*head_own_sums)(const HeadLoop&, const OwnProduct&);
   RepeatCounts (*head_repeats)(const HeadRepeats&);
   Outcome (*head_loop_statistics)(const HeadLoop&, const HeadTile&);
   void (*head_loop_values)(const HeadLoop&, int64_t, int64_t);

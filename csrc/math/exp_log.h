@@ -105,6 +105,48 @@ FLATCORE_INLINE V exp_scaled_difference_float(V x, V top, FloatFactor factor, fl
   return difference < least ? V{} : value;
 }
 
+// A softmax's temperature T for exp((x - top)/T) in float: the reduction by k T ln 2 comes before the division, so that
+// the quotient's rounding is that of a number below 0.35.
+struct FloatTemperature {
+  float steps, high, low, inverse, least;
+
+  // T within 2^60 of 1: products with it stay in float's range.
+  FLATCORE_METHOD static constexpr bool fits(double t) { return t > 0x1p-60 && t < 0x1p60; }
+  FLATCORE_METHOD explicit FloatTemperature(double t) {
+    const double step = t * kLn2;
+    steps = static_cast<float>(1.0 / step);
+    // the high part has 15 bits: its product with |k| < 2^8 is exact
+    high = bit_cast<float>(bit_cast<uint32_t>(static_cast<float>(step)) & 0xfffffe00U);
+    low = static_cast<float>(step - static_cast<double>(high));
+    inverse = static_cast<float>(1.0 / t);
+    least = static_cast<float>(-100.0 * step);
+  }
+};
+
+// exp((x - top)/T) for x <= top in float, as above; results below 2^-100 are returned as 0.
+template <class V>
+FLATCORE_INLINE V exp_difference_float(V x, V top, const FloatTemperature& temperature) {
+  using Bits = typename Shape<V>::Bits;
+  constexpr float magic = 0x1.8p23F;
+  const V difference = x - top;
+  const V taken = x - difference;
+  const V lost = (x - (difference + taken)) + (taken - top);
+  const V shifted = difference * temperature.steps + magic;
+  const V k = shifted - magic;
+  // |r| <= 0.3467
+  const V r = (((difference - k * temperature.high) - k * temperature.low) + lost) * temperature.inverse;
+  V p = r * (1.0F / 5040.0F) + 1.0F / 720.0F;
+  p = p * r + 1.0F / 120.0F;
+  p = p * r + 1.0F / 24.0F;
+  p = p * r + 1.0F / 6.0F;
+  p = p * r + 0.5F;
+  p = p * r + 1.0F;
+  p = p * r + 1.0F;
+  const Bits exponent = (bit_cast<Bits>(shifted) + uint32_t{127}) << 23;
+  const V value = p * bit_cast<V>(exponent);
+  return difference < temperature.least ? V{} : value;
+}
+
 // log(x) for x >= 0: log(0) = -inf, log(inf) = inf, NaN gives NaN; subnormals are right.
 template <class V>
 FLATCORE_INLINE V log_nonnegative(V x) {

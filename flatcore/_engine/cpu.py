@@ -26,7 +26,7 @@ class _CpuCall(HeadCall):
     def __init__(self, head: Head, fields: int):
         super().__init__(_core, head, fields, threads())
         self.cpu_target = backend.cpu_target or ""
-        self.path = paths.on_cpu(self.C, self.D, self.double)
+        self.path = paths.on_cpu(self.C, self.D, self.double, fields)
         paths.took(self.path, self, self.cpu_target)
 
     def run(self, wide_result: bool) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,15 @@ _ROWS_AT_ONCE = 16
 """Rows come to the library in multiples of this: fewer take another way through its product, with other last bits."""
 
 
+_OWN_ROWS = 16
+"""The library takes as long for one row as for so many."""
+
+
+def takes_own_products(N: int, weight: Tensor) -> bool:
+    """Whether the products of the values are the kernels' own."""
+    return N <= _OWN_ROWS and (weight.stride(1) == 1 or weight.shape[1] <= 1)
+
+
 def padded(rows: int) -> int:
     """The rows that the library is given for so many."""
     return -(-rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE

@@ -208,6 +208,7 @@ struct LargeHead {
     call.summary = summary.data();
     call.center = center.data();
     call.centered_squares = squares.data();
+    call.keys = keys.data();
     kernels.head_summary(call);
     HeadRepeats found;
     found.weight = problem.weight;
@@ -243,7 +244,7 @@ struct LargeHead {
 
   const Inputs& inputs;
   std::vector<double> row_squares = std::vector<double>(index(kClasses)), row_largest = row_squares,
-                      squares = row_squares, summary = std::vector<double>(2),
+                      squares = row_squares, summary = std::vector<double>(3),
                       center = std::vector<double>(index(kFeatures + 1)),
                       keys = std::vector<double>(index(kClasses + kFeatures + 1));
   std::vector<int64_t> members = std::vector<int64_t>(index(kClasses)),
