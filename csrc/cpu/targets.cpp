@@ -3,10 +3,11 @@
 namespace flatcore::cpu {
 namespace {
 
-#define FLATCORE_KERNELS(target)                                                                                       \
-  target::head_metrics, target::head_summary, target::head_own_logits, target::head_own_sums, target::head_repeats, target::head_loop_statistics,                      \
-      target::head_loop_values, target::head_metrics_backward, target::head_backward_rows, target::head_backward_tile, \
-      target::head_backward_explicit, target::head_reduction, target::row_norms, target::unmasked_cross_entropy
+#define FLATCORE_KERNELS(target)                                                                                      \
+  target::head_metrics, target::head_summary, target::head_own_logits, target::head_own_sums, target::head_repeats,   \
+      target::head_loop_statistics, target::head_loop_values, target::head_metrics_backward,                          \
+      target::head_backward_rows, target::head_backward_tile, target::head_backward_explicit, target::head_reduction, \
+      target::row_norms, target::unmasked_cross_entropy
 
 const Target kTargets[] = {
     {"baseline", [] { return true; }, FLATCORE_KERNELS(baseline)},
