@@ -246,7 +246,7 @@ PLANTS = (
     ),
     Plant(
         "CUDA: one lane's share dropped in the fold",
-        "csrc/cuda/head_metrics_rows.h",
+        "csrc/cuda/head_products.h",
         "const int index = at + ((threadIdx.x & offset) != 0 ? half : 0);",
         "const int index = at + ((threadIdx.x & offset) != 0 && offset != 4 ? half : 0);",
         _CUDA,
