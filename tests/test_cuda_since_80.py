@@ -83,8 +83,8 @@ def test_a_sum_over_all_columns_in_a_tensor_core_is_beyond_the_contract() -> Non
 def test_logits_of_one_sign_keep_the_contract(dtype: torch.dtype, weight_dtype: torch.dtype, D: int) -> None:
     """The case above, through the kernel, which is to keep four times the contract.
 
-    Its accumulators see 16 columns: 8 units of 2^-24 as a rule, where 12 are a quarter of the contract at D = 512. One that
-    saw all 512 columns of a float's sum would be off by 50.
+    Its accumulators see 16 columns: 4 units of 2^-24 as a rule, where 12 are a quarter of the contract at D = 512. One that
+    saw all 512 columns of a float's sum would be off by 20 with one piece, and more with three.
     """
     x = torch.stack([spread(D, seed) for seed in range(5)]).to(dtype)
     w = first_row(spread(D, 9).to(weight_dtype), 3)

@@ -3,14 +3,14 @@
 // What is exact: a product of a feature and a piece of W (8 bits by 8 of bfloat16, 11 by 11 of tf32). What is not: a
 // tensor core lines up the terms of a sum by the largest, the sum so far among them, and cuts off what lies below the
 // last bits it keeps, at least 24 and in what is known of 8.0 and 9.0 two more. One sum over D in its accumulator would
-// lose up to 17 terms of 2^-25 of the sum so far in every 16 columns, all of one sign: 2^-21 D/16 of a sum of one sign,
-// 600 units of 2^-24 at D = 4,096 where docs/mathematics.md promises 132 a logit. So an accumulator sees 16 columns (8
-// of tf32): its pieces from the smallest to the largest, then the sum goes into a float that is rounded, and those of
-// 512 columns into a double. That leaves, in units of 2^-24 of sum |phi w|: 17 cut terms of at most 1/2 each in the
-// largest piece's step (8.5; the smaller pieces' steps 2^-8 of it), 2 where the result is cut to a float, and in the
-// float at most 32 roundings of one sum that grows, 16 (5 if they do not agree in sign): 26.5 at most, 8 as a rule,
-// where a logit may be off by 2 sqrt(D) + 4, 49 at D = 512. One step alone (D <= 16) has D + 1 cut terms and no
-// rounding: D/2 + 2.5 at most against 2 sqrt(D) + 4. Were no bit kept beyond the 24, the 8.5 would be 34.
+// lose up to 17 terms of 2^-25 of the sum so far, and 2^-23 of it, in every 16 columns, all of one sign: emulated, 300
+// units of 2^-24 of sum |phi w| at D = 4,096, where docs/mathematics.md promises 132 a logit. So an accumulator sees 16
+// columns (8 of tf32): its pieces from the smallest to the largest, then the sum goes into a float that is rounded, and
+// those of 512 columns into a double. That leaves, in the same units: 17 cut terms of at most 1/2 each in the largest
+// piece's step (8.5; the smaller pieces' steps 2^-8 of it), 2 where the result is cut to a float, and in the float at
+// most 32 roundings of one sum that grows, 16 (tf32: 64, 32, with 4.5 for 9 cut terms): 27 at most (tf32 39), 4 as a
+// rule, where a logit may be off by 2 sqrt(D) + 4, 49 at D = 512. One step alone (D <= 16) has D cut terms and at most
+// one rounding more: D/2 + 3 at most against 2 sqrt(D) + 4. Were no bit kept beyond the 24, the 8.5 would be 34.
 // ||phi||^2 comes from the same registers, in floats: 128 terms a lane between two doubles.
 #pragma once
 
