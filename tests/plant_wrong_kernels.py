@@ -28,6 +28,7 @@ _FUSED = (*_VALUES, "-k", "fused and not cuda")
 _CHUNKED = (*_VALUES, "-k", "chunked and not cuda")
 _LANES = ("tests/test_head_lanes.py",)
 _CUDA = (*_VALUES, "--emulate-all", "-k", "cuda")
+_CUDA_SINCE_80 = ("tests/test_cuda_since_80.py",)
 _CUDA_TILES = ("tests/test_cuda_tiles.py",)
 _CUDA_BACKWARD = ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda-fused")
 
@@ -274,8 +275,39 @@ PLANTS = (
         ("tests/test_head_metrics_backward.py", "--emulate-all", "-k", "cuda"),
     ),
     Plant(
+        "all columns in a tensor core's accumulator",
+        "csrc/cuda/head_products_tensor.h",
+        "const float before[4] = {sum[0], sum[1], sum[2], sum[3]};",
+        "const bool old = piece == count - 1;\n"
+        "const float before[4] = {old ? sums[i][group][0] : sum[0], old ? sums[i][group][1] : sum[1],\n"
+        "old ? sums[i][group][2] : sum[2], old ? sums[i][group][3] : sum[3]};\n"
+        "if (old) sums[i][group][0] = sums[i][group][1] = sums[i][group][2] = sums[i][group][3] = 0.0F;",
+        _CUDA_SINCE_80,
+    ),
+    Plant(
+        "last piece of W forgotten",
+        "csrc/cuda/head_products_tensor.h",
+        "for (int piece = count - 1; piece >= 0; --piece) {",
+        "for (int piece = (count - 1) / 2; piece >= 0; --piece) {",
+        _CUDA_SINCE_80,
+    ),
+    Plant(
+        "a copy that is not waited for",
+        "csrc/cuda/head_products.h",
+        "wait_for_groups_but<1>();",
+        "wait_for_groups_but<2>();",
+        _CUDA_SINCE_80,
+    ),
+    Plant(
+        "a stage overwritten before it is read",
+        "csrc/cuda/head_products.h",
+        "start(stage == 0 ? 2 : stage - 1);",
+        "start(stage == 2 ? 0 : stage + 1);",
+        _CUDA_SINCE_80,
+    ),
+    Plant(
         "CUDA: one lane's share dropped in the fold",
-        "csrc/cuda/head_metrics_rows.h",
+        "csrc/cuda/head_products.h",
         "const int index = at + ((threadIdx.x & offset) != 0 ? half : 0);",
         "const int index = at + ((threadIdx.x & offset) != 0 && offset != 4 ? half : 0);",
         _CUDA,

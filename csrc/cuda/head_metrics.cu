@@ -1,6 +1,7 @@
 // head_metrics, small heads: which file's kernels run, and how W is packed for them (csrc/cuda/head_metrics_rows.h).
 #include "cuda/elements.h"
 #include "cuda/head_metrics.h"
+#include "cuda/head_pieces.h"
 #include "cuda/launch.h"
 #include "cuda/team.h"
 
@@ -28,7 +29,18 @@ int head_class_block(int64_t C, bool double_compute) {
 HeadPacking head_packing(const HeadProblem& problem) {
   const int64_t block = head_class_block(problem.C, problem.double_compute);
   const int64_t step = kWarp * lane_elements(problem.features.dtype);
-  return {(problem.C + block - 1) / block * block, (problem.D + step - 1) / step * step};
+  HeadPacking packing{(problem.C + block - 1) / block * block, (problem.D + step - 1) / step * step};
+  if (takes_pieces(problem) && problem.D > 0) {
+    // which of the two stand there is the device's to say: pieces, or what code for 7.5 takes, blocks of 8 or 10
+    const int groups = piece_groups(problem), count = piece_count(problem);
+    const int64_t bytes = problem.features.dtype == Dtype::kBFloat16
+                              ? Pieces<BHalf>{groups, count}.end(packing.stride) * 2
+                              : Pieces<float>{groups, count}.end(packing.stride) * 4;
+    const int64_t row = packing.stride * 4, rows = (bytes + groups * kBlockClasses * 4 + row - 1) / row;
+    const int64_t blocks = groups * 20;
+    packing.rows = rows > blocks ? rows : blocks;
+  }
+  return packing;
 }
 
 Launched head_metrics(const HeadMetrics& call) {

@@ -26,7 +26,8 @@ struct HeadWeights : HeadCall {
   double* summary = nullptr;           // (2,): log ||W||_F^2, and e: 2^e brings extreme entries into range; usually 0
   double* center = nullptr;            // (D + 1,): near the mean of 2^e W's rows, last entry for the bias; or null
   double* centered_squares = nullptr;  // (C,): ||2^e w_j - center||^2; null if center is
-  void* packed = nullptr;              // packed_rows x packed_stride: W in the compute type, zeros behind; or null
+  // packed_rows x packed_stride of the compute type: W in it, or in pieces (head_pieces.h), zeros behind; or null
+  void* packed = nullptr;
   int64_t packed_rows = 0;
   int64_t packed_stride = 0;
   double* distances = nullptr;       // (C, C): ||2^e (w_j - w_k)||^2 from differences; or null

@@ -1,18 +1,22 @@
 // head_metrics, small heads (at most 32 classes): every statistic of every row from one fused read of the features.
 //
 // Buffers: as cuda/head_metrics.h says; outputs are overwritten. Does not synchronise.
-// Numerics: products and ||phi||^2 in float32 (float64 if an input is), a lane's sums of D/32 terms merged pairwise;
+// Numerics: products and ||phi||^2 in float32 (float64 if an input is): beside 16-bit features on tensor cores, whose
+// sums are cut off and therefore short (cuda/head_products_tensor.h), else a lane's sums of D/32 terms merged pairwise;
 // everything after them in float64, as on the CPU (csrc/cpu/head_metrics.cpp). Rows whose ||phi||^2 leaves the range
 // are read again, scaled. Rows that need explicit differences between rows of W are marked for head_explicit. A row's
 // value depends on nothing but the row; two runs agree bit for bit. Cost: N*D elements read once from memory; W, packed
-// in the compute type, comes from the first-level cache, 4 rows of features for each read of it. A warp takes 32 rows:
-// 4 at a time for the products, lanes over D, 16 bytes a load; then a lane per row for the softmax and its sums, about
-// 25 C + 2 C^2 operations in float64. Never run on a device yet: no figure is known.
+// as the products take it, comes from the first-level cache: once for 32 rows on tensor cores, else once for 4. A warp
+// takes 32 rows, then a lane per row for the softmax and its sums, about 25 C + 2 C^2 operations in float64. Shared
+// memory is 8 bytes for each row and class there may be (of 10, 16 or 32, as C asks), and a ring of 6 KiB a warp.
+// Never run on a device yet: no figure is known.
 //
 // Included by the files that compile it: one for each dtype of the features, so that they compile at the same time.
 #pragma once
 
 #include "cuda/head_metrics.h"
+#include "cuda/head_products.h"
+#include "cuda/head_products_tensor.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
@@ -21,115 +25,13 @@
 namespace flatcore::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 2;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kRows = 4;  // rows whose products are formed together
-
-// Sums `count` values over the lanes of a warp; afterwards a lane holds the sums of a few of them. Each step halves
-// the values: a lane keeps one half and gives the other to its neighbour at `offset`.
-template <int count, int offset, class V>
-__device__ __forceinline__ void fold(V* values) {
-  if constexpr (offset > 0) {
-    constexpr int half = (count + 1) / 2;
-    const bool upper = (threadIdx.x & offset) != 0;
-    FLATCORE_UNROLL
-    for (int i = 0; i < half; ++i) {
-      const V low = values[i], high = i + half < count ? values[i + half] : V{};
-      values[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, offset);
-    }
-    fold<half, offset / 2>(values);
-  }
-}
-// Which of the values slot 0, 1, ... of this lane is the sum of after `fold`; beyond `count` for none.
-template <int count, int offset>
-__device__ __forceinline__ int folded(int slot) {
-  if constexpr (offset == 0) {
-    return slot;
-  } else {
-    constexpr int half = (count + 1) / 2;
-    const int at = folded<half, offset / 2>(slot);
-    if (at >= half) return count;  // padding of a later step
-    const int index = at + ((threadIdx.x & offset) != 0 ? half : 0);
-    return index < count ? index : count;
-  }
-}
-template <int count>
-constexpr int kSlots = (count + kWarp - 1) / kWarp;
-
-// Products of rows first..first+3 with `classes` packed rows of W from class c0 on, and (squares given) the rows' sums
-// of squares, into the columns `column`.. of the warp's tiles (class, row).
-template <class T, class V, int classes>
-__device__ __forceinline__ void products(const HeadMetrics& call, int64_t first, int64_t c0, int column,
-                                         double (*logits)[kWarp], double* squares) {
-  constexpr int width = Pack<T>::kCount;
-  constexpr int count = (classes + 1) * kRows;
-  const int lane = Team<kWarp>::lane();
-  const T* rows[kRows];
-  bool whole = call.features.column_stride == 1;
-  FLATCORE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t n = first + r < call.N ? first + r : call.N - 1;  // behind the last row: not written
-    rows[r] = static_cast<const T*>(call.features.data) + n * call.features.row_stride;
-    whole = whole && reinterpret_cast<uintptr_t>(rows[r]) % 16 == 0;
-  }
-  const V* w = static_cast<const V*>(call.packed) + c0 * call.packed_stride;
-  V sums[count] = {};
-  for (int64_t d = lane * width; d < call.packed_stride; d += kWarp * width) {
-    V x[kRows][width];
-    if (whole && d + width <= call.D) {
-      Pack<T> loaded[kRows];
-      FLATCORE_UNROLL
-      for (int r = 0; r < kRows; ++r) loaded[r] = *reinterpret_cast<const Pack<T>*>(rows[r] + d);
-      FLATCORE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        FLATCORE_UNROLL
-        for (int e = 0; e < width; ++e) x[r][e] = static_cast<V>(widened(loaded[r].items[e]));
-      }
-    } else {
-      FLATCORE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        FLATCORE_UNROLL
-        for (int e = 0; e < width; ++e) {
-          x[r][e] = d + e < call.D ? static_cast<V>(widened(rows[r][(d + e) * call.features.column_stride])) : V{};
-        }
-      }
-    }
-    FLATCORE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FLATCORE_UNROLL
-      for (int e = 0; e < width; ++e) sums[classes * kRows + r] += x[r][e] * x[r][e];
-    }
-    FLATCORE_UNROLL
-    for (int c = 0; c < classes; ++c) {
-      FLATCORE_UNROLL
-      for (int e = 0; e < width; e += Pack<V>::kCount) {
-        const Pack<V> weights = *reinterpret_cast<const Pack<V>*>(w + c * call.packed_stride + d + e);
-        FLATCORE_UNROLL
-        for (int i = 0; i < Pack<V>::kCount; ++i) {
-          FLATCORE_UNROLL
-          for (int r = 0; r < kRows; ++r) sums[c * kRows + r] += x[r][e + i] * weights.items[i];
-        }
-      }
-    }
-  }
-  fold<count, kWarp / 2>(sums);
-  FLATCORE_UNROLL
-  for (int slot = 0; slot < kSlots<count>; ++slot) {
-    const int index = folded<count, kWarp / 2>(slot);
-    if (index >= count) continue;
-    const int c = index / kRows, row = column + index % kRows;
-    if (c == classes) {
-      if (c0 == 0) squares[row] = static_cast<double>(sums[slot]);
-    } else if (c0 + c < call.C) {
-      logits[c0 + c][row] = static_cast<double>(sums[slot]);
-    }
-  }
-}
 
 // One lane's row: its logits stand in column `lane` of the tile, which is overwritten with u_j = exp((z_j - r)/T).
+template <bool given>
 __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t n, double log_n, int lane,
                                                double (*tile)[kWarp]) {
-  const bool given = call.logits.data != nullptr;
   const double inverse_temperature = 1.0 / call.temperature;
   const int classes = static_cast<int>(call.C);
   math::SoftmaxTail tail = math::empty_tail();
@@ -223,62 +125,118 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   call.special[n] = special;
 }
 
-template <class T, class V, int classes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 3) head_rows(HeadMetrics call) {
-  __shared__ double tiles[kWarps][kFusedClasses][kWarp];
+// How the products of 32 rows are formed, for heads of at most kClasses; kBlocks to a multiprocessor at least. With
+// lanes over D, `classes` at a time; none for given logits, whose features are read for their squares alone.
+template <class T, class V, int classes, int most>
+struct LaneProducts {
+  using Feature = T;
+  using Compute = V;
+  using Buffer = std::conditional_t<FLATCORE_SINCE_80 != 0, Ring<T>, NoRing>;
+  static constexpr bool kGiven = classes == 0;
+  static constexpr int kClasses = most, kBlocks = sizeof(T) == 2 ? 4 : 6;
+
+  static __device__ __forceinline__ void put(const HeadMetrics& call, int64_t first, double (*logits)[kWarp],
+                                             double* squares, Buffer& buffer) {
+    lane_products<T, V, classes, (most > classes)>(call, first, logits, squares, buffer);
+  }
+};
+// On tensor cores; code for 7.5 has none.
+template <class T, int groups, int pieces>
+struct TensorProducts {
+  using Feature = T;
+  using Compute = float;
+  static constexpr bool kGiven = false;
+  static constexpr int kClasses = groups * kBlockClasses;
+  static constexpr bool kMany = groups == 2 || (pieces == 3 && sizeof(typename PieceOf<T>::type) == 4);  // registers
+  static constexpr int kBlocks = FLATCORE_SINCE_80 == 0 || kMany ? 4 : 6;
+  static constexpr int kBlock = groups == 1 ? 10 : 8;
+  using Buffer = NoRing;
+
+  static __device__ __forceinline__ void put(const HeadMetrics& call, int64_t first, double (*logits)[kWarp],
+                                             double* squares, Buffer& buffer) {
+    if (since_80()) {
+      tensor_products<T, groups, pieces>(call, first, logits, squares);
+    } else {
+      lane_products<T, float, kBlock, true>(call, first, logits, squares, buffer);
+    }
+  }
+};
+
+template <class Products>
+__global__ void __launch_bounds__(kThreads, Products::kBlocks) head_rows(HeadMetrics call) {
+  using T = typename Products::Feature;
+  __shared__ double tiles[kWarps][Products::kClasses][kWarp];
   __shared__ double all_squares[kWarps][kWarp];
+  __shared__ typename Products::Buffer buffers[kWarps];
   const int lane = Team<kWarp>::lane(), warp = static_cast<int>(threadIdx.x) / kWarp;
   double (*tile)[kWarp] = tiles[warp];
   double* squares = all_squares[warp];
   const int64_t groups = (call.N + kWarp - 1) / kWarp, step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t group = static_cast<int64_t>(blockIdx.x) * kWarps + warp; group < groups; group += step) {
     const int64_t first = group * kWarp;
-    for (int column = 0; column < kWarp; column += kRows) {
-      int64_t c0 = 0;
-      do {  // given logits (no classes): once, for the squares
-        products<T, V, classes>(call, first + column, c0, column, tile, squares);
-        c0 += classes;
-      } while (classes > 0 && c0 < call.C);
-    }
+    Products::put(call, first, tile, squares, buffers[warp]);
     __syncwarp();
-    // squares that overflowed or lost digits in V: once more, by the whole warp
+    // squares that overflowed or lost digits: once more, by the whole warp
     const double square = squares[lane];
     double log_n = math::log_nonnegative(square);
-    unsigned again = __ballot_sync(kAllLanes, !math::squares_in_range<V>(square));
+    unsigned again = __ballot_sync(kAllLanes, !math::squares_in_range<typename Products::Compute>(square));
     for (int other = 0; again != 0; ++other, again >>= 1) {
       if ((again & 1U) == 0) continue;
       const int64_t n = first + other < call.N ? first + other : call.N - 1;
-      const double value = log_feature_squares<kWarp>(call, n);
+      const T* row = static_cast<const T*>(call.features.data) + n * call.features.row_stride;
+      const double value = log_squares<kWarp, true>(row, call.features.column_stride, call.D);
       if (other == lane) log_n = value;
     }
-    if (first + lane < call.N) row_statistics(call, first + lane, log_n, lane, tile);
+    if (first + lane < call.N) row_statistics<Products::kGiven>(call, first + lane, log_n, lane, tile);
     __syncwarp();  // the tile is written again
   }
 }
 
-template <class T, class V, int classes>
-Launched run_block(const HeadMetrics& call) {
+template <class Products>
+Launched run_products(const HeadMetrics& call) {
   const int64_t groups = (call.N + kWarp - 1) / kWarp;
-  return launch("head_metrics", call.stream, grid_for((groups + kWarps - 1) / kWarps), kThreads,
-                &head_rows<T, V, classes>, call);
+  return launch("head_metrics", call.stream, grid_for((groups + kWarps - 1) / kWarps), kThreads, &head_rows<Products>,
+                call);
+}
+// Shared memory for 16 classes or for 32.
+template <class T, class V, int classes>
+Launched run_lanes(const HeadMetrics& call) {
+  return call.C <= 16 ? run_products<LaneProducts<T, V, classes, 16>>(call)
+                      : run_products<LaneProducts<T, V, classes, kFusedClasses>>(call);
+}
+template <class T, int pieces>
+Launched run_pieces(const HeadMetrics& call) {
+  return piece_groups(call) == 1 ? run_products<TensorProducts<T, 1, pieces>>(call)
+                                 : run_products<TensorProducts<T, 2, pieces>>(call);
 }
 
 template <class T>
 Launched run(const HeadMetrics& call) {
   if (call.double_compute) {
-    return call.logits.data != nullptr ? run_block<T, double, 0>(call) : run_block<T, double, 4>(call);
+    return call.logits.data != nullptr ? run_lanes<T, double, 0>(call) : run_lanes<T, double, 4>(call);
   }
   if constexpr (sizeof(T) <= 4) {
-    if (call.logits.data != nullptr) return run_block<T, float, 0>(call);
-    switch (head_class_block(call.C, false)) {
+    if (call.logits.data != nullptr) return run_lanes<T, float, 0>(call);
+  }
+  if constexpr (sizeof(T) == 2) {
+    return piece_count(call) == 1 ? run_pieces<T, 1>(call) : run_pieces<T, 3>(call);
+  }
+  if constexpr (sizeof(T) == 4) {
+    const int block = head_class_block(call.C, false);
+    if (call.C > block) {  // 4 for 11 and 12 classes, 10 from 17 on
+      return block == 4    ? run_products<LaneProducts<T, float, 4, 16>>(call)
+             : block == 10 ? run_products<LaneProducts<T, float, 10, kFusedClasses>>(call)
+                           : run_lanes<T, float, 8>(call);
+    }
+    switch (block) {
       case 10:
-        return run_block<T, float, 10>(call);
+        return run_products<LaneProducts<T, float, 10, 10>>(call);
       case 8:
-        return run_block<T, float, 8>(call);
+        return run_products<LaneProducts<T, float, 8, 8>>(call);
       case 4:
-        return run_block<T, float, 4>(call);
+        return run_products<LaneProducts<T, float, 4, 4>>(call);
       default:
-        return run_block<T, float, 2>(call);
+        return run_products<LaneProducts<T, float, 2, 2>>(call);
     }
   }
   return {"float64 features need float64 products", "head_metrics"};

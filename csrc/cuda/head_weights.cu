@@ -1,13 +1,15 @@
 // head_weights: what the other kernels need of W alone.
 //
 // Buffers: as cuda/head_metrics.h says. Does not synchronise; the exponent e stays on the device.
-// Numerics: float64 throughout; distances from differences. float64 weights are read twice, as their squares may leave
-// the range before e is known. Merges in a fixed order: two runs agree bit for bit.
-// Cost: W read once (packed on the way), once more for the centre, once more for the squares about it; the table of
-// distances C^2 D / 2 differences. Never run on a device yet: no figure is known.
+// Numerics: float64 throughout; distances from differences. W is packed as it stands, or in pieces that add up to it.
+// float64 weights are read twice, as their squares may leave the range before e is known. Merges in a fixed order: two
+// runs agree bit for bit. Cost: W read once (packed on the way), once more for the centre, once more for the squares
+// about it; the table of distances C^2 D / 2 differences. Never run on a device yet: no figure is known.
 #include "cuda/head_metrics.h"
+#include "cuda/head_pieces.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
+#include "cuda/since_80.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -22,6 +24,23 @@ __device__ __forceinline__ int64_t first_row() {
 }
 unsigned grid_for_rows(int64_t rows) { return grid_for((rows + kRows - 1) / kRows); }
 
+// Row j of W, times a factor, in pieces (cuda/head_pieces.h); a row of zeros behind the last.
+template <class Piece, class T>
+__device__ __forceinline__ void put_pieces(const HeadWeights& call, const T* row, int64_t j, float factor) {
+  const Pieces<Piece> pieces{piece_groups(call), piece_count(call)};
+  Piece* packed = static_cast<Piece*>(call.packed);
+  for (int64_t d = Warp::lane(); d < call.packed_stride; d += kWarp) {
+    float rest = j < call.C && d < call.D ? widened(row[d * call.weight.column_stride]) * factor : 0.0F;
+    for (int piece = 0; piece < pieces.count; ++piece) {
+      const Piece part = cut<Piece>(rest);
+      packed[pieces.place(j, d, piece)] = part;
+      rest -= widened(part);
+    }
+  }
+  if (Warp::lane() == 0 && call.D > 0)
+    reinterpret_cast<float*>(packed + pieces.end(call.packed_stride))[j] = 1.0F / factor;
+}
+
 // The largest magnitude and the sum of squares of rows of 2^e W; a row of the packed matrix on the way.
 template <class T, class V>
 __global__ void __launch_bounds__(kThreads)
@@ -29,22 +48,31 @@ __global__ void __launch_bounds__(kThreads)
   const T* w = static_cast<const T*>(call.weight.data);
   V* packed = static_cast<V*>(call.packed);
   const double scale = scaled ? scalbn(1.0, static_cast<int>(call.summary[1])) : 1.0;
-  const int64_t rows = packed != nullptr ? call.packed_rows : call.C;
+  const bool in_pieces = packed != nullptr && takes_pieces(call) && since_80();
+  const int64_t classes = in_pieces ? piece_groups(call) * kBlockClasses : call.packed_rows;
+  const int64_t rows = packed != nullptr ? classes : call.C;
   for (int64_t j = first_row(); j < rows; j += static_cast<int64_t>(gridDim.x) * kRows) {
     RowPartial partial;
     const T* row = w + j * call.weight.row_stride;
     for (int64_t d = Warp::lane(); d < call.D && j < call.C; d += kWarp) {
       const auto x = widened(row[d * call.weight.column_stride]);
       partial.take(static_cast<double>(x), scale);
-      if (packed != nullptr) packed[j * call.packed_stride + d] = static_cast<V>(x);
+      if (packed != nullptr && !in_pieces) packed[j * call.packed_stride + d] = static_cast<V>(x);
     }
-    if (packed != nullptr) {
+    if (packed != nullptr && !in_pieces) {
       const int64_t from = j < call.C ? call.D : 0;
       for (int64_t d = from + Warp::lane(); d < call.packed_stride; d += kWarp) {
         packed[j * call.packed_stride + d] = V{};
       }
     }
     partial = Warp::merged(partial, MergePartials{});
+    if constexpr (sizeof(T) <= 4 && sizeof(V) == 4) {
+      if (in_pieces) {
+        const float factor = piece_scale_of(partial.largest);
+        call.features.dtype == Dtype::kBFloat16 ? put_pieces<BHalf>(call, row, j, factor)
+                                                : put_pieces<float>(call, row, j, factor);
+      }
+    }
     if (Warp::lane() == 0 && j < call.C) {
       squares[j] = partial.squares;
       largest[j] = partial.largest;

@@ -77,7 +77,10 @@ void every_entry_point(int device) {
       }
       for (int64_t C = 1; C <= kFusedClasses; ++C) {
         auto metrics = call_of<HeadMetrics>(dtype, wide, C);
-        run(&head_metrics, metrics);
+        for (const Dtype weight : {dtype, Dtype::kFloat32}) {  // in how many pieces W is taken
+          metrics.weight.dtype = weight;
+          run(&head_metrics, metrics);
+        }
         metrics.logits.data = &there;
         run(&head_metrics, metrics);
       }

@@ -13,7 +13,7 @@
 namespace flatcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;  // four such blocks to a multiprocessor at least: 64 registers
+constexpr int kThreads = 256;  // four such blocks to a multiprocessor at least (64 registers), of tiles three (80)
 constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int64_t kShort = 1024;
 constexpr int64_t kTile = 16384;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_short(RowNorms call) {
 
 // A block per tile; rows of one tile are finished here.
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads, 4) row_norms_tiles(RowNorms call, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 3) row_norms_tiles(RowNorms call, int64_t tiles) {
   const T* x = static_cast<const T*>(call.x.data);
   RowPartial* partials = reinterpret_cast<RowPartial*>(call.workspace);
   for (int64_t task = blockIdx.x; task < call.N * tiles; task += gridDim.x) {

@@ -1,8 +1,8 @@
 // The norms of one row, or of a tile of it, by the threads of a team; included by .cu files only.
 //
-// Numerics: every entry is widened to float64 before it is added, so that squares of 1e20 or 1e-25 in float32 neither
-// overflow nor vanish. float64 rows whose sum of squares leaves [1e-280, 1e300] are read again, scaled by a power of
-// two. A NaN makes the sum NaN, and the sum decides.
+// Numerics: every entry is widened to float64 before it is added (the largest is found before), so that squares of 1e20
+// or 1e-25 in float32 neither overflow nor vanish. float64 rows whose sum of squares leaves [1e-280, 1e300] are read
+// again, scaled by a power of two. A NaN makes the sum NaN, and the sum decides.
 #pragma once
 
 #include <cmath>
@@ -31,15 +31,33 @@ FLATCORE_INLINE RowPartial merge_partials(const RowPartial& a, const RowPartial&
   return both;
 }
 
-// One lane's share of `count` elements, `stride` apart: packs lane, lane + lanes, ... where the elements lie side by
-// side (those before the first 16-byte boundary and behind the last go one by one), else elements lane, lane + lanes,
-// ...
+// NaN is passed over: the sum has it. One instruction of floats; float64 has none, and a comparison takes three.
+FLATCORE_INLINE float larger(float a, float b) { return fmaxf(a, b); }
+FLATCORE_INLINE double larger(double a, double b) { return a > b ? a : b; }
+
+// One lane's share of a row as its elements are read, the largest in their own width (float for 16 bits).
+template <class F>
+struct LanePartial {
+  double sum = 0.0, squares = 0.0;
+  F largest{};
+  FLATCORE_METHOD void take(F x) {
+    const F a = fabs(x);
+    largest = larger(a, largest);
+    const double v = static_cast<double>(a);
+    sum += v;
+    squares += v * v;
+  }
+};
+
+// Of `count` elements, `stride` apart: packs lane, lane + lanes, ... where the elements lie side by side (those before
+// the first 16-byte boundary and behind the last go one by one), else elements lane, lane + lanes, ...
 template <class T>
-FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t count, int lane, int lanes, double scale) {
-  RowPartial partial;
+FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t count, int lane, int lanes) {
+  LanePartial<decltype(widened(T{}))> partial;
   const Split split = stride == 1 ? split_of(x, count) : Split{count, 0};
   const int64_t head = split.head, packs = split.packs;
-  for (int64_t k = lane; k < head; k += lanes) partial.take(static_cast<double>(widened(x[k * stride])), scale);
+  FLATCORE_ROLLED
+  for (int64_t k = lane; k < head; k += lanes) partial.take(widened(x[k * stride]));
   const auto* packed = reinterpret_cast<const Pack<T>*>(x + head);
   constexpr int unroll = 4;  // loads in flight before the first is used
   int64_t p = lane;
@@ -50,19 +68,24 @@ FLATCORE_INLINE RowPartial lane_partial(const T* x, int64_t stride, int64_t coun
     FLATCORE_UNROLL
     for (int i = 0; i < unroll; ++i) {
       FLATCORE_UNROLL
-      for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(static_cast<double>(widened(loaded[i].items[e])), scale);
+      for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widened(loaded[i].items[e]));
     }
   }
+  FLATCORE_ROLLED
   for (; p < packs; p += lanes) {
     const Pack<T> loaded = packed[p];
     FLATCORE_UNROLL
-    for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(static_cast<double>(widened(loaded.items[e])), scale);
+    for (int e = 0; e < Pack<T>::kCount; ++e) partial.take(widened(loaded.items[e]));
   }
   if (stride == 1) {
-    for (int64_t k = head + packs * Pack<T>::kCount + lane; k < count; k += lanes)
-      partial.take(static_cast<double>(widened(x[k])), scale);
+    FLATCORE_ROLLED
+    for (int64_t k = head + packs * Pack<T>::kCount + lane; k < count; k += lanes) partial.take(widened(x[k]));
   }
-  return partial;
+  RowPartial row;
+  row.sum = partial.sum;
+  row.squares = partial.squares;
+  row.largest = static_cast<double>(partial.largest);
+  return row;
 }
 
 // 2^-e for the exponent e of a positive finite number, in two factors: one alone may leave the range.
@@ -85,13 +108,14 @@ struct Norms {
 // The partial result of `count` elements of a row, known to every lane.
 template <int width, class T>
 __device__ __forceinline__ RowPartial team_partial(const T* x, int64_t stride, int64_t count) {
-  return Team<width>::merged(lane_partial(x, stride, count, Team<width>::lane(), width, 1.0), MergePartials{});
+  return Team<width>::merged(lane_partial(x, stride, count, Team<width>::lane(), width), MergePartials{});
 }
 
 // The squares of a row whose entries are scaled first.
 template <int width, class T>
 __device__ __forceinline__ double scaled_squares(const T* x, int64_t stride, int64_t count, const PowerOfTwo& scale) {
   RowPartial partial;
+  FLATCORE_ROLLED
   for (int64_t k = Team<width>::lane(); k < count; k += width) {
     partial.take(static_cast<double>(widened(x[k * stride])) * scale.first, scale.second);
   }
@@ -111,10 +135,20 @@ __device__ __forceinline__ Norms finished_row(const T* x, int64_t stride, int64_
   return {total.sum, sqrt(scaled_squares<width>(x, stride, count, scale)) / scale.first / scale.second, total.largest};
 }
 
-// log sum x_d^2 of a row, NaN if an element is not finite: no square leaves the range.
-template <int width, class T>
+// log sum x_d^2 of a row, NaN if an element is not finite: no square leaves the range. `seldom`: where rows are few, an
+// element a lane at a time, in registers that a kernel has left.
+template <int width, bool seldom = false, class T>
 __device__ __forceinline__ double log_squares(const T* x, int64_t stride, int64_t count) {
-  const RowPartial total = team_partial<width>(x, stride, count);
+  RowPartial total;
+  if constexpr (seldom) {
+    FLATCORE_ROLLED
+    for (int64_t k = Team<width>::lane(); k < count; k += width) {
+      total.take(static_cast<double>(widened(x[k * stride])), 1.0);
+    }
+    total = Team<width>::merged(total, MergePartials{});
+  } else {
+    total = team_partial<width>(x, stride, count);
+  }
   if (total.sum != total.sum || !(total.largest < math::kInfinity)) return __builtin_nan("");
   if (total.largest == 0.0) return -math::kInfinity;
   if (math::squares_in_range<double>(total.squares)) return math::log_nonnegative(total.squares);

@@ -36,6 +36,12 @@ int barrier_or(int predicate);
 void warp_barrier();
 // Hands in the lane's value, and takes that of lane `source` when all have handed in.
 void exchange(void* value, size_t size, int source);
+// d = a b + c on a tensor core, with a 16 x k, b k x 8 and c 16 x 8 spread over the warp's registers.
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], bool bfloat16);
+// Copies that arrive when they are waited for; until then what they were to write is NaN.
+void start_copy(void* to, const void* from, int bytes);
+void end_group();
+void wait_for_groups_but(int count);
 
 }  // namespace emulator
 

@@ -3,8 +3,10 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -13,6 +15,7 @@
 #include "bind/bind.h"
 #include "bind/exchange.h"
 #include "cuda/elements.h"
+#include "cuda/since_80.h"
 #include "cuda_runtime.h"
 
 // swapcontext makes a system call, and a block of 256 threads switches some thousand times.
@@ -86,6 +89,12 @@ struct Context {
 };
 #endif
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   Context context;
@@ -94,10 +103,12 @@ struct Fiber {
   int predicate = 0;
   char handed[2][kLargest];  // alternately, so that a lane that runs ahead leaves the last exchange's value
   unsigned exchanges = 0;
+  std::vector<std::vector<Copy>> copies{1};  // by groups, the last one open
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 int current = 0, any = 0;
+const char* fault = nullptr;  // what a fiber met: it can't throw
 Context scheduler;
 const std::function<void()>* body = nullptr;
 int order = 0;
@@ -145,6 +156,7 @@ void run_block(int threads, std::mt19937& random) {
     Fiber& fiber = *fibers[static_cast<size_t>(i)];
     fiber.state = State::kReady;
     fiber.exchanges = 0;
+    fiber.copies.assign(1, {});
     if (fiber.started) continue;
     fiber.context.prepare(fiber.stack.get(), enter);
     fiber.started = true;
@@ -156,6 +168,10 @@ void run_block(int threads, std::mt19937& random) {
       if (fibers[static_cast<size_t>(i)]->state == State::kReady) {
         resume(i);
         ran = true;
+        if (fault != nullptr) {
+          fibers.clear();
+          throw std::runtime_error(std::exchange(fault, nullptr));
+        }
       }
       done = done && fibers[static_cast<size_t>(i)]->state == State::kDone;
     }
@@ -199,14 +215,95 @@ int barrier_or(int predicate) {
 
 void warp_barrier() { wait(State::kWarpwide); }
 
-void exchange(void* value, size_t size, int source) {
+namespace {
+
+// Hands in the lane's value; the slot in which the warp's lanes have theirs when all have handed in.
+unsigned hand_in(const void* value, size_t size) {
   if (size > kLargest) throw std::runtime_error("a value of " + std::to_string(size) + " bytes is exchanged");
   Fiber& fiber = *fibers[static_cast<size_t>(current)];
   const unsigned slot = fiber.exchanges++ % 2;
   std::memcpy(fiber.handed[slot], value, size);
-  const int first = current - current % kWarp;
   wait(State::kWarpwide);
-  std::memcpy(value, fibers[static_cast<size_t>(first + source)]->handed[slot], size);
+  return slot;
+}
+const void* of_lane(int lane, unsigned slot) {
+  return fibers[static_cast<size_t>(current - current % kWarp + lane)]->handed[slot];
+}
+
+// The sum of exact terms as a tensor core makes it: each is cut off two bits below the last one that a float of the
+// largest one's exponent has, and so is the sum at its own last bit. Two is the least that is told of devices.
+float cut_sum(const double* terms, int count) {
+  double largest = 0.0;
+  for (int i = 0; i < count; ++i) {
+    if (!(std::fabs(terms[i]) <= largest)) largest = std::fabs(terms[i]);
+    if (!std::isfinite(largest)) return static_cast<float>(std::accumulate(terms, terms + count, 0.0));
+  }
+  if (largest == 0.0) return 0.0F;
+  const int last = std::max(std::ilogb(largest), -126) - 25;
+  double sum = 0.0;  // exact: 17 terms of 26 bits
+  for (int i = 0; i < count; ++i) sum += std::trunc(std::ldexp(terms[i], -last));
+  const int length = sum == 0.0 ? 0 : std::ilogb(sum) + 1, over = std::max(length - 24, -149 - last);
+  if (over > 0) sum = std::ldexp(std::trunc(std::ldexp(sum, -over)), over);
+  return static_cast<float>(std::ldexp(sum, last));  // infinite beyond the range
+}
+
+// Element of a column of words: word / 2 of bfloat16, or a word's upper 19 bits.
+double element_of(uint32_t word, int half, bool bfloat16) {
+  const uint32_t bits = !bfloat16 ? word & 0xffffe000U : half == 0 ? word << 16 : word & 0xffff0000U;
+  return static_cast<double>(flatcore::math::bit_cast<float>(bits));
+}
+
+}  // namespace
+
+void exchange(void* value, size_t size, int source) {
+  const unsigned slot = hand_in(value, size);
+  std::memcpy(value, of_lane(source, slot), size);
+}
+
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], bool bfloat16) {
+  uint32_t mine[6];
+  std::memcpy(mine, a, sizeof(a));
+  std::memcpy(mine + 4, b, sizeof(b));
+  const unsigned slot = hand_in(mine, sizeof(mine));
+  const int lane = current % kWarp, halves = bfloat16 ? 2 : 1;
+  for (int at = 0; at < 4; ++at) {
+    const int row = lane / 4 + 8 * (at / 2), column = 2 * (lane % 4) + at % 2;
+    double terms[17];
+    int count = 0;
+    terms[count++] = static_cast<double>(c[at]);
+    for (int word = 0; word < 8; ++word) {
+      const auto* left = static_cast<const uint32_t*>(of_lane(4 * (row % 8) + word % 4, slot));
+      const auto* right = static_cast<const uint32_t*>(of_lane(4 * column + word % 4, slot));
+      for (int half = 0; half < halves; ++half) {
+        terms[count++] = element_of(left[row / 8 + 2 * (word / 4)], half, bfloat16) *
+                         element_of(right[4 + word / 4], half, bfloat16);
+      }
+    }
+    d[at] = cut_sum(terms, count);
+  }
+}
+
+void start_copy(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes < 0 ||
+      bytes > 16) {
+    fault = "a copy is not of up to 16 bytes from and to a 16-byte boundary";
+    wait(State::kReady);
+  }
+  std::memset(to, 0xff, 16);
+  fibers[static_cast<size_t>(current)]->copies.back().push_back({to, from, static_cast<size_t>(bytes)});
+}
+
+void end_group() { fibers[static_cast<size_t>(current)]->copies.emplace_back(); }
+
+void wait_for_groups_but(int count) {
+  auto& groups = fibers[static_cast<size_t>(current)]->copies;
+  while (static_cast<int>(groups.size()) > count + 1) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace emulator
@@ -232,18 +329,54 @@ void planted_none(double* out) {
   __syncthreads();
   *out = last[63 - threadIdx.x] + threadIdx.x;
 }
+// A copy that is read before it was waited for, one that is waited for, and one to where no copy may go.
+template <bool waited, int offset>
+void planted_copy(double* out) {
+  using namespace flatcore::cuda;
+  alignas(16) static const double from[2] = {3.0, 4.0};
+  alignas(16) __shared__ double to[64][4];
+  start_copy<false>(reinterpret_cast<char*>(to[threadIdx.x]) + offset, from, 16);
+  end_group();
+  start_copy<false>(&to[threadIdx.x][2], from, 8);
+  end_group();
+  wait_for_groups_but<waited ? 1 : 2>();
+  *out = to[threadIdx.x][1];
+}
 
 double planted(const std::string& name) {
   double out = 0.0;
   const auto kernel = name == "barrier"   ? planted_barrier
                       : name == "shuffle" ? planted_shuffle
                       : name == "race"    ? planted_race
+                      : name == "copy"    ? planted_copy<true, 0>
+                      : name == "no wait" ? planted_copy<false, 0>
+                      : name == "address" ? planted_copy<true, 8>
                                           : planted_none;
   emulator::run(dim3(1), dim3(64), [&] { kernel(&out); });
   return out;
 }
 
 using flatcore::bind::pointer;
+
+// The product of two vectors of bfloat16 on a tensor core, D a multiple of 16: one sum in its accumulator, or a float
+// that takes every 16 columns.
+float tensor_sum(uintptr_t x, uintptr_t w, int64_t D, bool carried) {
+  float out = 0.0F;
+  emulator::run(dim3(1), dim3(32), [&] {
+    const unsigned row = threadIdx.x / 4, part = threadIdx.x % 4;
+    float sum[4] = {}, total = 0.0F;
+    for (int64_t d = 0; d < D; d += 16) {
+      const uint32_t *a = pointer<const uint32_t>(w) + d / 2, *b = pointer<const uint32_t>(x) + d / 2;
+      const uint32_t left[4] = {row == 0 ? a[part] : 0, 0, row == 0 ? a[part + 4] : 0, 0};
+      const uint32_t right[2] = {row == 0 ? b[part] : 0, row == 0 ? b[part + 4] : 0};
+      const float before[4] = {carried ? 0.0F : sum[0], 0.0F, 0.0F, 0.0F};
+      flatcore::cuda::multiply_add<flatcore::BHalf>(sum, left, right, before);
+      total = carried ? total + sum[0] : sum[0];
+    }
+    if (threadIdx.x == 0) out = total;
+  });
+  return out;
+}
 
 void narrow_halves(uintptr_t x, uintptr_t half, uintptr_t bhalf, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -278,6 +411,8 @@ PYBIND11_MODULE(cuda_emulated, module) {
       "set_order", [](int order) { emulator::order = order; }, pybind11::arg("order"),
       "0: threads in order, 1: backwards, 2: shuffled anew between barriers.");
   module.def("planted", &planted, pybind11::arg("name"));
+  module.def("tensor_sum", &tensor_sum, pybind11::arg("x"), pybind11::arg("w"), pybind11::arg("D"),
+             pybind11::arg("carried"));
   using emulator::Devices;
   pybind11::class_<Devices>(module, "Devices", pybind11::module_local())
       .def_readwrite("current", &Devices::current)
