@@ -1,194 +1,140 @@
-"""The works that are timed: sizes, inputs, the questions asked of them and who answers."""
+"""The works that are timed: a question, and the sizes at which it is asked on a CPU and on a CUDA device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import rivals
-import torch
-from torch import Tensor
-
-import flatcore
-from flatcore._engine import ops
-
-SEED = 20240607
-HIGHEST_GAP = 60.0
+QUICK_ROUNDS = 5
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-class Inputs(NamedTuple):
-    """What a work is computed from.
-
-    The row-norm work has only ``features``, its matrix (N, K); the cotangent works have ``features`` and ``target``, their
-    logits (N, C) and labels.
-    """
-
-    features: Tensor  # (N, D)
-    linear_weight: Tensor | None = None  # (C, D)
-    linear_bias: Tensor | None = None  # (C,)
-    target: Tensor | None = None  # (N,)
-
-    def rows(self, index: Tensor) -> Inputs:
-        """Return the chosen rows."""
-        target = None if self.target is None else self.target[index]
-        return self._replace(features=self.features[index], target=target)
+class UnknownWorkError(ValueError):
+    """A name that no work has."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One line of the performance goals: a question and the sizes at which it is asked."""
+    """One line of the performance goals."""
 
     key: str
-    question: str  # a key of rivals.EAGER
+    question: str  # a key of rivals.EAGER, or "training step"
     N: int
     D: int  # K for row norms, 0 for works on logits
     C: int
-    rounds: int
-    calls: int = 1  # calls per timed sample: 1 unless a call is too short for the clock
-    information: bool = False  # no goal hangs on it yet
+    rounds: int = 15
+    calls: int = 1  # of a call that is too short for the clock, to a timed sample
+    dtype: str = "float32"
+    rows: str = "mixed"  # of which confidence: a key of inputs.GAPS; "twins" has nearly equal rows of W
+    backward: bool = False  # the gradient is timed: for W6 with the forward pass
+    quick_rows: int = 0  # N under --quick, where all N take too long
+    is_quick: bool = True  # whether --quick has it
 
     @property
     def number(self) -> str:
+        """The line of the performance goals: W3 of W3-trace."""
         return self.key.partition("-")[0]
 
+    @property
+    def measure(self) -> str:
+        """The question without how a large head is asked it."""
+        return self.question.partition(",")[0]
+
     def __str__(self) -> str:
-        sizes = f"N={self.N:,}" + "".join(
-            f", {k}={n:,}" for k, n in (("D" if self.C else "K", self.D), ("C", self.C)) if n
+        sizes = "".join(
+            f", {k}={n:,}" for k, n in (("N", self.N), ("D" if self.C else "K", self.D), ("C", self.C)) if n
         )
-        return f"{self.key}: {self.question}, {sizes}, float32"
+        both = "forward and backward" if self.number == "W6" else "backward"
+        rows = {"mixed": "", "twins": ", 1 % of rows between nearly equal classes"}.get(
+            self.rows, f", {self.rows} rows"
+        )
+        return f"{self.key}: {self.measure}{', ' + both if self.backward else ''}{sizes}, {self.dtype}{rows}"
 
     def quick(self) -> Work:
-        """Return a smoke test of the same code: a 16th of the rows, 3 rounds. Its times mean nothing."""
-        rows = self.N if self.calls > 1 else max(self.N // 16, 32)
-        return replace(self, N=rows, rounds=3, calls=min(self.calls, 20))
+        """Return it with fewer rounds, and fewer rows where all of them take seconds: its title says how many."""
+        return replace(self, N=self.quick_rows or self.N, rounds=min(self.rounds, QUICK_ROUNDS))
+
+    def on(self, device: str) -> Work:
+        """Return it at the sizes of a kind of device, "cpu" or "cuda"."""
+        changed: dict[str, Any] = ON_CUDA.get(self.key, {})
+        return replace(self, **changed) if device == "cuda" else self
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions that the question needs, of its products alone where those are most of them."""
+        N, D, C = self.N, self.D, self.C
+        product = 2.0 * N * D * C
+        if self.question == "row norms":
+            return 4.0 * N * D  # absolute value and sum, multiply-add, maximum
+        if self.question == "all fields":
+            return product + 2.0 * N * (D + C * C)
+        if self.backward and self.number != "W6":
+            return product * (3 if self.measure == "trace" else 5)
+        return product + (2.0 * N * C * min(C, D) if self.measure == "neuronwise" else 0.0)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that have to be read: features and W, each once."""
+        return float(self.N * self.D + self.C * self.D) * BYTES[self.dtype]
 
 
 WORKS = (
     Work("W1", "all fields", 100_000, 512, 10, rounds=21),
-    Work("W2", "all fields", 50_000, 640, 100, rounds=15),
-    Work("W3-trace", "trace", 8_192, 2_048, 1_000, rounds=9),
-    Work("W3-neuronwise", "neuronwise", 8_192, 2_048, 1_000, rounds=9),
-    Work("W4-trace", "trace, chunked", 1_024, 2_048, 32_000, rounds=4),
-    Work("W4-neuronwise", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=4),
+    Work("W1-bfloat16", "all fields", 100_000, 512, 10, dtype="bfloat16"),
+    Work("W2", "all fields", 50_000, 640, 100),
+    Work("W3-trace", "trace", 8_192, 2_048, 1_000, rounds=9, quick_rows=2_048),
+    Work("W3-neuronwise", "neuronwise", 8_192, 2_048, 1_000, rounds=9, quick_rows=2_048),
+    Work("W3-twins", "neuronwise", 8_192, 2_048, 1_000, rounds=9, rows="twins", quick_rows=2_048),
+    Work("W4-trace", "trace, chunked", 1_024, 2_048, 32_000, rounds=7, quick_rows=128),
+    Work("W4-neuronwise", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=7, quick_rows=128),
+    Work("W4-twins", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=5, rows="twins", is_quick=False),
     Work("W5", "row norms", 512, 150_528, 0, rounds=21),
-    Work("W6-forward", "mean layerwise", 128, 512, 10, rounds=31, calls=200, information=True),
-    Work("W8-10", "cotangent", 1_000_000, 0, 10, rounds=15),
-    Work("W8-1000", "cotangent", 16_384, 0, 1_000, rounds=15),
+    Work("W6-forward", "mean layerwise", 128, 512, 10, rounds=31, calls=200),
+    Work("W6-backward", "mean layerwise", 128, 512, 10, rounds=31, calls=100, backward=True),
+    Work("W7-easy", "data set trace", 1_024, 512, 10, rounds=21, rows="easy"),
+    Work("W7-confident", "data set trace", 1_024, 512, 10, rounds=21, rows="confident"),
+    Work("W8-10", "cotangent", 1_000_000, 0, 10),
+    Work("W8-1000", "cotangent", 16_384, 0, 1_000),
     Work("W8-100000", "cotangent", 256, 0, 100_000, rounds=9),
-)
+    Work("W9", "training step", 128, 128, 10, rounds=61),
+    Work("W3-trace-backward", "trace", 8_192, 2_048, 1_000, rounds=7, backward=True, is_quick=False),
+    Work("W3-neuronwise-backward", "neuronwise", 8_192, 2_048, 1_000, rounds=7, backward=True, is_quick=False),
+    Work("W4-trace-backward", "trace, chunked", 1_024, 2_048, 32_000, rounds=5, backward=True, is_quick=False),
+    Work("W4-neuronwise-backward", "neuronwise, chunked", 1_024, 2_048, 32_000, rounds=5, backward=True, is_quick=False),
+)  # fmt: skip
+
+_VOCABULARY: dict[str, int | str] = {
+    "N": 8_192,
+    "D": 4_096,
+    "C": 128_256,
+    "dtype": "bfloat16",
+    "rounds": 5,
+    "quick_rows": 0,
+}
+ON_CUDA: dict[str, dict[str, int | str]] = {
+    "W1": {"N": 1_000_000},
+    "W1-bfloat16": {"N": 1_000_000},
+    **{work.key: _VOCABULARY for work in WORKS if work.number == "W4"},
+    "W6-forward": {"calls": 20},
+    "W6-backward": {"calls": 20},
+}
+"""What differs on a CUDA device."""
 
 
-def select(names: str | None) -> list[Work]:
+def select(names: str | None, device: str = "cpu") -> list[Work]:
     """Works by key ("W3-trace") or number ("W3"), separated by commas; all without a name.
 
     Raises:
-        SystemExit: an unknown name.
+        UnknownWorkError: an unknown name.
     """
-    if not names:
-        return list(WORKS)
-    wanted = [name.strip() for name in names.split(",")]
+    if names is None:
+        return [work.on(device) for work in WORKS]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = {work.key for work in WORKS} | {work.number for work in WORKS}
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SystemExit(f"unknown work {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return [work for work in WORKS if work.key in wanted or work.number in wanted]
-
-
-def inputs(work: Work) -> Inputs:
-    """Seeded inputs, drawn once and shared by the works of equal sizes."""
-    return _inputs(work.N, work.D, work.C)
-
-
-@lru_cache(maxsize=1)  # a work's inputs take up to 308 MB
-def _inputs(n: int, d: int, c: int) -> Inputs:
-    """Features phi = noise + a w_y with ||w_y|| near 1, so that a is the gap of the logits, log-uniform in 0.1 to 60.
-
-    A trained network's rows: uncertain to very confident; a fifth have a gap above 17, where float32 closed forms fail.
-    One label in ten is wrong.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    if d == 0:  # logits: noise, and the label's raised by the gap
-        target = torch.randint(c, (n,), generator=generator)
-        logits = torch.randn(n, c, generator=generator)
-        gap = 0.1 * (HIGHEST_GAP / 0.1) ** torch.rand(n, generator=generator)
-        logits[torch.arange(n), target] += gap
-        return Inputs(logits, target=target)
-    features = torch.randn(n, d, generator=generator)
-    if c == 0:
-        return Inputs(features)
-    weight = torch.randn(c, d, generator=generator) / math.sqrt(d)
-    bias = 0.1 * torch.randn(c, generator=generator)
-    label = torch.randint(c, (n,), generator=generator)
-    lowest = 0.1
-    gap = lowest * (HIGHEST_GAP / lowest) ** torch.rand(n, 1, generator=generator)
-    for start in range(0, n, 4096):
-        stop = start + 4096
-        features[start:stop].addcmul_(gap[start:stop], weight[label[start:stop]])
-    wrong = torch.rand(n, generator=generator) < 0.1
-    return Inputs(features, weight, bias, torch.where(wrong, (label + 1) % c, label))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Someone who answers a work's question."""
-
-    name: str
-    role: str  # native, eager, compile, neighbour or reference
-    run: Callable[[Inputs], Any]
-
-    @property
-    def is_exact(self) -> bool:
-        """Held to flatcore's contract; the others to what their formula can give in float32."""
-        return self.role in ("native", "reference")
-
-
-def _flatcore(question: str, backend: str, x: Inputs) -> Any:
-    with flatcore.backend(backend):
-        if question == "row norms":
-            return flatcore.row_norms(x.features)
-        if question == "cotangent":  # what input_gradients calls: the public loss without autograd's own cost
-            return ops.unmasked_cross_entropy(x.features, x.target, -100, with_cotangent=True)
-        if question == "all fields":
-            return flatcore.head_metrics(x.features, x.linear_weight, x.target, linear_bias=x.linear_bias)
-        if question.startswith("trace"):
-            return flatcore.hessian_trace(x.features, x.linear_weight, linear_bias=x.linear_bias, reduction="none")
-        reduction, measure = ("mean", "layerwise") if question == "mean layerwise" else ("none", "neuronwise")
-        return flatcore.relative_flatness(
-            x.features, x.linear_weight, linear_bias=x.linear_bias, measure=measure, reduction=reduction
+        raise UnknownWorkError(
+            f"there is no work {', '.join(unknown)}; there are {', '.join(work.key for work in WORKS)} and growth, and W3 "
+            "stands for all that begin with it"
         )
-
-
-def _rival(question: str, form: rivals.Rival, x: Inputs) -> Any:
-    if question == "row norms":
-        return form(x.features)
-    if question == "cotangent":
-        return form(x.features, x.target)
-    if question == "all fields":
-        return form(x.features, x.linear_weight, x.linear_bias, x.target)
-    return form(x.features, x.linear_weight, x.linear_bias)
-
-
-def _linear_cross_entropy(x: Inputs) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(
-        x.features, x.linear_weight, x.target, linear_bias=x.linear_bias, reduction="none"
-    )
-
-
-def candidates(work: Work, *, native: bool = True, compile: bool = True) -> list[Candidate]:
-    """Everyone who answers, in the order of the table."""
-    question = work.question
-    found = [Candidate("native", "native", partial(_flatcore, question, "native"))] if native else []
-    found += [
-        Candidate(f"eager, {name}", "eager", partial(_rival, question, form))
-        for name, form in rivals.EAGER[question].items()
-    ]
-    if compile:
-        name, form = rivals.compiled(question)
-        found.append(Candidate(f"torch.compile, {name}", "compile", partial(_rival, question, form)))
-    if work.number == "W3" and hasattr(torch.nn.functional, "linear_cross_entropy"):
-        found.append(Candidate("F.linear_cross_entropy", "neighbour", _linear_cross_entropy))
-    found.append(Candidate("reference", "reference", partial(_flatcore, question, "reference")))
-    return found
+    return [work.on(device) for work in WORKS if work.key in wanted or work.number in wanted]
