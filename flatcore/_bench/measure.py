@@ -109,7 +109,7 @@ def measure(work: Work, options: Options, everyone: Everyone | None = None) -> E
         timed.append(clock.planned(probe.run, options.device, work.rounds, probe.calls, options.budget))
     for (candidate, kept, _), first in zip(ran, firsts, strict=True):
         if first > options.budget and candidate.role not in ("native", "compile"):  # which may have compiled
-            timed.append(clock.Timed(kept, min(2, work.rounds)))
+            timed.append(clock.Timed(kept, min(3 if options.quick else 2, work.rounds)))
         else:
             timed.append(clock.planned(kept, options.device, work.rounds, work.calls, options.budget))
     times = clock.in_turn(timed, options.device)

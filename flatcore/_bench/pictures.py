@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -138,7 +139,7 @@ def _tools(axes: Axes, entries: list[Entry], names: list[str]) -> None:
     largest = max(
         row["p90_s"] / native["median_s"] for entry in entries for row in entry["rows"] if row["name"] in names
     )
-    axes.set_xlim(0.7, largest * (largest / 0.7) ** 0.6)  # room for what is written beside the points
+    axes.set_xlim(0.7, largest * (largest / 0.7) ** 0.85)  # room for what is written beside the points
 
 
 def roofline(report: Report) -> Figure | None:
@@ -248,13 +249,15 @@ def _grown(axes: Axes, moves: str, entries: list[Entry]) -> None:
     letter = "dtype" if typed else moves[0]
     for measure, dashes in (("trace", "-"), ("neuronwise", "--")):
         of = [entry for entry in entries if f": {measure}" in entry["title"]]
+        if not of:
+            continue
         x = range(len(of)) if typed else [entry[letter] for entry in of]
         for role, name in (("native", "flatcore"), ("eager", "best plain PyTorch"), ("limit", "product alone")):
             y = [entry["limit"]["seconds"] if role == "limit" else _fastest(entry, role) for entry in of]
             colour, marker = (LIMIT, ".") if role == "limit" else STYLES[role][:2]
             axes.plot(x, [1e3 * value for value in y], color=colour, ls=dashes, marker=marker, ms=4, lw=1.3,
                       mfc=colour if dashes == "-" else "none", label=f"{name}, {measure}")  # fmt: skip
-        if typed and of:
+        if typed:
             axes.set_xticks(range(len(of)), [entry["dtype"] for entry in of])
     first = entries[0]
     still = ", ".join(f"{k} = {first[k]:,}" for k in "NDC" if k != letter)
@@ -263,6 +266,10 @@ def _grown(axes: Axes, moves: str, entries: list[Entry]) -> None:
         axes.set_xscale("log")
         axes.set_xlabel(letter)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.set_ylabel("ms")

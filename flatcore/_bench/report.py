@@ -107,22 +107,23 @@ def growth_lines(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
             (row for row in entry["rows"] if row["role"] == "eager"), key=lambda row: row["median_s"], default=None
         )
         if eager is None:
-            lines.append((*shape, "", "", entry.get("failed", "no eager form"), "", "", ""))
+            lines.append((*shape, "", "", "", entry.get("failed", "no eager form"), "", "", ""))
             continue
         best = eager["name"].partition(", ")[2]
         times = (time(eager["median_s"]), interval(eager["p10_s"], eager["p90_s"]))
         if native is None:
-            lines.append((*shape, "", "", best, *times, ""))
+            lines.append((*shape, "", "", "", best, *times, ""))
             continue
         ratio = native["median_s"] / eager["median_s"]
         slower = native["p10_s"] > eager["p90_s"]
-        lines.append((*shape, time(native["median_s"]), _ratio(native["times_limit"]), best, *times,
+        ours = (time(native["median_s"]), interval(native["p10_s"], native["p90_s"]))
+        lines.append((*shape, *ours, _ratio(native["times_limit"]), best, *times,
                       f"{ratio:.2f}" + (" slower" if slower else "")))  # fmt: skip
     return lines
 
 
 GROWTH_HEADINGS = (
-    "measure", "N", "D", "C", "dtype", "flatcore", "× product", "best eager", "median", "10 % - 90 %",
+    "measure", "N", "D", "C", "dtype", "flatcore", "10 % - 90 %", "× limit", "best eager", "median", "10 % - 90 %",
     "flatcore / best eager",
 )  # fmt: skip
 
@@ -171,11 +172,10 @@ def markdown(report: Report) -> str:
                 [i for i, k in enumerate(columns) if k in (0, len(HEADINGS) - 1)],
             )  # fmt: skip
             parts.append("")
-        parts += [f"{note}." for note in _notes(entry)]
+        parts += [f"- {note}." for note in _notes(entry)]
     for moves, entries in groupby(report["growth"], key=lambda entry: entry["moves"]):
         several = list(entries)
-        parts += ["", f"## Growth: {moves}", "", *_markdown_table(GROWTH_HEADINGS, growth_lines(several), (0, 4, 7))]
-        parts += [""] + [
-            f"{entry['title']}: {note}." for entry in several for note in _notes(entry) if "Limit" not in note
-        ]
+        parts += ["", f"## Growth: {moves}", "", *_markdown_table(GROWTH_HEADINGS, growth_lines(several), (0, 4, 8))]
+        notes = [f"- {entry['title']}: {note}." for entry in several for note in _notes(entry) if "Limit" not in note]
+        parts += ["", *notes] if notes else []
     return "\n".join(parts).rstrip() + "\n"
