@@ -50,7 +50,7 @@ works:
   W8     the exact gradient of the loss
 
 examples:
-  python -m flatcore bench                              everything, about 25 minutes on 2 cores
+  python -m flatcore bench                              everything, about 30 minutes on 2 cores
   python -m flatcore bench --quick                      fewer rounds and rows, two minutes
   python -m flatcore bench --works W1,W3-trace,growth   some works
   python -m flatcore bench --device cuda                the works at a GPU's sizes

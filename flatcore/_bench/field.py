@@ -132,16 +132,16 @@ def _one_image(x: Inputs) -> Callable[[], Tensor]:
 
 
 _TOOLS: tuple[tuple[str, str, str | None, Callable[[Inputs], Callable[[], Any]], str], ...] = (
-    ("BackPACK DiagHessian", "tool", "backpack", partial(_backpack, "DiagHessian"), "exact"),
-    ("BackPACK BatchDiagHessian", "tool", "backpack", partial(_backpack, "BatchDiagHessian"), "exact, per sample"),
+    ("BackPACK DiagHessian", "tool", "backpack", partial(_backpack, "DiagHessian"), "the diagonal"),
+    ("BackPACK BatchDiagHessian", "tool", "backpack", partial(_backpack, "BatchDiagHessian"), "the diagonal, per sample"),
     ("curvlinops Hutchinson", "sampling", "curvlinops", _curvlinops, f"{SAMPLES} samples"),
     ("PyHessian", "sampling", "pyhessian", _pyhessian, f"{SAMPLES} samples"),
     ("hessian-eigenthings Hutchinson", "sampling", "hessian_eigenthings", partial(_eigenthings, "hutchinson"),
      f"{SAMPLES} samples"),
     ("hessian-eigenthings Hutch++", "sampling", "hessian_eigenthings", partial(_eigenthings, "hutch++"),
      f"{SAMPLES // 3 * 3} products"),
-    ("torch.func dense Hessian", "tool", None, _dense, "exact"),
-    ("one image at a time", "tool", None, _one_image, "exact, per sample"),
+    ("torch.func dense Hessian", "tool", None, _dense, "all of it"),
+    ("one image at a time", "tool", None, _one_image, "per sample"),
 )  # fmt: skip
 
 

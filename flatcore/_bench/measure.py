@@ -60,14 +60,15 @@ class _Kept:
 
 def _everyone(work: Work, options: Options) -> tuple[list[Candidate], list[Absent]]:
     found, absent = candidates.candidates(
-        work, native=options.native, compile=options.compile, reference=not options.quick
+        work, native=options.native, compile=options.compile, reference=not options.quick and options.device == "cpu"
     )
     if options.only:
         return [c for c in found if c.role in options.only], []
     if not options.compile:
         absent.append(Absent("torch.compile", options.why_not_compiled))
     if not options.quick:
-        return found, absent
+        away = [Absent("reference", "left out on a GPU, where its float64 would take the works' time")]
+        return found, absent + away * (options.device == "cuda" and not work.backward)
     slow = ["reference"] * (not work.backward and work.question != "training step")
     slow += [candidate.name for candidate in found if not candidate.is_quick]
     absent += [Absent(name, "left out by --quick") for name in slow]

@@ -21,8 +21,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "eager": ("#0072B2", "s", "best plain PyTorch"),
     "compile": ("#E69F00", "D", "torch.compile of it"),
     "neighbour": ("#009E73", "^", "F.linear_cross_entropy (the loss only)"),
-    "tool": ("#CC79A7", "v", "other tools, exact"),
-    "sampling": ("#D55E00", "X", "other tools, sampling"),
+    "tool": ("#CC79A7", "v", "other tools, without samples"),
+    "sampling": ("#D55E00", "X", "other tools, from samples"),
 }
 LIMIT = "0.45"
 
