@@ -42,12 +42,15 @@ example, with mine.py in this folder:
 """
 _BENCH = """\
 works:
-  W1 W2  head_metrics, all fields       W5  row_norms                     W9  a training step with the regulariser
-  W3     a head of 1,000 classes        W6  a training batch's measure    growth  over N, D, C and dtypes
-  W4     a vocabulary head              W7  the trace of a data set
-  W3-twins, W4-twins: 1 % of rows between nearly equal classes; ...-backward: the gradient;
-  W7 has BackPACK, curvlinops, PyHessian and hessian-eigenthings beside it, where they are installed
-  W8     the exact gradient of the loss
+  W1, W2  head_metrics, all fields, 10 and 100 classes
+  W3, W4  the trace and neuronwise of a head of 1,000 classes, and of a vocabulary; -twins: 1 % of the rows between
+          nearly equal classes; -backward: the gradient
+  W5      row_norms
+  W6      a training batch's flatness; -backward: with its gradient
+  W7      the exact trace of a data set's Hessian, beside BackPACK, curvlinops, PyHessian and hessian-eigenthings
+  W8      the loss and its exact gradient by the logits
+  W9      a training step with the regulariser, over one without
+  growth  over N, D, C and dtypes
 
 examples:
   python -m flatcore bench                              everything, about 30 minutes on 2 cores

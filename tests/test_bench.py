@@ -428,6 +428,11 @@ def test_two_reports_are_compared_beyond_the_spread(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "18 compared: 3 faster, 0 slower, 15 same within the spread." in printed
     assert f"Only in A: {work('W1')}: native; {work('W1')}: eager, whole." in printed
+    assert "The limits themselves" not in printed
+    for entry in after["works"]:
+        entry["limit"] = {"seconds": 1e-2, "text": ""}
+    assert main(["bench", "compare", "a.json", written("b.json", after)]) == 0
+    assert "The limits themselves took 2.00 times as long in B" in capsys.readouterr().out
     assert compare.differences(before, after) == [("torch", "2.13", "2.14")] and "2.14" in printed
 
 

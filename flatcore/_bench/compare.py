@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,14 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return [Change(*key, row, after[key]) for key, row in before.items() if key in after]
 
 
+def machine_moved(a: dict[str, Any], b: dict[str, Any]) -> float | None:
+    """How many times as long the works' limits took in the second: other than 1, the machine was not the same to both."""
+    before = {entry["title"]: entry["limit"]["seconds"] for entry in a["works"] if entry["rows"]}
+    ratios = [entry["limit"]["seconds"] / before[entry["title"]] for entry in b["works"]
+              if entry["rows"] and entry["title"] in before]  # fmt: skip
+    return statistics.median(ratios) if ratios else None
+
+
 def unmatched(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Who is only in the first, and only in the second."""
     before, after = _rows(a), _rows(b)
@@ -121,6 +130,7 @@ def tables(a: dict[str, Any], b: dict[str, Any]) -> list[Table]:
     last = ""
     for change in changes(a, b):
         title, name = change.work, "flatcore" if change.name == "native" else change.name
+        title = title.partition(": ")[0] if title.startswith("growth") else title  # which has the sizes
         colour = {"faster": "green", "slower": "red"}.get(change.verdict)
         changed.add_row(
             title if title != last else "", name, time(change.before["median_s"]),

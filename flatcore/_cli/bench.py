@@ -51,6 +51,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     for change in found:
         counts[change.verdict] += 1
     print(f"{len(found)} compared: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".")
+    moved = compare.machine_moved(before, after)
+    if moved is not None and not 0.95 < moved < 1.05:
+        print(
+            f"The limits themselves took {moved:.2f} times as long in B: the machine was busier in one of the two runs."
+        )
     for letter, names in zip("AB", compare.unmatched(before, after), strict=True):
         if names:
             print(f"Only in {letter}: " + "; ".join(names) + ".")
