@@ -1,8 +1,8 @@
-"""head_metrics and its views, W1 to W4 and W6: native against the rivals and the probes of the limit."""
+"""head_metrics and its views, W1 to W4, W6 and W7: native against the rivals and the probes of the limit."""
 
-from works import WORKS as ALL
+from flatcore._bench.works import WORKS as ALL
 
-WORKS = [work for work in ALL if work.question not in ("row norms", "cotangent")]
+WORKS = [w for w in ALL if w.question not in ("row norms", "cotangent", "training step") and not w.backward]
 
 
 def bench_head_metrics(time_case, work, name):

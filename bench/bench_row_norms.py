@@ -1,6 +1,6 @@
 """row_norms, W5: native against the rivals and the probes of the limit."""
 
-from works import WORKS as ALL
+from flatcore._bench.works import WORKS as ALL
 
 WORKS = [work for work in ALL if work.question == "row norms"]
 

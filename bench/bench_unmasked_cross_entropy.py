@@ -1,6 +1,6 @@
 """unmasked_cross_entropy, W8: native against the rivals and a copy of the logits."""
 
-from works import WORKS as ALL
+from flatcore._bench.works import WORKS as ALL
 
 WORKS = [work for work in ALL if work.question == "cotangent"]
 

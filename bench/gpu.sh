@@ -2,14 +2,15 @@
 # What needs a GPU, without a network, in two calls of at most ten minutes each:
 #
 #   bash bench/gpu.sh verify [FOLDER]     build, flatcore's own check, tests, compute-sanitizer's four tools
-#   bash bench/gpu.sh bench [FOLDER]      build, and the figures of bench/gpu.py
+#   bash bench/gpu.sh bench [FOLDER]      build, and the figures of python -m flatcore bench
 #
 # FOLDER (default: bench/results/gpu) gets build.log, verify.txt, check.log, tests.log, sanitizers.log; bench.txt, bench.json
 # and bench.md: eight files at most. verify.txt and bench.txt say what ran, with card, driver, versions and commit, and how
 # each step ended. Ends with 1 if a step failed; those after it run nevertheless, unless nothing was built.
+# Pictures of the figures, on any machine: python -m flatcore bench draw FOLDER/bench.json
 #
-# Needs torch with CUDA, nvcc, pybind11, scikit-build-core, cmake, ninja, pytest, hypothesis and mpmath; takes pytest-xdist and
-# CuPy where they are. CUDAARCHS as usual; by default the architectures of the GPUs in the machine.
+# Needs torch with CUDA, nvcc, pybind11, scikit-build-core, cmake, ninja, pytest, hypothesis, mpmath and rich; takes
+# pytest-xdist and CuPy where they are. CUDAARCHS as usual; by default the architectures of the GPUs in the machine.
 # FLATCORE_DEVICE=cpu rehearses both on the CPU: a build without CUDA, few tests, no sanitizer; its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -55,10 +56,10 @@ export PYTHONPATH=$PWD:$scratch/site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEB
 python3 -c 'import flatcore; print(flatcore.cuda.show_config())' 2>&1 | tee -a "$summary"
 
 if [ "$what" = bench ]; then
-    options=(--device cuda --seconds 400)
-    [ "$device" = cuda ] || options=(--device cpu --quick --works W1-bfloat16,W6-backward)
+    options=(--device cuda --seconds 400 --no-pictures)
+    [ "$device" = cuda ] || options=(--device cpu --quick --no-pictures --works W1-bfloat16,W6-backward)
     : > "$scratch/bench.log"
-    step bench 430 "$scratch/bench.log" python3 bench/gpu.py "${options[@]}" --out "$out/bench.json"
+    step bench 430 "$scratch/bench.log" python3 -m flatcore bench "${options[@]}" --out "$out/bench.json"
     [ $failed -eq 0 ] || cat "$scratch/bench.log" >> "$summary"
     exit $failed
 fi

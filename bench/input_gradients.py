@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # flatcore's Python from this tree
 
 import torch
-from provenance import provenance, require_release_build
 from torch import Tensor, nn
 
 import flatcore
+from flatcore._bench.provenance import provenance, require_release_build
 
 ORDS = (1, 2, float("inf"))
 

@@ -30,12 +30,12 @@ from typing import Any
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # flatcore's Python from this tree
 
 import torch
-from provenance import provenance, require_release_build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatcore
 from flatcore import robustness
+from flatcore._bench.provenance import provenance, require_release_build
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 IMAGES, STEPS, EPS = 1000, 10, 0.1

@@ -21,6 +21,7 @@ examples:
   python -m flatcore demo --out /tmp/run --seed 3  another network, another folder
   python -m flatcore config                        what was compiled and what runs here
   python -m flatcore check                         whether it computes right on this machine
+  python -m flatcore bench --quick                 how fast it is here, beside the others (two minutes)
 
 A factory is a function of yours that returns (model, loader), named package.module:function:
   python -m flatcore evaluate mine:trained --out report
@@ -38,6 +39,28 @@ example, with mine.py in this folder:
       return model, torch.utils.data.DataLoader(data, batch_size=50)
 
   python -m flatcore {command} mine:trained{options}
+"""
+_BENCH = """\
+works:
+  W1, W2  head_metrics, all fields, 10 and 100 classes
+  W3, W4  the trace and neuronwise of a head of 1,000 classes, and of a vocabulary; -twins: 1 % of the rows between
+          nearly equal classes; -backward: the gradient
+  W5      row_norms
+  W6      a training batch's flatness; -backward: with its gradient
+  W7      the exact trace of a data set's Hessian, beside BackPACK, curvlinops, PyHessian and hessian-eigenthings
+  W8      the loss and its exact gradient by the logits
+  W9      a training step with the regulariser, over one without
+  growth  over N, D, C and dtypes
+
+examples:
+  python -m flatcore bench                              everything, about 30 minutes on 2 cores
+  python -m flatcore bench --quick                      fewer rounds and rows, two minutes
+  python -m flatcore bench --works W1,W3-trace,growth   some works
+  python -m flatcore bench --device cuda                the works at a GPU's sizes
+  python -m flatcore bench compare A.json B.json        what changed beyond the spread
+  python -m flatcore bench draw A.json                  a report's pictures again
+
+Answers are checked before and after timing. Exit status: 1 if one was wrong.
 """
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """What pip calls a module of another name."""
@@ -100,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--full", action="store_true", help="large sizes too; on CUDA also a second stream, a graph capture and times"
     )
+    _add_bench(commands)
     commands.add_parser(
         "config",
         help="print what was compiled, what is usable here and what would run",
@@ -198,6 +222,55 @@ def _add_model_commands(commands: Any) -> None:
     )
 
 
+def _add_bench(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="time this machine: flatcore, the best plain PyTorch, other tools, and the limit",
+        description=textwrap.fill(
+            "Time flatcore's functions on this machine beside the best plain PyTorch, torch.compile of it, other tools and "
+            "the machine's own limit, all in turn in one run; print a table for each work, and write bench.json, bench.md "
+            "and three pictures: ratios, roofline, growth. Needs the packages of flatcore[bench].", 78,
+        ),
+        epilog=_BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what is timed; a GPU has larger sizes (default: cpu)"
+    )
+    parser.add_argument(
+        "--works", metavar="W1,W3-trace,...", help="which works, as listed below (default: all, and growth)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="fewer rounds, fewer rows of the slow works, no torch.compile, no memory; the tables say so",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("flatcore-bench"), metavar="PATH",
+        help="folder for the files, or the name of the JSON file, beside which the others go (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=_integer(1, 4096), metavar="N", help="threads of the CPU (default: torch's)")
+    parser.add_argument("--seconds", type=_positive, metavar="S", help="begin no work when so many have passed")
+    for name, what in (
+        ("native", "do without flatcore's kernels: only the others and the limits"), ("compile", "leave torch.compile out"),
+        ("memory", "measure no memory, for which each candidate runs in a process of its own"),
+        ("pictures", "draw nothing, and do without matplotlib"),
+    ):  # fmt: skip
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=what)
+    others = parser.add_subparsers(dest="what", metavar="compare|draw", required=False)
+    comparing = others.add_parser(
+        "compare", help="say what changed between two reports beyond the spread",
+        description="Compare two reports of one machine: each candidate's ratio of medians, faster or slower only where the "
+        "ranges from the 10th to the 90th percentile do not meet; and what differs in provenance.",
+    )  # fmt: skip
+    comparing.add_argument("before", type=Path, metavar="A.json")
+    comparing.add_argument("after", type=Path, metavar="B.json")
+    comparing.add_argument("--force", action="store_true", help="even if the machines or the threads differ")
+    drawing = others.add_parser(
+        "draw", help="draw a report's pictures beside it", description="Draw a report's pictures."
+    )
+    drawing.add_argument("report", type=Path, metavar="A.json")
+
+
 def _print_config() -> int:
     def text(value: object) -> str:
         if isinstance(value, dict):
@@ -227,7 +300,9 @@ def _fail(sentence: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    name, extra = ("the demo", "demo") if arguments.command == "demo" else (arguments.command, "lab")
+    name, extra = {"demo": ("the demo", "demo"), "bench": ("bench", "bench")}.get(
+        arguments.command, (arguments.command, "lab")
+    )
     try:
         from ._cli import commands
 
@@ -236,6 +311,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
             demo.run(arguments.out, arguments.seed, arguments.epochs_max)
             return 0
+        if arguments.command == "bench":
+            from ._cli import bench
+
+            return _told(bench.run, arguments)
     except ImportError as error:
         package = (error.name or "a package").partition(".")[0]
         return _fail(
@@ -245,9 +324,16 @@ def _run(arguments: argparse.Namespace) -> int:
     run = {
         "evaluate": commands.run_evaluate, "attack-path": commands.run_attack_path, "sweep": commands.run_sweep
     }[arguments.command]  # fmt: skip
+    return _told(run, arguments)
+
+
+def _told(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command; what stops it is a sentence."""
+    from ._cli.commands import CommandError
+
     try:
         return run(arguments)
-    except (commands.CommandError, TypeError, ValueError, RuntimeError, ImportError) as error:
+    except (CommandError, TypeError, ValueError, RuntimeError, ImportError) as error:
         return _fail(f"{str(error).rstrip('.')}.")
 
 

@@ -8,9 +8,9 @@ the benchmark's own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,10 @@ from counting import RATES, Counter, counted, counted_eagerly, on_the_kernels_pa
 from hot_kernels import HOT
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(1, str(ROOT / "bench"))
-import gpu  # noqa: E402
+from flatcore._bench import candidates, works
+from flatcore._bench import inputs as drawn
 
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/cuda.md"
 BEFORE = {"W4-trace": "21,000 launches", "W6-forward": "23, 25", "W6-backward": "82, 77"}
 """Launches and allocations before the present kernels: of W4 in chunks of 175 rows, as estimated then; of W6 without the
@@ -51,41 +51,42 @@ START, END = "<!-- python tests/count_works.py --write -->", "<!-- end -->"
 
 
 # ------------------------------------------------------------------------------------------------- the benchmark's works
-WORKS: dict[str, Any] = {work.key: work for work in gpu.WORKS if re.match(r"W[1-6]\b", work.key)}
+WORKS: dict[str, Any] = {
+    work.key: work.on("cuda")
+    for work in works.WORKS
+    if re.match(r"W[1-6]\b", work.key) and work.rows != "twins" and (not work.backward or work.number == "W6")
+}
 Ready = Callable[[Any], Callable[[], Any]]
 """From inputs to the call that is counted: what is made of them beforehand is not."""
 
 
 def resized(work: Any, **sizes: int) -> Any:
     """The same question at other sizes."""
-    return work._replace(**sizes)
+    return dataclasses.replace(work, **sizes)
 
 
 def answers(work: Any) -> tuple[Ready, dict[str, Ready]]:
     """Who answers: flatcore, and the plain forms by name."""
-
-    def ready(run: Callable[[Any], Any]) -> Ready:
-        return lambda x: functools.partial(run, x)
-
-    (_, native), *forms = gpu._candidates(work, False)
-    return ready(native), {name.removeprefix("eager, "): ready(form) for name, form in forms}
+    (native, *forms), _ = candidates.candidates(work, compile=False, reference=False)
+    eager = (form for form in forms if form.role == "eager")
+    return native.prepare, {form.name.removeprefix("eager, "): form.prepare for form in eager}
 
 
 def numbers(work: Any) -> Any:
     """Inputs as the benchmark draws them."""
-    return gpu._inputs(work, torch.device("cpu"))
+    return drawn.inputs(work)
 
 
 def inputs(work: Any, device: str) -> Any:
     """Inputs without numbers: nothing touches their memory."""
 
-    def empty(*shape: int, dtype: torch.dtype = work.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def empty(*shape: int, dtype: str = work.dtype) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
     if not work.C:
-        return gpu.works.Inputs(empty(work.N, work.D))
-    target = empty(work.N, dtype=torch.int64)
-    return gpu.works.Inputs(empty(work.N, work.D), empty(work.C, work.D), empty(work.C), target)
+        return drawn.Inputs(empty(work.N, work.D))
+    target = empty(work.N, dtype="int64")
+    return drawn.Inputs(empty(work.N, work.D), empty(work.C, work.D), empty(work.C), target)
 
 
 # ------------------------------------------------------------------------------------------------------------- the counts

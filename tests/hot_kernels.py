@@ -33,7 +33,7 @@ PACK = r"LDG\.E\S*128"
 _W4, _W1 = 8_192 * 128_256, 1_000_000 * 512
 _STATISTICS = 4.0  # a lane's row is two packs of four logits, all in its registers
 HOT = (
-    Hot("W1-float32", "head_metrics_float32.cu", "head_rows<float, float, 10>", "FFMA", 1 / 11, "a feature", _W1,
+    Hot("W1", "head_metrics_float32.cu", "head_rows<float, float, 10>", "FFMA", 1 / 11, "a feature", _W1,
         (168, 168), 33_792, (3, 3), (26, 28), "11 multiply-adds a feature; the rest loads, addresses, the row's edge"),
     Hot("W1-bfloat16", "head_metrics_bfloat16.cu", "head_rows<BHalf, float, 10>", "FFMA", 1 / 11, "a feature", _W1,
         (230, 236), 33_792, (2, 2), (26.5, 28.6), "as float32, and a feature to widen; more than its bytes take"),

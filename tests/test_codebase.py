@@ -134,7 +134,7 @@ def test_no_module_is_imported_by_what_it_imports():
 
 
 CHECK_KNOWS = r"(_arguments\.checks|_engine|_head_metrics|_row_norms|_unmasked_cross_entropy|cuda|reference)\b"
-KNOW_CHECK = {"__init__.py", "cuda.py"}
+KNOW_CHECK = {"__init__.py", "cuda.py", "_bench/answers.py"}
 """Who may import flatcore/_check."""
 
 
@@ -148,6 +148,24 @@ def test_the_check_stands_above_what_it_checks():
         str(p.relative_to(ROOT / "flatcore")) for p in others if re.search(r"(import|\.) ?_check\b", p.read_text())
     }
     assert knowing == KNOW_CHECK
+
+
+BENCH_KNOWS = r"(_engine import ops|_engine\.head import Head)$"
+"""What flatcore/_bench takes of flatcore besides its public names and the tolerance."""
+
+
+def test_the_bench_stands_above_everything_and_only_its_command_knows_it():
+    for path in (ROOT / "flatcore/_bench").glob("*.py"):
+        text = path.read_text()
+        private = re.findall(r"^\s*from (?:flatcore|\.)\.(_\S+ import .+)$", text, re.MULTILINE)
+        inside = [name for name in private if not name.startswith(("_bench", "_check.tolerance"))]
+        assert all(re.match(BENCH_KNOWS, name) for name in inside), (path, inside)
+    others = [path for path in (ROOT / "flatcore").rglob("*.py") if path.parent.name != "_bench"]
+    importing = re.compile(
+        r"^\s*(?:from \S*\b_bench\b|import \S*\b_bench\b|from \S+ import .*\b_bench\b)", re.MULTILINE
+    )
+    knowing = [str(p.relative_to(ROOT / "flatcore")) for p in others if importing.search(p.read_text())]
+    assert knowing == ["_cli/bench.py"]
 
 
 def test_an_import_does_not_load_the_battery():
@@ -281,7 +299,7 @@ def test_the_tour_names_what_is_on_the_disk():
     folders = {
         path.parts[0] for path in (p.relative_to(ROOT) for p in ROOT.glob("*/")) if not path.name.startswith(".")
     }
-    ignored = {"build", "dist", "venv", "flatcore-demo", "__pycache__"}
+    ignored = {"build", "dist", "venv", "flatcore-bench", "flatcore-demo", "__pycache__"}
     assert folders - ignored <= {Path(path).parts[0] for path in named}
 
 

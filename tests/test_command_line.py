@@ -28,7 +28,7 @@ import flatcore
 from flatcore import __main__, robustness
 from flatcore.__main__ import main
 from flatcore._check.record import Check, Row
-from flatcore._cli import commands, demo
+from flatcore._cli import bench, commands, demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,8 +49,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--help"]) == 0
     examples = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m")]
-    assert len(examples) == 7
+    assert len(examples) == 8
     monkeypatch.setattr(demo, "run", lambda out, seed, epochs_max: None)
+    monkeypatch.setattr(bench, "run", lambda arguments: 0)
     monkeypatch.setattr(__main__, "check", lambda device, full: Check((Row("cpu", "row_norms", "-", 1, 0.0, None),)))
     for command in ("evaluate", "attack_path", "sweep"):
         monkeypatch.setattr(commands, f"run_{command}", lambda arguments: 0)

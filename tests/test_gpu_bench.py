@@ -1,30 +1,21 @@
-"""What waits for a GPU, without one: bench/gpu.sh over programs that only say what they were called with; bench/gpu.py."""
+"""What waits for a GPU, without one: bench/gpu.sh over programs that only say what they were called with."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
-import flatcore
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(1, str(ROOT / "bench"))
-import gpu  # noqa: E402
 
-# --------------------------------------------------------------------------------------------------------- bench/gpu.sh
 PYTHON = """#!/bin/sh
 echo "python3 $*" >> "$CALLS"
 case "$*" in
     "-m pip install"*) exit ${FAIL_BUILD:-0} ;;
     "-m flatcore check"*) exit ${FAIL_CHECK:-0} ;;
     *"-m pytest"*) exit ${FAIL_TESTS:-0} ;;
-    *bench/gpu.py*) exit ${FAIL_BENCH:-0} ;;
+    "-m flatcore bench"*) exit ${FAIL_BENCH:-0} ;;
 esac
 """
 SANITIZER = """#!/bin/sh
@@ -81,7 +72,7 @@ def test_both_calls_leave_at_most_eight_files_and_say_where_they_ran(machine: Ma
         assert machine.steps(what) == dict.fromkeys(steps, 0)
         said = (machine.out / f"{what}.txt").read_text()
         assert "NVIDIA H100, 580.1" in said and "commit " in said and "release 13.0" in said
-    names = {path.name for path in machine.out.iterdir()} | {"bench.json", "bench.md"}  # which gpu.py writes
+    names = {path.name for path in machine.out.iterdir()} | {"bench.json", "bench.md"}  # which the command writes
     assert names == {
         "build.log",
         "verify.txt",
@@ -92,6 +83,13 @@ def test_both_calls_leave_at_most_eight_files_and_say_where_they_ran(machine: Ma
         "bench.json",
         "bench.md",
     }
+
+
+def test_the_figures_are_the_commands_and_leave_time_for_the_build(machine: Machine) -> None:
+    assert machine.run("bench", str(machine.out)).returncode == 0
+    (call,) = [line for line in machine.calls.read_text().splitlines() if "flatcore bench" in line]
+    assert call == f"python3 -m flatcore bench --device cuda --seconds 400 --no-pictures --out {machine.out}/bench.json"
+    assert machine.run("bench", str(machine.out), FAIL_BENCH="1").returncode == 1
 
 
 def test_nothing_is_asked_of_a_network_and_pip_is_this_pythons(machine: Machine) -> None:
@@ -152,70 +150,3 @@ def test_each_call_fits_ten_minutes() -> None:
     assert seconds["build"] + seconds["bench"] <= 590
     verify = ("build", "check", "tests", "memcheck")
     assert sum(seconds[name] for name in verify) + 3 * seconds["$tool"] <= 600
-
-
-# --------------------------------------------------------------------------------------------------------- bench/gpu.py
-def test_logs_are_compared_by_their_difference() -> None:
-    record = flatcore.head_metrics(torch.tensor([[300.0, 10.0]]), torch.eye(2), torch.tensor([0]))
-    truth = flatcore.HeadMetrics(*(None if x is None else x.double() if x.is_floating_point() else x for x in record))
-    shifted = truth._replace(log_hessian_trace=truth.log_hessian_trace + 5e-4)
-    assert gpu.largest_error(shifted, truth) == pytest.approx(5e-4)
-    small = (
-        truth._replace(log_neuronwise=torch.tensor([1e-9])),
-        truth._replace(log_neuronwise=torch.tensor([1e-6]).double()),
-    )
-    assert gpu.largest_error(*small) < 1e-5  # relative it would be 1
-    with pytest.raises(gpu.WrongAnswerError, match="log_hessian_trace is off by 2"):
-        gpu.largest_error(truth._replace(log_hessian_trace=truth.log_hessian_trace + 2e-3), truth)
-    with pytest.raises(gpu.WrongAnswerError, match="loss is off by inf"):
-        gpu.largest_error(truth._replace(loss=truth.loss * torch.nan), truth)
-    assert gpu.largest_error(torch.tensor([0.0, 2.0]), torch.tensor([1e-60, 2.0], dtype=torch.float64)) < 1e-6
-
-
-def test_three_products_are_counted_where_three_are_made() -> None:
-    (work,) = [work for work in gpu.WORKS if work.key == "W4-neuronwise"]
-    for dtype, count in ((torch.bfloat16, 3), (torch.float16, 2), (torch.float32, 1)):
-        assert len(work._replace(dtype=dtype).products()) == 1 + count
-
-
-def test_one_wrong_answer_ends_one_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[str, bool]] = []
-
-    def measure(work: Any, device: torch.device, copy: float, compile: bool) -> dict[str, Any]:
-        measured.append((work.key, compile))
-        if work.key == "W5":
-            raise gpu.WrongAnswerError("value is off by 2.0e-01; not timed")
-        return {"failed": "a stand-in"}
-
-    monkeypatch.setattr(gpu, "_measure", measure)
-    monkeypatch.setattr(gpu, "_copy_bandwidth", lambda device, quick: 1.0)
-    monkeypatch.setattr(gpu, "require_release_build", lambda: None)
-    out = tmp_path / "bench.json"
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--works", "W5,W6-forward", "--out", str(out)])
-    with pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert ended.value.code == 1
-    # torch.compile's rivals come after all the others
-    assert measured == [("W5", False), ("W6-forward", False), ("W5", True), ("W6-forward", True)]
-    entries = json.loads(out.read_text())["works"]
-    assert [entry["key"] for entry in entries] == ["W5", "W6-forward", "W5, compiled", "W6-forward, compiled"]
-    assert "off by 2.0e-01" in out.with_suffix(".md").read_text()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
-    measured.clear()
-    gpu.main()
-    assert not measured and "not begun: 0 seconds had passed" in out.with_suffix(".md").read_text()
-
-
-def test_a_rival_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise NotImplementedError("no compiler was found\nand more")
-
-    candidates = gpu._candidates
-    monkeypatch.setattr(
-        gpu, "_candidates", lambda work, compile: [*candidates(work, False), ("torch.compile, x", broken)]
-    )
-    work = next(work for work in gpu.WORKS if work.key == "W6-forward")._replace(rounds=1)
-    entry = gpu._measure(work, torch.device("cpu"), 1.0, True)
-    (failed,) = [row for row in entry["rows"] if "failed" in row]
-    assert failed == {"name": "torch.compile, x", "failed": "NotImplementedError: no compiler was found"}
-    assert [row["name"] for row in entry["rows"] if "median_s" in row] == ["native", "eager, whole"]

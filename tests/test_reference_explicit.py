@@ -102,7 +102,7 @@ def everything(given: Head, dtype: torch.dtype) -> None:
 def test_no_row_of_a_dense_head_is_done_again(
     monkeypatch: pytest.MonkeyPatch, C: int, D: int, dtype: torch.dtype
 ) -> None:
-    """Rows of every confidence, as bench/works.py draws them, a label in ten wrong."""
+    """Rows of every confidence, as flatcore/_bench/inputs.py draws them, a label in ten wrong."""
 
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("a row is done again")

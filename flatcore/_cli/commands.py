@@ -91,11 +91,11 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str, extra: str = "lab") -> None:
     """Say now, and not after the work, what is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise CommandError(f"{package} is not installed; pip install 'flatcore[lab]' brings it")
+            raise CommandError(f"{package} is not installed; pip install 'flatcore[{extra}]' brings it")
 
 
 def _save(out: Path, files: dict[str, Callable[[Path], None]], summary: str) -> int:
@@ -122,7 +122,7 @@ def _save(out: Path, files: dict[str, Callable[[Path], None]], summary: str) -> 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """``evaluate``: rows.csv, report.json and report.html."""
-    _require("matplotlib", "jinja2")
+    require("matplotlib", "jinja2")
     with _processes() as first:
         return _evaluate(arguments, first)
 
@@ -196,7 +196,7 @@ def run_attack_path(arguments: argparse.Namespace) -> int:
     """``attack-path``: attack_path.csv, one row per sample and step, and attack_path.png."""
     from ..robustness import attack_path
 
-    _require("matplotlib")
+    require("matplotlib")
     out = arguments.out.absolute()
     for name in ("attack_path.csv", "attack_path.png"):
         check_writable(out / name)
@@ -242,7 +242,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from ..robustness import plot_scaling, scaling_sweep
     from ..robustness._scaling import Quantiles
 
-    _require("matplotlib")
+    require("matplotlib")
     out = arguments.out.absolute()
     for name in ("scaling_sweep.json", "scaling_sweep.png"):
         check_writable(out / name)

@@ -5,7 +5,7 @@ high-water mark of resident memory is reset; then: peak = VmHWM after the call -
 Whatever a library keeps from its first large call counts. A torch.compile candidate is warmed up on the full inputs
 instead, else its compilation would be measured. Transient buffers smaller than a page run are seen to about 1 MB.
 
-    python bench/memory.py W4-trace native
+    python -m flatcore._bench.memory W4-trace native
 """
 
 from __future__ import annotations
@@ -25,23 +25,34 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "
 
 
 def peak_megabytes(key: str, name: str, *, threads: int, quick: bool) -> float | None:
-    """Measure in a fresh process; None where the system has no resettable high-water mark (other than Linux).
+    """Measure on the CPU in a fresh process; None where the system has no resettable high-water mark (other than Linux).
 
     Raises:
         RuntimeError: the process failed; its error output is the message.
     """
-    return megabytes([__file__, key, name, str(threads), "quick" if quick else "full"], f"{name} in {key}")
-
-
-def megabytes(script: list[str], what: str) -> float | None:
-    """Run a script that prints its peak as JSON, in a fresh process; None and RuntimeError as :func:`peak_megabytes`."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, *script]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT}, check=False)
+    command = [sys.executable, "-m", __name__, key, name, str(threads), "quick" if quick else "full"]
+    package = str(Path(__file__).resolve().parents[2])  # whatever this process was started from
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise RuntimeError(f"memory of {what}: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])["megabytes"]
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise RuntimeError(f"the process that measures the memory of {name} in {key} failed: {last}")
+    return float(json.loads(done.stdout.splitlines()[-1])["megabytes"])
+
+
+def cuda_megabytes(run: Callable[[], Any]) -> float:
+    """Measure a call on the current CUDA device, in this process: what the caching allocator hands out at most."""
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    answer = run()
+    torch.cuda.synchronize()
+    return float(max(torch.cuda.max_memory_allocated() - before - output_bytes(answer), 0)) / 1e6
 
 
 def _status(field: str) -> int:
@@ -52,27 +63,32 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _output_bytes(answer: Any) -> int:
+def output_bytes(answer: Any) -> int:
+    """Bytes of what a call returns."""
     tensors = answer if isinstance(answer, tuple) else (answer,)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(storages.values())
 
 
 def _main(key: str, name: str, threads: str, size: str) -> None:
-    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
     import torch
-    import works
+
+    from . import candidates, works
+    from .inputs import inputs
 
     torch.set_num_threads(int(threads))
-    (work,) = works.select(key)
+    torch.set_grad_enabled(False)
+    (work,) = [work for work in works.WORKS if work.key == key]
     work = work.quick() if size == "quick" else work
-    x = works.inputs(work)
-    (candidate,) = [c for c in works.candidates(work) if c.name == name]
-    few = x if candidate.role == "compile" else x.rows(torch.arange(min(16, work.N)))
-    candidate.run(few)
-    del few
-    peak, answer = peak_of(lambda: candidate.run(x))
-    print(json.dumps({"megabytes": max(peak - _output_bytes(answer), 0) / 1e6}))
+    x = inputs(work)
+    (candidate,) = [c for c in candidates.candidates(work)[0] if c.name == name]
+    run = candidate.prepare(x)
+    if candidate.role == "compile" or candidate.note:  # shapes are compiled for; the tools are warm after one call
+        run()
+    else:
+        candidate.run(x.rows(torch.arange(min(16, work.N))))
+    peak, answer = peak_of(run)
+    print(json.dumps({"megabytes": max(peak - output_bytes(answer), 0) / 1e6}))
 
 
 def peak_of(run: Callable[[], Any]) -> tuple[int, Any]:

@@ -13,34 +13,42 @@ import torch
 
 import flatcore
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class UnfitBuildError(RuntimeError):
+    """There is nothing here that should be timed."""
 
 
 def require_release_build() -> None:
     """Refuse to time a build that users do not run.
 
     Raises:
-        SystemExit: no compiled extension; or one with debug information or a sanitizer in it.
+        UnfitBuildError: no compiled extension; or one with debug information or a sanitizer in it.
     """
     extension = flatcore.show_config()["extension"]
     if extension is None:
-        raise SystemExit("flatcore was installed without its compiled extension: nothing to time (pip install . first; "
-                         "--no-native shows the rivals and the limits alone)")  # fmt: skip
+        raise UnfitBuildError("flatcore was installed without its compiled extension, so there is nothing of it to time: "
+                              "install it with a compiler, or measure the others alone with --no-native")  # fmt: skip
     binary = Path(extension).read_bytes()
     for mark, what in ((b".debug_info", "debug information"), (b"__debug_info", "debug information"),
                        (b"__asan_init", "a sanitizer"), (b"__tsan_init", "a sanitizer")):  # fmt: skip
         if mark in binary:
-            raise SystemExit(f"{extension} was built with {what}: only a Release build is timed")
+            raise UnfitBuildError(
+                f"{extension} was built with {what}, and only a Release build is timed: install flatcore without it"
+            )
 
 
 def is_stale() -> bool:
-    """Whether a C++ source is younger than the extension that would be timed."""
+    """Whether a C++ source of this checkout is younger than the extension that would be timed."""
     extension = flatcore.show_config()["extension"]
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")]
     return extension is not None and any(p.stat().st_mtime > Path(extension).stat().st_mtime for p in sources)
 
 
 def _git(*arguments: str) -> str | None:
+    if not (ROOT / "csrc").is_dir():  # an installed package: a repository around it is another's
+        return None
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -62,11 +70,20 @@ def _cpuinfo(field: str) -> str | None:
     return None
 
 
-def provenance() -> dict[str, Any]:
+def _cuda_device() -> dict[str, Any]:
+    config = flatcore.cuda.show_config()
+    return {
+        "device": torch.cuda.get_device_name(), "driver_serves": config["driver"], "runtime": config["runtime"],
+        "architectures": config["architectures"], "torch_cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
     """Everything that a reader needs to judge the figures; None where the system does not say."""
     config = flatcore.show_config()
     changes = _git("status", "--porcelain", "--untracked-files=all", "--", ":/", ":!bench/results")
     return {
+        **(_cuda_device() if device == "cuda" else {"device": device}),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cpu_family_model": f"{_cpuinfo('cpu family')}/{_cpuinfo('model')}",
@@ -77,7 +94,7 @@ def provenance() -> dict[str, Any]:
         "clock_mhz": _cpuinfo("cpu MHz"),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "last_level_cache": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
-        "load_average_1min": os.getloadavg()[0],
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

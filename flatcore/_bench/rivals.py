@@ -114,13 +114,33 @@ def neuronwise_mean(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return norm * norm * (p @ (norm_rows * norm_rows) - norm_mean * norm_mean)
 
 
-def chunked(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def chunked(form: Callable[..., Tensor], rows: int = ROWS_PER_CHUNK) -> Callable[..., Tensor]:
     """Run a form over chunks of rows, so that no (N, C) matrix exists."""
 
     def run(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.cat([form(rows, weight, bias) for rows in features.split(ROWS_PER_CHUNK)])
+        return torch.cat([form(some, weight, bias) for some in features.split(rows)])
 
     return run
+
+
+def chunked_as_liger(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Run a form over chunks of as many rows as Liger-Kernel's fused linear cross-entropy takes.
+
+    The chunk's logits are then no larger than the features: N over ceil(C / D), rounded up to a power of two.
+    """
+
+    def run(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = -(-features.shape[0] // -(-weight.shape[0] // features.shape[1]))
+        return chunked(form, 1 << (rows - 1).bit_length())(features, weight, bias)
+
+    return run
+
+
+def mean_trace(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean of Tr H over the data set: the trace of the Hessian of its mean loss by W."""
+    p = linear(features, weight, bias).softmax(1)
+    norm, norm_p = vector_norm(features, dim=1), vector_norm(p, dim=1)
+    return torch.dot(norm * norm, 1 - norm_p * norm_p) / features.shape[0]
 
 
 def mean_layerwise(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -175,7 +195,7 @@ def cross_entropy_pure(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same without writing in place, for torch.compile."""
     log_p = logits.log_softmax(1)
     loss = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-    label = torch.arange(logits.shape[1]) == target.unsqueeze(1)
+    label = torch.arange(logits.shape[1], device=logits.device) == target.unsqueeze(1)
     return loss, log_p.exp() - label.to(logits.dtype)
 
 
@@ -183,13 +203,25 @@ EAGER: dict[str, dict[str, Rival]] = {
     "all fields": {"blocks": all_fields_blocks, "rows": all_fields_rows},
     "trace": {"whole": trace},
     "neuronwise": {"whole, Gram": neuronwise_gram},
-    "trace, chunked": {"whole": trace, "chunked": chunked(trace)},
-    "neuronwise, chunked": {"whole, p W": neuronwise_mean, "chunked, p W": chunked(neuronwise_mean)},
+    "trace, chunked": {"whole": trace, "chunked": chunked(trace), "chunked as Liger": chunked_as_liger(trace)},
+    "neuronwise, chunked": {
+        "whole, p W": neuronwise_mean,
+        "chunked, p W": chunked(neuronwise_mean),
+        "chunked as Liger, p W": chunked_as_liger(neuronwise_mean),
+    },
     "row norms": {"in cache": row_norms_in_cache, "three vector_norm": row_norms_three_calls},
     "mean layerwise": {"whole": mean_layerwise},
+    "data set trace": {"whole": mean_trace},
     "cotangent": {"cross_entropy, autograd": cross_entropy_autograd, "in place": cross_entropy_in_place},
 }
 """The plain forms shown for each question; the fastest in the run is *best eager*."""
+
+
+WHOLE: dict[str, dict[str, Rival]] = {
+    "trace": {"whole": trace},
+    "neuronwise": {"whole, Gram": neuronwise_gram, "whole, p W": neuronwise_mean},
+}
+"""The forms of whom a gradient is taken: autograd keeps every chunk's logits too. Above 10,000 classes without W W^T."""
 
 
 def compiled(question: str) -> tuple[str, Rival]:

@@ -1,0 +1,1 @@
+"""What ``python -m flatcore bench`` measures: works, rivals, limits, answers."""
