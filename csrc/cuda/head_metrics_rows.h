@@ -13,9 +13,11 @@
 #pragma once
 
 #include "cuda/head_metrics.h"
+#include "cuda/head_other_norms.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 #include "math/table_rows.h"
 
 namespace flatcore::cuda {
@@ -126,9 +128,12 @@ __device__ __forceinline__ void products(const HeadMetrics& call, int64_t first,
   }
 }
 
-// One lane's row: its logits stand in column `lane` of the tile, which is overwritten with u_j = exp((z_j - r)/T).
-__device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t n, double log_n, int lane,
-                                               double (*tile)[kWarp]) {
+// One lane's row: its logits stand in column `lane` of the tile, which is overwritten with u_j = exp((z_j - r)/T), and
+// those with the coefficients of the other norms (head_other_norms.h), whose unit comes back; NaN where none are
+// wanted.
+template <class V>
+__device__ __forceinline__ double row_statistics(const HeadMetrics& call, int64_t n, double log_n, int lane,
+                                                 double (*tile)[kWarp]) {
   const bool given = call.logits.data != nullptr;
   const double inverse_temperature = 1.0 / call.temperature;
   const int classes = static_cast<int>(call.C);
@@ -164,9 +169,10 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
   const Values values(call);
   put_softmax_fields(call, values, n, bad, tail, split, log_n, call.summary[0], label, own);
-  if (call.distances == nullptr) return;
+  if (call.distances == nullptr) return kNan;
 
   uint8_t special = 0;
+  double unit = kNan;
   const double two_log_t = 2.0 * math::log_nonnegative(call.temperature);
   const double log_scale = call.summary[1] * math::kLn2;
   const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
@@ -203,24 +209,31 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
     } else if (bad || label != Label::kValid) {
       put_gradient_norms(values, n, kNan);
     } else {
-      if (call.include_bias || !values.wants(kLogNeuronwise)) {
+      const bool top_label = y == tail.m, l2 = values.wants(kLogGradientNorm);
+      if (l2 && (call.include_bias || !values.wants(kLogNeuronwise))) {
         sums_over(call.distances, pairs, from_top, from_label);
       }
       // ||sum_j p_j (w_j - w_y)||^2 from the table; `total` is what the difference was taken from
-      const bool top_label = y == tail.m;
       const auto [total, square] = math::table_gradient(top_label, split.confidence, split.eps, from_top, from_label,
                                                         call.distances[tail.m * classes + y], pairs);
-      const bool only_l2 = (call.fields & kGradientFields) == 1U << kLogGradientNorm;
-      if (only_l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
+      if (l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
         values.put(
             kLogGradientNorm, n,
             0.5 * math::log_nonnegative(square) + (top_label ? split.log_eps : 0.0) - log_scale - 0.5 * two_log_t);
-      } else {
+      } else if (l2) {
         special |= kSpecialGradient;
+      }
+      if ((call.fields & kOtherNorms) != 0) {
+        const math::GradientMix mix = math::gradient_mix(top_label, split.confidence, split.eps);
+        unit = (top_label ? split.log_eps : 0.0) - 0.5 * two_log_t;
+        for (int j = 0; j < classes; ++j) {
+          put_coefficient<V>(tile[j][lane], mix.share(j == tail.m, tile[j][lane] * inverse));
+        }
       }
     }
   }
   call.special[n] = special;
+  return unit;
 }
 
 template <class T, class V, int classes>
@@ -251,7 +264,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 3) head_rows(He
       const double value = log_feature_squares<kWarp>(call, n);
       if (other == lane) log_n = value;
     }
-    if (first + lane < call.N) row_statistics(call, first + lane, log_n, lane, tile);
+    squares[lane] = first + lane < call.N ? row_statistics<V>(call, first + lane, log_n, lane, tile) : kNan;
+    __syncwarp();
+    if ((call.fields & kOtherNorms) != 0) put_other_norms<V>(call, first, tile, squares);
     __syncwarp();  // the tile is written again
   }
 }
