@@ -26,6 +26,7 @@ enum Field : int {
   kFieldCount
 };
 constexpr uint32_t kGradientFields = 1U << kLogGradientNorm | 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
+constexpr uint32_t kOtherNorms = 1U << kLogGradientNorm1 | 1U << kLogGradientNormInf;
 constexpr uint32_t kWeightFields = kGradientFields | 1U << kLogNeuronwise;
 
 // Of fields with one gradient norm.

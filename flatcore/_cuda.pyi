@@ -11,9 +11,11 @@ HEAD_BACKWARD_ROW_BYTES: Final[int]
 HEAD_BACKWARD_ROW_C: Final[int]
 HEAD_BACKWARD_ROW_KIND: Final[int]
 HEAD_BACKWARD_ROW_OTHERS: Final[int]
+HEAD_EXPLICIT_ALONE: Final[int]
 HEAD_PIECE_CLASSES: Final[int]
 HEAD_ROW_BYTES: Final[int]
 HEAD_TAIL_BYTES: Final[int]
+HEAD_TABLE_CLASSES: Final[int]
 HEAD_TILE_BYTES: Final[int]
 ORDINARY_ROW: Final[int]
 POISONED_ROW: Final[int]
@@ -33,6 +35,7 @@ class HeadLoop:
         runs: int,
         found: int,
         pieces: int,
+        distances: int,
         tails: int,
         all_tails: bool,
         row_state: int,
@@ -44,6 +47,7 @@ class HeadLoop:
         self, first: int, rows: int, first_class: int, classes: int, z: int, z_stride: int, shares: int
     ) -> None: ...
     def values(self, first: int, rows: int) -> None: ...
+    def table(self, first: int, rows: int, shares: int, sums: int, bias_sums: int) -> None: ...
 
 class HeadBackwardLoop:
     def __init__(
@@ -71,7 +75,9 @@ class HeadBackwardLoop:
         d_bias: int,
         d_logits: int,
         exact: int,
+        special: int,
         scratch: int,
+        slots: int,
     ) -> None: ...
     def rows(self, first: int, rows: int) -> None: ...
     def tile(self, first: int, rows: int, first_class: int, classes: int, z: int, g: int) -> None: ...
@@ -82,7 +88,6 @@ class HeadBackwardLoop:
 
 def cuda_architectures() -> str: ...
 def cuda_device(index: int) -> tuple[int, bool, str]: ...
-def cuda_head_backward_scratch(C: int, D: int) -> int: ...
 def cuda_head_explicit(
     device: int,
     stream: int,
@@ -94,6 +99,8 @@ def cuda_head_explicit(
     scratch: int,
     slots: int,
 ) -> None: ...
+def cuda_head_explicit_row(D: int) -> int: ...
+def cuda_head_explicit_slot(D: int) -> int: ...
 def cuda_head_measure(
     device: int,
     stream: int,

@@ -46,7 +46,8 @@ def _compiled(*watching: str) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="flatcore_emulator_"))
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/emulator/emulator.cpp"]
     sources += [
-        ROOT / "csrc/bind" / f"{name}.cpp" for name in ("cuda", "cuda_head", "cuda_head_measure", "exchange", "head_problem")
+        ROOT / "csrc/bind" / f"{name}.cpp"
+        for name in ("cuda", "cuda_head", "cuda_head_measure", "exchange", "head_problem")
     ]
     includes = [ROOT / "tests/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     if watching:

@@ -31,7 +31,8 @@ struct CudaLoop {
 };
 CudaLoop make_loop(int device, uintptr_t stream, const Problem& problem, uintptr_t summary, uintptr_t center,
                    uintptr_t centered_squares, uintptr_t order, uintptr_t runs, uintptr_t found, int pieces,
-                   uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t mean, uintptr_t special) {
+                   uintptr_t distances, uintptr_t tails, bool all_tails, uintptr_t row_state, uintptr_t mean,
+                   uintptr_t special) {
   auto call = head_call<cuda::HeadLoop>(device, stream, problem);
   call.summary = pointer<const double>(summary);
   call.center = pointer<const double>(center);
@@ -40,6 +41,7 @@ CudaLoop make_loop(int device, uintptr_t stream, const Problem& problem, uintptr
   call.runs = pointer<const int32_t>(runs);
   call.found = pointer<const int32_t>(found);
   call.pieces = pieces;
+  call.distances = pointer<const double>(distances);
   call.tails = pointer<HeadTail>(tails);
   call.all_tails = all_tails;
   call.row_state = pointer<HeadRow>(row_state);
@@ -57,7 +59,8 @@ CudaBackwardLoop make_backward_loop(int device, uintptr_t stream, const Problem&
                                     uintptr_t row_state, uintptr_t numbers, uintptr_t mean, uintptr_t direction,
                                     uintptr_t top_row, uintptr_t top_bias, uintptr_t top, uintptr_t d_features,
                                     uintptr_t d_weight, uintptr_t d_bias, uintptr_t d_logits, uintptr_t exact,
-                                    uintptr_t scratch) {
+                                    uintptr_t special, uintptr_t scratch, int64_t slots) {
+  check_size("slots", slots, 1);
   auto call = head_call<cuda::HeadBackwardLoop>(device, stream, problem);
   call.upstream = pointer<const double>(upstream);
   call.log_coefficient = pointer<const double>(log_coefficient);
@@ -78,8 +81,10 @@ CudaBackwardLoop make_backward_loop(int device, uintptr_t stream, const Problem&
   call.d_weight = pointer<void>(d_weight);
   call.d_bias = pointer<double>(d_bias);
   call.d_logits = pointer<void>(d_logits);
-  call.scratch = pointer<double>(scratch);
   call.exact = pointer<double>(exact);
+  call.special = pointer<uint8_t>(special);
+  call.scratch = pointer<double>(scratch);
+  call.slots = slots;
   return {call};
 }
 
@@ -198,13 +203,16 @@ void register_cuda_head(py::module_& module) {
       py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("tile_classes"), py::arg("positions"),
       py::arg("keys"), py::arg("order"), py::arg("joins"), py::arg("runs"), py::arg("found"));
   module.attr("HEAD_TILE_BYTES") = cuda::kHeadTileBytes;
+  module.attr("HEAD_TABLE_CLASSES") = cuda::kTableClasses;
   module.attr("HEAD_PIECE_CLASSES") = cuda::kPieceClasses;
-  module.def("cuda_head_backward_scratch", &cuda::head_backward_scratch, py::arg("C"), py::arg("D"));
+  module.attr("HEAD_EXPLICIT_ALONE") = cuda::kExplicitAlone;
+  module.def("cuda_head_explicit_slot", &cuda::head_explicit_slot, py::arg("D"));
+  module.def("cuda_head_explicit_row", &cuda::head_explicit_row, py::arg("D"));
   py::class_<CudaLoop>(module, "HeadLoop")
       .def(py::init(&make_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("summary"),
            py::arg("center"), py::arg("centered_squares"), py::arg("order"), py::arg("runs"), py::arg("found"),
-           py::arg("pieces"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("mean"),
-           py::arg("special"))
+           py::arg("pieces"), py::arg("distances"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"),
+           py::arg("mean"), py::arg("special"))
       .def("start", over_rows<CudaLoop>(&cuda::head_loop_start), py::arg("first"), py::arg("rows"))
       .def(
           "statistics",
@@ -218,14 +226,23 @@ void register_cuda_head(py::module_& module) {
           },
           py::arg("first"), py::arg("rows"), py::arg("first_class"), py::arg("classes"), py::arg("z"),
           py::arg("z_stride"), py::arg("shares"))
-      .def("values", over_rows<CudaLoop>(&cuda::head_loop_values), py::arg("first"), py::arg("rows"));
+      .def("values", over_rows<CudaLoop>(&cuda::head_loop_values), py::arg("first"), py::arg("rows"))
+      .def(
+          "table",
+          [](const CudaLoop& loop, int64_t first, int64_t rows, uintptr_t shares, uintptr_t sums, uintptr_t bias_sums) {
+            check_rows(loop.call, first, rows);
+            const cuda::HeadTable table{first, rows, pointer<const void>(shares), pointer<const void>(sums),
+                                        pointer<const void>(bias_sums)};
+            run_released([&] { return cuda::head_loop_table(loop.call, table); });
+          },
+          py::arg("first"), py::arg("rows"), py::arg("shares"), py::arg("sums"), py::arg("bias_sums"));
   py::class_<CudaBackwardLoop>(module, "HeadBackwardLoop")
       .def(py::init(&make_backward_loop), py::arg("device"), py::arg("stream"), py::arg("problem"), py::arg("upstream"),
            py::arg("log_coefficient"), py::arg("summary"), py::arg("center"), py::arg("centered_squares"),
            py::arg("found"), py::arg("tails"), py::arg("all_tails"), py::arg("row_state"), py::arg("numbers"),
            py::arg("mean"), py::arg("direction"), py::arg("top_row"), py::arg("top_bias"), py::arg("top"),
            py::arg("d_features"), py::arg("d_weight"), py::arg("d_bias"), py::arg("d_logits"), py::arg("exact"),
-           py::arg("scratch"))
+           py::arg("special"), py::arg("scratch"), py::arg("slots"))
       .def("rows", over_rows<CudaBackwardLoop>(&cuda::head_backward_rows), py::arg("first"), py::arg("rows"))
       .def("tile", over_tile(&cuda::head_backward_tile), py::arg("first"), py::arg("rows"), py::arg("first_class"),
            py::arg("classes"), py::arg("z"), py::arg("g"))

@@ -27,7 +27,8 @@ int head_class_block(int64_t C, bool double_compute) {
 }
 
 HeadPacking head_packing(const HeadProblem& problem) {
-  const int64_t block = head_class_block(problem.C, problem.double_compute);
+  const bool whole = is_narrow(problem.features.dtype) && !problem.double_compute && !takes_pieces(problem);
+  const int64_t block = whole ? kWholeBlock : head_class_block(problem.C, problem.double_compute);
   const int64_t step = kWarp * lane_elements(problem.features.dtype);
   HeadPacking packing{(problem.C + block - 1) / block * block, (problem.D + step - 1) / step * step};
   if (takes_pieces(problem) && problem.D > 0) {

@@ -62,14 +62,22 @@ Launched head_metrics_float64(const HeadMetrics& call);
 
 // Rows to be done from explicit differences between rows of W: those with bits in `special`.
 enum SpecialField : uint8_t { kSpecialNeuronwise = 1, kSpecialGradient = 2 };
+// Of heads of at most so many classes a block does a row by itself; of others the classes are spread over the slots.
+constexpr int64_t kExplicitAlone = 256;
+constexpr int64_t kExplicitSliceWords = 10, kExplicitRowWords = 9;
 struct HeadExplicit : HeadCall {
   int64_t first = 0;  // row of the problem that special[0] is for
   int64_t rows = 0;
-  const uint8_t* special = nullptr;  // (rows,)
+  const uint8_t* special = nullptr;    // (rows,)
+  const HeadRow* row_state = nullptr;  // (rows,), or null: the top class is `prediction`
   const double* summary = nullptr;
-  double* scratch = nullptr;  // slots x 2 C doubles
+  double* scratch = nullptr;  // slots x head_explicit_slot doubles
   int64_t slots = 0;
+  double* found = nullptr;  // for a gradient: rows x head_explicit_row doubles, and no values are written; or null
 };
+// Doubles of a slot, and of what is kept of a row.
+FLATCORE_INLINE int64_t head_explicit_slot(int64_t D) { return D + 1 + kExplicitSliceWords; }
+FLATCORE_INLINE int64_t head_explicit_row(int64_t D) { return D + 1 + kExplicitRowWords; }
 Launched head_explicit(const HeadExplicit& call);
 
 // Which classes of a tile share a row of W, for all tiles at once: the library sorts each tile's keys into `order`.
@@ -98,6 +106,9 @@ struct HeadLoop : HeadCall {
   const int32_t* runs = nullptr;
   const int32_t* found = nullptr;
   int pieces = 0;  // 16-bit numbers of W's dtype that a share is stored in; 0: one number of the compute type
+  // or, of heads of at most kTableClasses classes, in one tile, for neuronwise and the L2 norm: the table of distances,
+  // (C, C) as in HeadWeights, in place of all four above; shares are numbers of the compute type then
+  const double* distances = nullptr;
   HeadTail* tails = nullptr;  // (rows of a block,), or (N,) if all_tails: kept for the gradient
   bool all_tails = false;
   HeadRow* row_state = nullptr;  // (rows of a block,)
@@ -107,6 +118,8 @@ struct HeadLoop : HeadCall {
 };
 // A tile has at most so many bytes of logits in a row: a block of threads holds them in its registers.
 constexpr int64_t kHeadTileBytes = 8192;
+// The classes of a head up to which their table of distances replaces the rows of W behind the shares: a warp's row.
+constexpr int64_t kTableClasses = 128;
 // Pieces come in slices of so many classes: in a longer product tensor cores, which cut off instead of rounding, would
 // lose more than a float's product does.
 constexpr int64_t kPieceClasses = 512;
@@ -127,6 +140,15 @@ struct HeadTile {
 Launched head_loop_start(const HeadLoop& call, int64_t first, int64_t rows);
 Launched head_loop_statistics(const HeadLoop& call, const HeadTile& tile);
 Launched head_loop_values(const HeadLoop& call, int64_t first, int64_t rows);
+// What the library's products with the table come to, in place of the rows of W.
+struct HeadTable {
+  int64_t first = 0;
+  int64_t rows = 0;
+  const void* shares = nullptr;     // (rows, padded_classes), as head_loop_statistics wrote them
+  const void* sums = nullptr;       // (rows, C), compute type: shares times the table
+  const void* bias_sums = nullptr;  // the same with the bias as a column of W; null unless include_bias and neuronwise
+};
+Launched head_loop_table(const HeadLoop& call, const HeadTable& table);
 
 // Its gradient; of HeadProblem, `fields` holds the one bit of the measure.
 struct HeadBackwardLoop : HeadCall {
@@ -150,10 +172,10 @@ struct HeadBackwardLoop : HeadCall {
   double* d_bias = nullptr;    // (C,)
   void* d_logits = nullptr;    // (N, C), contiguous: given logits only
   double* exact = nullptr;     // (rows of a block, D): components of an unsure direction; L1 and L-infinity only
-  double* scratch = nullptr;   // head_backward_scratch doubles
+  uint8_t* special = nullptr;  // (rows of a block,): the rows that are done from explicit differences
+  double* scratch = nullptr;   // for those: head_explicit_row doubles a row of a block, then the slots
+  int64_t slots = 0;
 };
-// Doubles for a row that is done from explicit differences.
-FLATCORE_INLINE int64_t head_backward_scratch(int64_t C, int64_t D) { return 3 * C + D + 1; }
 struct HeadBackwardTile {
   int64_t first = 0;  // row of the problem that is row 0 of the block
   int64_t rows = 0;

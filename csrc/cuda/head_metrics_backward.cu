@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(kThreads) backward_directions(HeadBackwardLoop
     if (call.d_features != nullptr) norm_part<V>(call, first + i, i, row);
     if (threadIdx.x != 0) continue;
     if (write && found.at[0] > 1.0) row.kind = kUnsure;
+    call.special[i] = row.kind != kExplicit ? 0 : gradient ? kSpecialGradient : kSpecialNeuronwise;
     call.numbers[i] = row;
     call.top[i] = write && !(gradient && of.top_label) ? of.m : math::kNoClass;
     if (call.top_bias != nullptr) call.top_bias[i] = factor * bias_delta;

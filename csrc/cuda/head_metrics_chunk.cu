@@ -138,6 +138,10 @@ struct ShareSums {
   double one, square, bias;
 };
 
+// Shares that are summed and no more: of a head whose table of distances stands for W's rows.
+struct NoColumns {
+  __device__ __forceinline__ void add(Sums<5>& sums, int64_t, double u) const { sums.at[2] += u; }
+};
 // What belongs to W's rows.
 struct Columns {
   const double* squares;
@@ -186,9 +190,9 @@ __device__ __forceinline__ void merge_repeats(const HeadLoop& call, const HeadTi
 }
 
 // Writes a lane's shares and sums them as stored. T: W's 16-bit type, or Z for shares that are not in pieces.
-template <class T, class Z, class V, int width>
+template <class T, class Z, class V, int width, class W>
 __device__ __forceinline__ void put_shares(const HeadLoop& call, const HeadTile& tile, int64_t i,
-                                           const LaneLogits<Z, V, width>& lane, const Columns& columns, Sums<5>& sums) {
+                                           const LaneLogits<Z, V, width>& lane, const W& columns, Sums<5>& sums) {
   using Lane = LaneLogits<Z, V, width>;
   using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
   constexpr bool pieces = sizeof(T) == 2;
@@ -257,12 +261,19 @@ __global__ void __launch_bounds__(kThreads, 2) loop_start(HeadLoop call, int64_t
   }
 }
 
-template <class Z, class V, bool weights, int width>
-__global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / kBlock<width>)
+// What of W's rows is asked for: none, the library's product with them, or their table of distances.
+enum class RowsOfWeight { kNone, kProduct, kTable };
+
+template <RowsOfWeight of_weight>
+constexpr int kResident = (of_weight == RowsOfWeight::kProduct ? 2 : 3) * kThreads;  // threads of a multiprocessor
+
+template <class Z, class V, RowsOfWeight of_weight, int width>
+__global__ void __launch_bounds__(kBlock<width>, kResident<of_weight> / kBlock<width>)
     loop_statistics(HeadLoop call, HeadTile tile) {
   using Group = Team<width>;
   using Lane = LaneLogits<Z, V, width>;
   constexpr int rows = kBlock<width> / width;
+  constexpr bool weights = of_weight == RowsOfWeight::kProduct, table = of_weight == RowsOfWeight::kTable;
   const double inverse_temperature = 1.0 / call.temperature;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * rows + threadIdx.x / width; i < tile.rows; i += step) {
@@ -313,7 +324,8 @@ __global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / 
       }
       put_any_shares(call, tile, i, lane, Columns(call), sums);
     }
-    if constexpr (weights) {
+    if constexpr (table) put_shares<Z>(call, tile, i, lane, NoColumns{}, sums);
+    if constexpr (weights || table) {
       sums = Group::merged(sums, AddSums{});
     } else {
       const Sums<2> merged = Group::merged(Sums<2>{{sums.at[0], sums.at[1]}}, AddSums{});
@@ -346,6 +358,7 @@ __global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / 
     both.u1 = before.u1 * factor + joins + sums.at[0];
     both.u2 = before.u2 * factor * factor + joins * joins + sums.at[1];
     state.tail = both;
+    if (table) state.share_sum = sums.at[2];  // one tile has all classes
     if (!weights) continue;
     const double kept = static_cast<double>(common);
     Sums<5> total{{0.0, 0.0, state.share_sum * kept, state.square_sum * kept, state.bias_sum * kept}};
@@ -356,7 +369,7 @@ __global__ void __launch_bounds__(kBlock<width>, (weights ? 2 : 3) * kThreads / 
   }
 }
 
-template <class Z, class V, bool weights>
+template <class Z, class V, RowsOfWeight weights>
 Launched run(const HeadLoop& call, const HeadTile& tile) {
   const char* what = "head_loop_statistics";
   constexpr int64_t items = LaneLogits<Z, V, kWarp>::kItems, warps = kThreads / kWarp;
@@ -364,6 +377,7 @@ Launched run(const HeadLoop& call, const HeadTile& tile) {
     return launch(what, call.stream, grid_for((tile.rows + warps - 1) / warps), kThreads,
                   &loop_statistics<Z, V, weights, kWarp>, call, tile);
   }
+  if constexpr (weights == RowsOfWeight::kTable) return {"too many classes for a table", what};
   if (tile.classes <= 128 * items) {
     return launch(what, call.stream, grid_for(tile.rows), 128, &loop_statistics<Z, V, weights, 128>, call, tile);
   }
@@ -371,7 +385,7 @@ Launched run(const HeadLoop& call, const HeadTile& tile) {
                 tile);
 }
 
-template <bool weights>
+template <RowsOfWeight weights>
 Launched run(const HeadLoop& call, const HeadTile& tile) {
   if (call.double_compute) return run<double, double, weights>(call, tile);
   return used_as_they_stand(call) ? run<float, float, weights>(call, tile) : run<float, double, weights>(call, tile);
@@ -392,7 +406,9 @@ Launched head_loop_statistics(const HeadLoop& call, const HeadTile& tile) {
   if (tile.rows == 0) return {};
   const DeviceGuard guard(call.device);
   if (guard.status() != cudaSuccess) return launched(guard.status(), "head_loop_statistics: the device");
-  return call.centered_squares != nullptr ? run<true>(call, tile) : run<false>(call, tile);
+  if (call.distances != nullptr) return run<RowsOfWeight::kTable>(call, tile);
+  return call.centered_squares != nullptr ? run<RowsOfWeight::kProduct>(call, tile)
+                                          : run<RowsOfWeight::kNone>(call, tile);
 }
 
 }  // namespace flatcore::cuda

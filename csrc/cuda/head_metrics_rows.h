@@ -15,11 +15,13 @@
 #pragma once
 
 #include "cuda/head_metrics.h"
+#include "cuda/head_other_norms.h"
 #include "cuda/head_products.h"
 #include "cuda/head_products_tensor.h"
 #include "cuda/head_rows.h"
 #include "cuda/launch.h"
 #include "math/cancellation.h"
+#include "math/centered_rows.h"
 #include "math/table_rows.h"
 
 namespace flatcore::cuda {
@@ -28,10 +30,13 @@ namespace {
 constexpr int kWarps = 2;
 constexpr int kThreads = kWarps * kWarp;
 
-// One lane's row: its logits stand in column `lane` of the tile, which is overwritten with u_j = exp((z_j - r)/T).
-template <bool given>
-__device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t n, double log_n, int lane,
-                                               double (*tile)[kWarp]) {
+// One lane's row: its logits stand in column `lane` of the tile, which is overwritten with u_j = exp((z_j - r)/T), and
+// those with the coefficients of the other norms (head_other_norms.h), whose unit comes back; NaN where none are
+// wanted.
+template <class Products>
+__device__ __forceinline__ double row_statistics(const HeadMetrics& call, int64_t n, double log_n, int lane,
+                                                 double (*tile)[kWarp]) {
+  constexpr bool given = Products::kGiven;
   const double inverse_temperature = 1.0 / call.temperature;
   const int classes = static_cast<int>(call.C);
   math::SoftmaxTail tail = math::empty_tail();
@@ -66,9 +71,10 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
   const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
   const Values values(call);
   put_softmax_fields(call, values, n, bad, tail, split, log_n, call.summary[0], label, own);
-  if (call.distances == nullptr) return;
+  if (call.distances == nullptr) return kNan;
 
   uint8_t special = 0;
+  double unit = kNan;
   const double two_log_t = 2.0 * math::log_nonnegative(call.temperature);
   const double log_scale = call.summary[1] * math::kLn2;
   const double inverse = tail.u1 > 0.0 ? 1.0 / tail.u1 : 0.0;
@@ -105,24 +111,31 @@ __device__ __forceinline__ void row_statistics(const HeadMetrics& call, int64_t 
     } else if (bad || label != Label::kValid) {
       put_gradient_norms(values, n, kNan);
     } else {
-      if (call.include_bias || !values.wants(kLogNeuronwise)) {
+      const bool top_label = y == tail.m, l2 = values.wants(kLogGradientNorm);
+      if (l2 && (call.include_bias || !values.wants(kLogNeuronwise))) {
         sums_over(call.distances, pairs, from_top, from_label);
       }
       // ||sum_j p_j (w_j - w_y)||^2 from the table; `total` is what the difference was taken from
-      const bool top_label = y == tail.m;
       const auto [total, square] = math::table_gradient(top_label, split.confidence, split.eps, from_top, from_label,
                                                         call.distances[tail.m * classes + y], pairs);
-      const bool only_l2 = (call.fields & kGradientFields) == 1U << kLogGradientNorm;
-      if (only_l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
+      if (l2 && math::table_gradient_is_left(square, total, call.double_compute)) {
         values.put(
             kLogGradientNorm, n,
             0.5 * math::log_nonnegative(square) + (top_label ? split.log_eps : 0.0) - log_scale - 0.5 * two_log_t);
-      } else {
+      } else if (l2) {
         special |= kSpecialGradient;
+      }
+      if (Products::kOtherNorms && (call.fields & kOtherNorms) != 0) {
+        const math::GradientMix mix = math::gradient_mix(top_label, split.confidence, split.eps);
+        unit = (top_label ? split.log_eps : 0.0) - 0.5 * two_log_t;
+        for (int j = 0; j < classes; ++j) {
+          put_coefficient<typename Products::Compute>(tile[j][lane], mix.share(j == tail.m, tile[j][lane] * inverse));
+        }
       }
     }
   }
   call.special[n] = special;
+  return unit;
 }
 
 // How the products of 32 rows are formed, for heads of at most kClasses; kBlocks to a multiprocessor at least. With
@@ -132,7 +145,7 @@ struct LaneProducts {
   using Feature = T;
   using Compute = V;
   using Buffer = std::conditional_t<FLATCORE_SINCE_80 != 0, Ring<T>, NoRing>;
-  static constexpr bool kGiven = classes == 0;
+  static constexpr bool kGiven = classes == 0, kOtherNorms = true;
   static constexpr int kClasses = most, kBlocks = sizeof(T) == 2 ? 4 : 6;
 
   static __device__ __forceinline__ void put(const HeadMetrics& call, int64_t first, double (*logits)[kWarp],
@@ -145,7 +158,7 @@ template <class T, int groups, int pieces>
 struct TensorProducts {
   using Feature = T;
   using Compute = float;
-  static constexpr bool kGiven = false;
+  static constexpr bool kGiven = false, kOtherNorms = false;  // W stands in pieces
   static constexpr int kClasses = groups * kBlockClasses;
   static constexpr bool kMany = groups == 2 || (pieces == 3 && sizeof(typename PieceOf<T>::type) == 4);  // registers
   static constexpr int kBlocks = FLATCORE_SINCE_80 == 0 || kMany ? 4 : 6;
@@ -187,7 +200,14 @@ __global__ void __launch_bounds__(kThreads, Products::kBlocks) head_rows(HeadMet
       const double value = log_squares<kWarp, true>(row, call.features.column_stride, call.D);
       if (other == lane) log_n = value;
     }
-    if (first + lane < call.N) row_statistics<Products::kGiven>(call, first + lane, log_n, lane, tile);
+    const double unit = first + lane < call.N ? row_statistics<Products>(call, first + lane, log_n, lane, tile) : kNan;
+    if constexpr (Products::kOtherNorms) {
+      if ((call.fields & kOtherNorms) != 0) {
+        squares[lane] = unit;
+        __syncwarp();
+        put_other_norms<typename Products::Compute>(call, first, tile, squares);
+      }
+    }
     __syncwarp();  // the tile is written again
   }
 }
@@ -219,6 +239,7 @@ Launched run(const HeadMetrics& call) {
     if (call.logits.data != nullptr) return run_lanes<T, float, 0>(call);
   }
   if constexpr (sizeof(T) == 2) {
+    if (!takes_pieces(call)) return run_lanes<T, float, kWholeBlock>(call);
     return piece_count(call) == 1 ? run_pieces<T, 1>(call) : run_pieces<T, 3>(call);
   }
   if constexpr (sizeof(T) == 4) {

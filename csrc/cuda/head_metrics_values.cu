@@ -10,6 +10,7 @@
 #include "cuda/launch.h"
 #include "math/cancellation.h"
 #include "math/centered_rows.h"
+#include "math/table_rows.h"
 
 namespace flatcore::cuda {
 namespace {
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) loop_values(HeadLoop call, int64_t f
     const auto split = math::epsilon_split<double>(tail.t, tail.r, tail.u1, tail.u2, inverse_temperature);
     if (call.row_state != nullptr) {
       const bool weights = call.centered_squares != nullptr;
-      const double sum = weights && state.share_sum > 0.0 ? state.share_sum : 1.0;  // one class
+      // of one class there is none
+      const double sum = (weights || call.distances != nullptr) && state.share_sum > 0.0 ? state.share_sum : 1.0;
       call.row_state[i] = {split.log1p_tau,
                            split.eps,
                            split.log_eps,
@@ -146,7 +148,78 @@ __global__ void __launch_bounds__(kThreads) loop_weights(HeadLoop call, int64_t 
   }
 }
 
+// Neuronwise and the L2 norm from the table of distances: a warp per row, over the row's shares and their product with
+// the table.
+template <class Z>
+__global__ void __launch_bounds__(kThreads) loop_table(HeadLoop call, HeadTable table) {
+  using Warp = Team<kWarp>;
+  constexpr int warps = kThreads / kWarp;
+  constexpr bool in_float = sizeof(Z) == 4;
+  const Values values(call);
+  const double log_t = math::log_nonnegative(call.temperature), log_scale = call.summary[1] * math::kLn2;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * warps, padded = padded_classes(call.C);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp; i < table.rows; i += step) {
+    const int64_t n = table.first + i;
+    const HeadRow& state = call.row_state[i];
+    const Label label = label_of(call, n);
+    const bool bad = state.m == math::kNoClass, valid = label == Label::kValid;
+    const Z* u = static_cast<const Z*>(table.shares) + i * padded;
+    const Z* sums = static_cast<const Z*>(table.sums) + i * call.C;
+    const Z* bias_sums = table.bias_sums != nullptr ? static_cast<const Z*>(table.bias_sums) + i * call.C : sums;
+    Sums<2> pairs{};  // of the neuronwise table, and of the gradient's
+    for (int64_t j = Warp::lane(); j < call.C && !bad; j += kWarp) {
+      const double share = static_cast<double>(u[j]);
+      pairs.at[0] += share * static_cast<double>(bias_sums[j]);
+      pairs.at[1] += share * static_cast<double>(sums[j]);
+    }
+    pairs = Warp::merged(pairs, AddSums{});
+    if (Warp::lane() != 0) continue;
+    const double inverse = 1.0 / state.q_sum, half = 0.5 * inverse * inverse;
+    const int64_t m = bad ? 0 : state.m, y = valid ? call.target[n] : m;
+    uint8_t special = 0;
+    if (values.wants(kLogNeuronwise)) {
+      const double from_top = static_cast<double>(bias_sums[m]) * inverse;
+      const double inner = math::table_variance(state.confidence, from_top, state.eps, pairs.at[0] * half);
+      const double log_n = math::log_head_square(state.log_n, call.include_bias);
+      double value = log_n + state.log_eps + math::log_nonnegative(inner) - 2.0 * (log_scale + log_t);
+      if (state.log_eps == -math::kInfinity || log_n == -math::kInfinity) {
+        value = -math::kInfinity;
+      } else if (!bad && !math::table_variance_is_in_range(inner, in_float) && inner == inner) {
+        special |= kSpecialNeuronwise;
+      }
+      values.put(kLogNeuronwise, n, bad ? kNan : value);
+    }
+    if (values.wants(kLogGradientNorm)) {
+      const bool top_label = y == m;
+      const auto [total, square] = math::table_gradient(
+          top_label, state.confidence, state.eps, static_cast<double>(sums[m]) * inverse,
+          static_cast<double>(sums[y]) * inverse, call.distances[m * call.C + y], pairs.at[1] * half);
+      const bool left = in_float ? math::table_product_gradient_is_left(square, total)
+                                 : math::table_gradient_is_left(square, total, true);
+      double value = 0.5 * math::log_nonnegative(square) + (top_label ? state.log_eps : 0.0) - log_scale - log_t;
+      if (label == Label::kIgnored || (!bad && valid && top_label && state.log_eps == -math::kInfinity)) {
+        value = -math::kInfinity;
+      } else if (bad || !valid) {
+        value = kNan;
+      } else if (!left && square == square) {
+        special |= kSpecialGradient;
+      }
+      values.put(kLogGradientNorm, n, value);
+    }
+    call.special[i] = special;
+  }
+}
+
 }  // namespace
+
+Launched head_loop_table(const HeadLoop& call, const HeadTable& table) {
+  if (table.rows == 0) return {};
+  const DeviceGuard guard(call.device);
+  if (guard.status() != cudaSuccess) return launched(guard.status(), "head_loop_table: the device");
+  constexpr int64_t warps = kThreads / kWarp;
+  return launch("head_loop_table", call.stream, grid_for((table.rows + warps - 1) / warps), kThreads,
+                call.double_compute ? &loop_table<double> : &loop_table<float>, call, table);
+}
 
 Launched head_loop_values(const HeadLoop& call, int64_t first, int64_t rows) {
   if (rows == 0) return {};

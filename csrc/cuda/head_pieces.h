@@ -50,9 +50,11 @@ struct Pieces {
   FLATCORE_METHOD int64_t end(int64_t stride) const { return stride * groups * kBlockClasses * count; }
 };
 FLATCORE_INLINE bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16; }
+// Not for the L1 and L-infinity norms, which want differences of W's rows.
 FLATCORE_INLINE bool takes_pieces(const HeadProblem& call) {
-  return is_narrow(call.features.dtype) && !call.double_compute;
+  return is_narrow(call.features.dtype) && !call.double_compute && (call.fields & kOtherNorms) == 0;
 }
+constexpr int kWholeBlock = 8;  // classes at a time beside 16-bit features otherwise
 FLATCORE_INLINE int piece_groups(const HeadProblem& call) {
   return static_cast<int>((call.C + kBlockClasses - 1) / kBlockClasses);
 }

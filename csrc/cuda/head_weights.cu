@@ -18,6 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kRows = kThreads / kWarp;  // a warp per row of W
 using Warp = Team<kWarp>;
 constexpr int64_t kSlices = 64;  // of the rows of W, for the sums over them
+constexpr int kPairSide = 4;     // rows of W by rows of W whose distances a warp sums
 
 __device__ __forceinline__ int64_t first_row() {
   return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
@@ -161,30 +162,42 @@ __global__ void __launch_bounds__(kThreads) weight_centered(HeadWeights call) {
   }
 }
 
-// A warp per pair of rows.
+// A warp per tile of 4 x 4 pairs of rows: 8 rows are read for them, not 32.
 template <class T>
 __global__ void __launch_bounds__(kThreads) weight_distances(HeadWeights call) {
+  constexpr int side = kPairSide;
   const T* w = static_cast<const T*>(call.weight.data);
   const double scale = scalbn(1.0, static_cast<int>(call.summary[1]));
-  for (int64_t pair = first_row(); pair < call.C * call.C; pair += static_cast<int64_t>(gridDim.x) * kRows) {
-    const int64_t j = pair / call.C, k = pair % call.C;
-    if (k < j) continue;
-    Sums<1> sum{};
-    if (k > j) {
-      const T* a = w + j * call.weight.row_stride;
-      const T* b = w + k * call.weight.row_stride;
-      for (int64_t d = Warp::lane(); d < call.D; d += kWarp) {
-        const int64_t at = d * call.weight.column_stride;
-        const double x = (static_cast<double>(widened(a[at])) - static_cast<double>(widened(b[at]))) * scale;
-        sum.at[0] += x * x;
+  const int64_t tiles = (call.C + side - 1) / side, step = static_cast<int64_t>(gridDim.x) * kRows;
+  const auto row = [&](int64_t j) { return w + (j < call.C ? j : call.C - 1) * call.weight.row_stride; };
+  for (int64_t tile = first_row(); tile < tiles * tiles; tile += step) {
+    const int64_t first = tile / tiles * side, second = tile % tiles * side;
+    if (second < first) continue;
+    Sums<side * side> sums{};
+    for (int64_t d = Warp::lane(); d < call.D; d += kWarp) {
+      const int64_t at = d * call.weight.column_stride;
+      double a[side], b[side];
+      FLATCORE_UNROLL
+      for (int i = 0; i < side; ++i) {
+        a[i] = static_cast<double>(widened(row(first + i)[at]));
+        b[i] = static_cast<double>(widened(row(second + i)[at]));
       }
-      sum = Warp::merged(sum, AddSums{});
+      FLATCORE_UNROLL
+      for (int i = 0; i < side * side; ++i) {
+        const double x = (a[i / side] - b[i % side]) * scale;
+        sums.at[i] += x * x;
+      }
     }
-    if (Warp::lane() != 0) continue;
-    call.distances[j * call.C + k] = call.distances[k * call.C + j] = sum.at[0];
-    if (call.bias_distances != nullptr) {
-      const double b = (call.bias[j] - call.bias[k]) * scale;
-      call.bias_distances[j * call.C + k] = call.bias_distances[k * call.C + j] = sum.at[0] + b * b;
+    sums = Warp::merged(sums, AddSums{});
+    FLATCORE_UNROLL
+    for (int i = 0; i < side * side; ++i) {
+      const int64_t j = first + i / side, k = second + i % side;
+      if (Warp::lane() != i || k < j || k >= call.C) continue;
+      call.distances[j * call.C + k] = call.distances[k * call.C + j] = sums.at[i];
+      if (call.bias_distances != nullptr) {
+        const double b = (call.bias[j] - call.bias[k]) * scale;
+        call.bias_distances[j * call.C + k] = call.bias_distances[k * call.C + j] = sums.at[i] + b * b;
+      }
     }
   }
 }
@@ -212,7 +225,8 @@ Launched run(const HeadWeights& call) {
     then("head_weights: squares", grid_for_rows(call.C), &weight_centered<T>);
   }
   if (call.distances != nullptr) {
-    then("head_weights: distances", grid_for_rows(call.C * call.C), &weight_distances<T>);
+    const int64_t tiles = (call.C + kPairSide - 1) / kPairSide;
+    then("head_weights: distances", grid_for_rows(tiles * tiles), &weight_distances<T>);
   }
   return done;
 }

@@ -97,6 +97,12 @@ void every_entry_point(int device) {
         for (const int64_t classes : kTiles) run(&head_loop_statistics, loop, tile_of<HeadTile>(classes));
         run(&head_loop_values, loop, kFirst, kOne);
       }
+      loop.centered_squares = nullptr;
+      loop.distances = &there;
+      HeadTable table;
+      table.rows = 1;
+      run(&head_loop_statistics, loop, tile_of<HeadTile>(1));
+      run(&head_loop_table, loop, table);
       auto backward = call_of<HeadBackwardLoop>(Dtype::kFloat32, wide, 2);
       backward.temperature = temperature;
       for (const uint32_t fields : {kTrace, kNorm}) {
@@ -108,16 +114,21 @@ void every_entry_point(int device) {
         }
         run(&head_backward_unsure, backward, kFirst, kOne);
         run(&head_backward_tops, backward, kFirst, kOne);
-        run(&head_backward_explicit, backward, kFirst, kOne);
       }
     }
   }
   auto repeats = call_of<HeadRepeats>(Dtype::kFloat32, false, 2);
   run(&head_repeat_keys, repeats);
   run(&head_repeat_runs, repeats);
-  auto rest = call_of<HeadExplicit>(Dtype::kFloat32, false, 2);
-  rest.rows = rest.slots = 1;
-  run(&head_explicit, rest);
+  for (const Dtype dtype : kDtypes) {  // a head whose classes are spread over the grid
+    auto rest = call_of<HeadExplicit>(dtype, false, kLong);
+    rest.rows = rest.slots = 1;
+    run(&head_explicit, rest);
+    auto backward = call_of<HeadBackwardLoop>(dtype, false, kLong);
+    backward.d_weight = &there;
+    backward.slots = 1;
+    run(&head_backward_explicit, backward, kFirst, kOne);
+  }
 }
 
 }  // namespace

@@ -29,6 +29,18 @@ FLATCORE_INLINE bool table_gradient_is_left(double square, double total, bool do
   return square > (double_result ? 1e-2 : 1e-6) * total && square > 1e-250;
 }
 
+// The same where the sums over the table are products in the results' own type, right to some roundings of the total: a
+// quarter of it is left of nearly every row whose rows of W lie apart.
+FLATCORE_INLINE bool table_product_gradient_is_left(double square, double total) {
+  return square > 0.25 * total && square > 1e-20;
+}
+
+// A norm of sum_j p_j (w_j - w_y) summed in the compute type, beside the norm of sum_j p_j |w_j - w_y|: its roundings
+// are those of the terms.
+FLATCORE_INLINE bool summed_norm_is_left(double norm, double terms, bool double_compute) {
+  return norm > 0.25 * terms && norm > (double_compute ? 1e-250 : 1e-30) && terms < __builtin_inf();
+}
+
 // Whether a product with W needs no center: the squared length of W's mean row beside the rows' mean square.
 FLATCORE_INLINE bool common_row_is_small(double center2, double mean2) { return center2 < 0.25 * mean2; }
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import FIELDS
 from . import tiles
 from .chunked_cpu import GRADIENT, LAYERWISE, NEURONWISE
 from .memory import HeadCall, address
@@ -27,8 +28,11 @@ bytes, comes on top."""
 _TILE_BYTES = 16 << 20
 """Logits of a tile and a block of rows: 2,048 rows of 2,048 classes. They stay in the second-level cache (40 MB at compute
 capability 8.0, 50 MB at 9.0) from the product to the statistics and, as shares, to the next product."""
-_SCRATCH_BYTES = 16 << 20  # at most, for rows done from explicit differences; a block at a time needs 16 bytes a class
-_MOST_SLOTS = 1024  # such blocks
+_SCRATCH_BYTES = 16 << 20  # at most, for slices of rows done from explicit differences
+_MOST_SLOTS = 512  # such slices, a block of threads each: two to each of an H100's processors, twice
+
+TABLE = NEURONWISE | 1 << FIELDS.index("log_feature_gradient_norm")
+"""Fields that the table of distances gives."""
 
 _PIECES = {torch.float16: 2, torch.bfloat16: 3}  # of a share that keep 22 and 24 bits of it
 
@@ -66,12 +70,14 @@ def add_half_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     """Fill the outputs of the head's problem."""
     forward = Forward(core, where, call)
-    slots = explicit_slots(call)
-    scratch = call.empty(slots, 2 * call.C) if forward.weights else None
+    slots = forward.slots
+    explicit = forward.special is not None
+    scratch = call.empty(slots, core.cuda_head_explicit_slot(call.D)) if explicit else None
     with full_precision(call.head.features.device.type):
         for first, rows in forward.blocks():
             forward.statistics(first, rows)
             forward.loop.values(first, rows)
+            forward.table_products(first, rows)
             if scratch is not None:
                 core.cuda_head_explicit(
                     *where, call.problem, first, rows, address(forward.special), forward.known.summary.data_ptr(),
@@ -81,9 +87,15 @@ def head_metrics(core: Any, where: tuple[int, int], call: HeadCall) -> None:
     call.prepared = Kept(forward.known, forward.tails if call.keeps else None, mean, forward.block)
 
 
-def explicit_slots(call: HeadCall) -> int:
-    """How many rows are done from explicit differences at a time."""
-    return max(1, min(-(-call.N // 128), _MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
+def most_slots(core: Any, D: int) -> int:
+    """How many slices of rows are done from explicit differences at a time, whatever N and C are."""
+    return max(1, min(_MOST_SLOTS, _SCRATCH_BYTES // (8 * core.cuda_head_explicit_slot(D))))
+
+
+def explicit_slots(core: Any, call: HeadCall) -> int:
+    """The same of a call: a block has so many rows that it does alone, or two kinds of row a slice of each tile."""
+    alone = call.C <= core.HEAD_EXPLICIT_ALONE
+    return max(1, min(most_slots(core, call.D), -(-call.N // 256) if alone else 2 * call.N * -(-call.C // 32)))
 
 
 class Kept(NamedTuple):
@@ -112,11 +124,13 @@ class Forward:
         ``for_gradient``: not in pieces, whose sums would be about W's raw rows: the gradient takes the centered ones.
         """
         self.core, self.call, self.N, self.D = core, call, call.N, call.D
-        self.known = known = kept.known if kept is not None else Weights(core, where, call)
+        has_table = not for_gradient and takes_table(core, call)
+        self.known = known = kept.known if kept is not None else Weights(core, where, call, has_table)
         head: Any = call.head
         dtype, D, W = call.dtype, call.D, head.linear_weight
         itemsize, order = dtype.itemsize, known.order
         self.weights = known.center is not None
+        self.tables: list[Tensor] = [x.to(dtype) for x in known.distances]
         self.given = head.logits is not None
         self.borrowed = self.given and head.logits.dtype == dtype and head.logits.stride(1) == 1
         halves = W.dtype in _PIECES and dtype == torch.float32 and takes_half_products()
@@ -128,20 +142,23 @@ class Forward:
         width = padded(order.width)
         self.ld = padded(D)
         copies = self.pieces * min(width, core.HEAD_PIECE_CLASSES) * self.ld if self.pieces else 0
-        slots = max(1, min(_MOST_SLOTS, _SCRATCH_BYTES // (16 * call.C)))
-        scratch = max(16 * slots * call.C, 8 * core.cuda_head_backward_scratch(call.C, D))
-        fixed = known.nbytes + (scratch if self.weights else 0) + 2 * copies
+        self.slots = explicit_slots(core, call)
+        scratch = 8 * most_slots(core, D) * core.cuda_head_explicit_slot(D)
+        shares = self.weights or bool(self.tables)
+        fixed = known.nbytes + (scratch if shares else 0) + 2 * copies
         fixed += 0 if self.in_halves and not for_gradient else self.plain.nbytes
         fixed += self.centered.nbytes if self.weights and not self.pieces else 0
         per_row = core.HEAD_ROW_BYTES + core.HEAD_TAIL_BYTES + 1
-        per_row += itemsize * width if self.weights or not self.given else 0
+        per_row += itemsize * (width if shares or not self.given else 0)
+        per_row += itemsize * call.C * len(self.tables)
         per_row += 2 * self.pieces * width
         per_row += itemsize * D * (2 if self.pieces else 1) if self.weights else 0  # a sum of pieces, and a product
         per_row += 0 if self.given or self.in_halves or head.features.dtype == dtype else itemsize * D
         most = _TILE_BYTES // (itemsize * width)
         self.block = tiles.block_rows(per_row + also_per_row, fixed, WORKSPACE_BYTES, most)
         rows = min(self.N, self.block)
-        self.z: Any = call.empty(rows * width, dtype=dtype) if self.weights or not self.given else None
+        self.z: Any = call.empty(rows * width, dtype=dtype) if shares or not self.given else None
+        self.sums: list[Tensor] = [call.empty(rows, call.C, dtype=dtype) for _ in self.tables]
         self.parts: Any = call.empty(rows * self.pieces * width, dtype=W.dtype) if self.pieces else None
         self._copies: Any = call.empty(copies, dtype=W.dtype) if self.pieces else None
         # taken over: the statistics of all rows, and the sums, if the field needs any, where one block had them all
@@ -156,11 +173,12 @@ class Forward:
         length = (self.N if self.all_tails else rows) * core.HEAD_TAIL_BYTES
         self.tails = tails if tails is not None else call.empty(length, dtype=torch.uint8)
         self.state = call.empty(rows * core.HEAD_ROW_BYTES, dtype=torch.uint8)
-        self.special = call.empty(rows, dtype=torch.uint8) if self.weights else None
+        self.special = call.empty(rows, dtype=torch.uint8) if shares else None
         self.loop = core.HeadLoop(
             *where, call.problem, known.summary.data_ptr(), address(known.center), address(known.squares),
-            address(known.classes), address(known.runs), address(known.found), self.pieces, self.tails.data_ptr(),
-            self.all_tails, self.state.data_ptr(), address(self.mean), address(self.special),
+            address(known.classes), address(known.runs), address(known.found), self.pieces,
+            address(known.distances[0] if known.distances else None), self.tails.data_ptr(), self.all_tails,
+            self.state.data_ptr(), address(self.mean), address(self.special),
         )  # fmt: skip
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -197,6 +215,17 @@ class Forward:
             elif self.weights and shares is not None:
                 self.centered.add(self.mean[:rows], shares[:, :classes], start, stop, is_first=start == 0)
 
+    def table_products(self, first: int, rows: int) -> None:
+        """Finish a block whose table of distances stands for W: the shares' products with it, and what they come to."""
+        if not self.tables:
+            return
+        width = padded(self.call.C)
+        shares = self.z[: rows * width].view(rows, width)
+        for table, sums in zip(self.tables, self.sums, strict=True):
+            torch.mm(shares[:, : self.call.C], table, out=sums[:rows])
+        bias_sums = self.sums[1] if len(self.sums) > 1 else None
+        self.loop.table(first, rows, shares.data_ptr(), self.sums[0].data_ptr(), address(bias_sums))
+
     def logits_into(self, z: Tensor, x: Tensor, start: int, stop: int) -> None:
         """z = features W_tile^T."""
         if self.in_halves:
@@ -223,15 +252,27 @@ class Forward:
             product(self.mean[:rows], shares[:, P * low : P * (low + length)], copies.flatten(0, 1))
 
 
+def takes_table(core: Any, call: HeadCall) -> bool:
+    """Whether the table of distances between W's rows, (C, C), replaces W in the second product of the values.
+
+    A row of it is C numbers to multiply and to write, not D. Not where a gradient takes the sums over: it would have to form
+    them, in two products more.
+    """
+    most = min(tiles.TILE_CLASSES, core.HEAD_TILE_BYTES // call.dtype.itemsize, core.HEAD_TABLE_CLASSES, call.D)
+    asked = bool(call.fields & TABLE) and not call.fields & GRADIENT & ~TABLE
+    return asked and most >= call.C and not call.keeps
+
+
 class Weights:
     """What the kernels need of W alone, found once; a gradient takes it over from its forward pass.
 
     ``summary``: log ||W||_F^2 and the power of two that brings W into range, ``scale`` in the compute type; ``center``
     (D + 1,) and ``squares`` (C,) of the rows about it, and which rows of a tile are equal (``classes``, ``runs``, ``found``:
-    HeadRepeats of csrc/cuda/head_metrics.h), where the fields ask for more than norms.
+    HeadRepeats of csrc/cuda/head_metrics.h), where the fields ask for more than norms. ``distances`` in place of these:
+    the table, and behind it the one with the bias as a column, where one is asked for.
     """
 
-    def __init__(self, core: Any, where: tuple[int, int], call: HeadCall):
+    def __init__(self, core: Any, where: tuple[int, int], call: HeadCall, has_table: bool = False):
         C, D, problem = call.C, call.D, call.problem
         width = min(tiles.TILE_CLASSES, core.HEAD_TILE_BYTES // call.dtype.itemsize)
         self.order = Order(C, width, None, None, None)
@@ -240,22 +281,28 @@ class Weights:
         self.classes: Tensor | None = None
         self.runs: Tensor | None = None
         self.found: Tensor | None = None
+        self.distances: list[Tensor] = []
         self.nbytes = 0
         self.summary = call.empty(2).zero_()
         self.scale: Tensor = self.summary
         centered = bool(call.fields & (NEURONWISE | GRADIENT))
         if not centered and not call.fields & LAYERWISE:
             return
+        if has_table:
+            self.distances = [call.empty(C, C) for _ in range(2 if call.head.include_bias else 1)]
+            self.nbytes += sum(12 * x.numel() for x in self.distances)
+            centered = False
         if centered:
             self.center, self.squares = call.empty(D + 1), call.empty(C)
         workspace = call.empty(core.cuda_head_weights_workspace(D, C))
         core.cuda_head_weights(
             *where, problem, workspace.data_ptr(), self.summary.data_ptr(), address(self.center),
-            address(self.squares), 0, 0, 0, 0, 0,
+            address(self.squares), 0, 0, 0, address(self.distances[0] if has_table else None),
+            address(self.distances[1] if len(self.distances) > 1 else None),
         )  # fmt: skip
-        self.scale = torch.exp2(self.summary[1]).to(call.dtype)  # a whole power: exact
         if not centered:
             return
+        self.scale = torch.exp2(self.summary[1]).to(call.dtype)  # a whole power: exact
         positions = -(-C // width) * width
         keys, joins = call.empty(positions), call.empty(positions, dtype=torch.uint8)
         self.runs, self.found = call.empty(positions, dtype=torch.int32), call.empty(2, dtype=torch.int32)

@@ -73,6 +73,7 @@ class _Backward:
         )
         self.signs = bool(call.fields & SIGNS)
         per_row += 8 * D if self.signs else 0
+        per_row += 8 * core.cuda_head_explicit_row(D) if self.weights else 0
         self.forward = forward = Forward(core, where, call, per_row, kept, for_gradient=True)
         self.known = known = forward.known
         rows = min(call.N, forward.block)
@@ -87,7 +88,10 @@ class _Backward:
         self.rows_of_weight: Any = call.empty(C).zero_() if self.neuronwise else None
         self.poison, self.share = call.empty(1).zero_(), call.empty(1).zero_()  # NaN if a row is poisoned; sum of c
         exact = call.empty(rows, D).zero_() if self.signs else None  # a component left out is read as 0
-        scratch = call.empty(core.cuda_head_backward_scratch(C, D)) if self.weights else None
+        scratch: Any = None  # of the rows that are done from explicit differences
+        if self.weights:
+            slices = forward.slots * core.cuda_head_explicit_slot(D)
+            scratch = call.empty(rows * core.cuda_head_explicit_row(D) + slices)
         self._addresses = upstream, log_coefficient, exact, scratch  # what the loop has the addresses of
         self.loop = core.HeadBackwardLoop(
             *where, call.problem, upstream.data_ptr(), address(log_coefficient), known.summary.data_ptr(),
@@ -95,7 +99,7 @@ class _Backward:
             forward.all_tails, forward.state.data_ptr(), self.numbers.data_ptr(), address(forward.mean),
             address(self.direction), address(self.top_row), address(self.top_bias), address(self.top),
             address(d_features), address(d_weight), address(d_bias), address(d_logits), address(exact),
-            address(scratch),
+            address(forward.special), address(scratch), forward.slots,
         )  # fmt: skip
 
     def block(self, first: int, rows: int) -> None:

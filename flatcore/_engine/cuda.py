@@ -83,8 +83,8 @@ def _fused(call: HeadCall) -> None:
         address(special),
     )  # fmt: skip
     if special is not None:
-        slots = chunked_cuda.explicit_slots(call)
-        scratch = call.empty(slots, 2 * C)
+        slots = chunked_cuda.explicit_slots(core, call)
+        scratch = call.empty(slots, core.cuda_head_explicit_slot(call.D))
         core.cuda_head_explicit(
             *where, problem, 0, call.N, special.data_ptr(), summary.data_ptr(), scratch.data_ptr(), slots
         )

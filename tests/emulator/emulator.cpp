@@ -114,6 +114,14 @@ const std::function<void()>* body = nullptr;
 int order = 0;
 std::mutex one_at_a_time;
 
+// Of the launches since they were last asked for: how often threads stopped at barriers and shuffles, in all blocks and
+// in the busiest.
+struct Work {
+  int64_t all = 0, most = 0;
+};
+std::vector<Work> work;
+int64_t stops = 0;
+
 void wait(State state);
 
 // A fiber lives on from block to block: creating one takes two system calls.
@@ -131,6 +139,7 @@ void resume(int index) {
 }
 
 void wait(State state) {
+  ++stops;
   Fiber& fiber = *fibers[static_cast<size_t>(current)];
   fiber.state = state;
   fiber.context.switch_to(scheduler);
@@ -196,9 +205,13 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   block_size = block;
   body = &kernel;
   std::mt19937 random(0);
+  work.emplace_back();
   for (unsigned b = 0; b < grid.x; ++b) {
     block_index.x = order == 1 ? grid.x - 1 - b : b;
+    stops = 0;
     run_block(static_cast<int>(block.x), random);
+    work.back().all += stops;
+    work.back().most = std::max(work.back().most, stops);
   }
 }
 
@@ -410,6 +423,15 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def(
       "set_order", [](int order) { emulator::order = order; }, pybind11::arg("order"),
       "0: threads in order, 1: backwards, 2: shuffled anew between barriers.");
+  module.def(
+      "work",
+      [] {
+        pybind11::list found;
+        for (const emulator::Work& launch : emulator::work) found.append(pybind11::make_tuple(launch.all, launch.most));
+        emulator::work.clear();
+        return found;
+      },
+      "Of the launches since the last call: how often threads stopped, in all blocks and in the busiest one.");
   module.def("planted", &planted, pybind11::arg("name"));
   module.def("tensor_sum", &tensor_sum, pybind11::arg("x"), pybind11::arg("w"), pybind11::arg("D"),
              pybind11::arg("carried"));
