@@ -191,12 +191,13 @@ FLATCORE_INLINE V log1p_nonnegative(V x) {
 template <class V>
 FLATCORE_INLINE V log_of_parts_float(V f, V k) {
   // 2 atanh(s), s = f/(2 + f), |s| <= 0.1716: the first term left out is below 3e-9 of the sum
-  const V s = f / (f + 2.0F);
+  // doubled first: where subnormals are flushed the half of 2e-38 is 0
+  const V two_s = (f + f) / (f + 2.0F);
+  const V s = 0.5F * two_s;
   const V z = s * s;
   V p = z * (1.0F / 9.0F) + 1.0F / 7.0F;
   p = p * z + 1.0F / 5.0F;
   p = p * z + 1.0F / 3.0F;
-  const V two_s = s + s;
   return k * 0x1.62e4p-1F + (two_s + (two_s * (z * p) + k * 0x1.7f7d1cp-20F));
 }
 
