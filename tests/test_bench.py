@@ -216,6 +216,20 @@ def test_everybody_answers_every_work_right(each: works.Work, monkeypatch: pytes
     assert not entry["wrong"] and [each["name"] for each in entry["absent"][:-1]] == [each.name for each in absent]
 
 
+def test_a_memory_that_cannot_be_measured_costs_nobody_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(key: str, name: str, **how: object) -> float:
+        if name == "native":
+            return 1.0
+        raise RuntimeError("the process that measures the memory failed: status -9")
+
+    monkeypatch.setattr(measure.memory, "peak_megabytes", failing)
+    entry = measure.attempt(work("W3-trace", **SMALL), replace(QUICK, memory=True))
+    peaks = {row["name"]: row["peak_mb"] for row in entry["rows"]}
+    assert len(peaks) > 1 and peaks.pop("native") == 1.0 and set(peaks.values()) == {None}
+    reasons = {each["name"]: each["reason"] for each in entry["absent"]}
+    assert all("status -9" in reasons[f"{name}'s memory"] for name in peaks)
+
+
 def test_a_training_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     small = work("W9", N=8, rounds=1)
     entry = measure.measure(small, QUICK)

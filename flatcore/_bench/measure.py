@@ -130,9 +130,14 @@ def measure(work: Work, options: Options, everyone: Everyone | None = None) -> E
         over = median / limit.seconds
         if work.question == "training step":  # a few hundredths of a step: each round's own ratio, not the medians'
             over = statistics.median(a / b for a, b in zip(taken, times[0], strict=False))
+        try:
+            peak = _peak(work, kept, options)
+        except RuntimeError as error:  # of a process of its own, or no memory left: the times stand
+            peak = None
+            absent.append(Absent(f"{candidate.name}'s memory", f"not measured: {error}".splitlines()[0][:200]))
         rows.append({
             "name": candidate.name, "role": candidate.role, "path": path, "rounds": len(taken), "calls": plan.calls,
-            "median_s": median, "p10_s": low, "p90_s": high, "times_limit": over, "peak_mb": _peak(work, kept, options),
+            "median_s": median, "p10_s": low, "p90_s": high, "times_limit": over, "peak_mb": peak,
             "share_right_1pct": checked.right, "relative_error": _error(checked.error, kept, truth),
             "largest_error_in_tolerances": checked.tolerances, "note": candidate.note,
         })  # fmt: skip
