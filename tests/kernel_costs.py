@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from flatcore.reference import FIELDS
 
 WEIGHT_FIELDS = sum(1 << bit for bit, name in enumerate(FIELDS) if "neuronwise" in name or "gradient_norm" in name)
+OTHER_NORMS = sum(1 << bit for bit, name in enumerate(FIELDS) if "gradient_norm_" in name)
 LAYERWISE = 1 << FIELDS.index("log_layerwise")
 NEURONWISE = 1 << FIELDS.index("log_neuronwise")
 TAIL, ROW = 80, 72  # bytes of HeadTail and HeadRow
@@ -27,9 +28,11 @@ EXP_SINGLE, EXP_DOUBLE = 16, 25  # operations of an exponential, its difference 
 STATISTICS = 4  # float64 sums of a logit, and of its share
 ROW_DOUBLE = 25  # a class of a small head's row in float64: its share of the logarithms too
 ITEMSIZES = (2, 2, 4, 8)  # by dtype code
+HALF, BHALF = 0, 1
+BLOCK_CLASSES = 16  # head_pieces.h
 QUESTIONS = {
     "cuda_architectures", "cuda_runtime", "cuda_device", "cuda_load", "cuda_row_norms_workspace",
-    "cuda_head_weights_workspace", "cuda_head_packing", "cuda_head_backward_scratch",
+    "cuda_head_weights_workspace", "cuda_head_packing", "cuda_head_explicit_slot", "cuda_head_explicit_row",
     "cuda_head_measure_backward_workspace",
 }  # fmt: skip
 """Of the module's functions those that launch nothing."""
@@ -56,6 +59,8 @@ class Shape(NamedTuple):
     x: int
     w: int
     z: int
+    pieces: int  # of W on tensor cores, for a small head; or 0
+    piece: int  # itemsize of one
     fields: int
     as_they_stand: bool  # logits are used as the product left them
     given: int  # itemsize of given logits, or 0
@@ -68,16 +73,30 @@ class Shape(NamedTuple):
         return bool(self.fields & WEIGHT_FIELDS)
 
     @property
+    def piece_rows(self) -> int:
+        """Rows of W on tensor cores: whole groups of classes, in pieces."""
+        return -(-self.C // BLOCK_CLASSES) * BLOCK_CLASSES * self.pieces
+
+    @property
     def columns(self) -> int:
         """Fields that need rows of W."""
         return (self.fields & WEIGHT_FIELDS).bit_count()
+
+
+def _pieces(features: int, weight: int, fields: int, double: bool) -> tuple[int, int]:
+    """As csrc/cuda/head_pieces.h has them, by dtype codes."""
+    if features not in (HALF, BHALF) or double or fields & OTHER_NORMS:
+        return 0, 0
+    whole = weight == BHALF or (weight == HALF and features == HALF)
+    return 1 if whole else 3, 2 if features == BHALF else 4
 
 
 def _shape(arguments: tuple[Any, ...]) -> Shape:
     head, features, weight, logits, bias, _, N, D, C, fields, double, _ = arguments
     as_they_stand = head.temperature == 1 and (bias is None or logits is not None) and not double
     return Shape(
-        N, D, C, ITEMSIZES[features[3]], ITEMSIZES[weight[3]], 8 if double else 4, fields, as_they_stand,
+        N, D, C, ITEMSIZES[features[3]], ITEMSIZES[weight[3]], 8 if double else 4,
+        *_pieces(features[3], weight[3], fields, double), fields, as_they_stand,
         0 if logits is None else ITEMSIZES[logits[3]], bias is not None, head.include_bias, head.target is not None,
     )  # fmt: skip
 
@@ -90,7 +109,8 @@ def head_weights(s: Shape, center: int, packed: int, rows: int, stride: int, dis
     total = passes * (W + 2 * 16 * s.C + 16 + 8 * s.C * s.include_bias) + (16 if passes == 2 else 0)
     operations = 4 * s.C * s.D * passes
     if packed:
-        total += passes * rows * stride * s.z
+        of_pieces = s.piece_rows * stride * s.piece + 4 * s.piece_rows / s.pieces if s.pieces else 0
+        total += passes * (of_pieces or rows * stride * s.z)
     if center:
         sums = 8 * SLICES * (s.D + 1)
         total += W + 8 + sums + sums + s.D * s.w + 8 + 8 * (s.D + 1) + W + 8 * s.D + 8 + 8 * s.C
@@ -115,19 +135,29 @@ def head_repeat_runs(s: Shape, positions: int) -> Cost:
 
 # -------------------------------------------------------------------------------------------------------- small heads
 def head_metrics(s: Shape, values: int, packed_rows: int, packed: int, distances: int, biased: int) -> Cost:
-    """The features once; W, packed; what a row gets."""
+    """The features once; W, packed or in pieces for tensor cores; what a row gets.
+
+    Other norms take the differences of W's rows once more. A product in tf32 takes as long as two of 16 bits.
+    """
     tables = 8 * s.C * s.C * (bool(distances) + bool(biased))
-    read = s.N * s.D * s.x + packed_rows * min(packed, -(-s.D // 8) * 8) * s.z + 16 + tables
+    others = bool(s.fields & OTHER_NORMS)
+    rows = (0 if s.given else packed_rows) or s.C * others
+    W = s.piece_rows * -(-s.D // 64) * 64 * s.piece + 4 * s.C if s.pieces else rows * packed * s.z
+    read = s.N * s.D * s.x + (0 if s.given and s.pieces else W) + 16 + tables
     read += 8 * s.C * s.bias + 8 * s.N * s.target + s.N * s.C * s.given
     written = s.N * (values * s.fields.bit_count() + 8 + bool(distances))
-    products = 2 * s.N * s.D * ((0 if s.given else packed_rows) + 1)
-    table = 2 * s.C * s.C * s.N * bool(distances)
     kind = "double" if s.z == 8 else "single"
-    return Cost(read + written, Sums({kind: products}) + Sums({"double": ROW_DOUBLE * s.C * s.N + table}))
+    operations = Sums({kind: 2 * s.N * s.D + 5 * s.N * s.D * s.C * others})
+    if not s.given and s.pieces:
+        operations["half"] += 2 * s.N * s.D * s.piece_rows * (s.piece // 2)
+    elif not s.given:
+        operations[kind] += 2 * s.N * s.D * packed_rows
+    operations["double"] += ROW_DOUBLE * s.C * s.N + 2 * s.C * s.C * s.N * bool(distances)
+    return Cost(read + written, operations)
 
 
 def head_explicit(s: Shape, n: int) -> Cost:
-    """A mark a row: no row of the works is done from explicit differences."""
+    """A mark a row, while no row is marked: none of the works' is done from explicit differences."""
     return cost(n)
 
 
@@ -179,22 +209,25 @@ def loop_start(s: Shape, n: int) -> Cost:
     return cost(n * (s.D * s.x + TAIL), double=3 * n * s.D)
 
 
-def loop_statistics(s: Shape, n: int, start: int, classes: int, z: int, shares: int, pieces: int) -> Cost:
+def loop_statistics(s: Shape, n: int, start: int, classes: int, z: int, shares: int, pieces: int, table: bool) -> Cost:
     """A tile's logits once, its shares once, the rows' state; and the sums of rows whose best logit but one rises.
 
     Of classes in any order one of the tile's is among the two best so far with a probability of 2/k in the k-th tile.
     """
     # the two best logits and their sums are read and written, the label's logit written; what counts the shares as well
-    total = n * classes * (s.z if z else s.given) + n * (2 * 40 + 16 * s.target + 2 * 24 * s.weights)
+    of_weight = s.weights and not table
+    total = n * classes * (s.z if z else s.given) + n * (2 * 40 + 16 * s.target + 2 * 24 * of_weight)
     total += 8 * classes * (s.bias and not s.given)
     operations = Sums({"double": STATISTICS * n * classes})
     operations["single" if s.as_they_stand else "double"] += (
         (EXP_SINGLE if s.as_they_stand else EXP_DOUBLE) * n * classes
     )
-    if s.weights:
+    if table:
+        total += n * _padded(classes) * s.z + 8 * n
+        operations["double"] += n * classes
+    elif s.weights:
         k = start // classes + 1
-        padded = -(-classes // 8) * 8
-        total += n * padded * (2 * pieces or s.z) + 8 * classes + 8 * classes * s.include_bias + 16 + 4
+        total += n * _padded(classes) * (2 * pieces or s.z) + 8 * classes + 8 * classes * s.include_bias + 16 + 4
         moved = 0 if start == 0 else n * s.D * min(1, 2 / k)
         total += 2 * s.z * moved + (0 if pieces or start == 0 else 8 * s.D)
         operations["double"] += (STATISTICS + 3 * pieces) * n * classes
@@ -202,16 +235,27 @@ def loop_statistics(s: Shape, n: int, start: int, classes: int, z: int, shares: 
     return Cost(total, operations)
 
 
-def loop_values(s: Shape, n: int, values: int) -> Cost:
+def _padded(classes: int) -> int:
+    return -(-classes // 8) * 8
+
+
+def loop_values(s: Shape, n: int, values: int, table: bool) -> Cost:
     """A row's state, and where its rows of W count its sums, and as many rows of W as there are or are asked for."""
     softmax = s.fields.bit_count() - s.columns
-    total = n * (48 + 24 * s.weights + ROW + 8) + 16 * n * s.target + 16 + n * values * softmax
+    total = n * (48 + (8 if table else 24 * s.weights) + ROW + 8) + 16 * n * s.target + 16 + n * values * softmax
     operations = 100 * n
-    if s.weights and values:
+    if s.weights and values and not table:
         rows = min(n * (2 if s.target else 1), s.C) * s.D * s.w
         total += n * (ROW - 16 + s.D * s.z + 1 + values * s.columns) + 8 * (s.D + 1) + rows + 8 * n * s.target + 16 + 8
         operations += 20 * n * s.D
     return cost(total, double=operations)
+
+
+def loop_table(s: Shape, n: int, values: int, biased: bool) -> Cost:
+    """A row's shares and what the library made of them and the table, or both; of a gradient's table one number a row."""
+    total = n * s.C * s.z * (3 if biased else 2) + n * (48 + 8 * s.target + 1 + values * s.columns) + 16
+    total += 8 * n * bool(s.fields & WEIGHT_FIELDS & ~NEURONWISE)
+    return cost(total, double=4 * n * s.C + 60 * n)
 
 
 # ---------------------------------------------------------------------------------------------------------- row norms
@@ -230,6 +274,10 @@ def priced(core: Any, note: Callable[[str, Cost], None]) -> dict[str, Any]:
             super().__init__(*arguments)
             self.shape, self.values = _shape(arguments), 0
 
+        @staticmethod
+        def of(*arguments: Any) -> None:
+            """None is found in C: each is made here, of what its shape is read from."""
+
         def write_to(self, values: int, wide: bool, prediction: int) -> None:
             self.values = 8 if wide else 4
             super().write_to(values, wide, prediction)
@@ -237,7 +285,7 @@ def priced(core: Any, note: Callable[[str, Cost], None]) -> dict[str, Any]:
     class Loop(core.HeadLoop):  # type: ignore[misc]
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
-            self.problem, self.pieces = arguments[2], arguments[9]
+            self.problem, self.pieces, self.has_table = arguments[2], arguments[9], bool(arguments[10])
 
         def start(self, first: int, rows: int) -> None:
             super().start(first, rows)
@@ -245,11 +293,16 @@ def priced(core: Any, note: Callable[[str, Cost], None]) -> dict[str, Any]:
 
         def statistics(self, first: int, rows: int, start: int, classes: int, z: int, stride: int, shares: int) -> None:
             super().statistics(first, rows, start, classes, z, stride, shares)
-            note("statistics", loop_statistics(self.problem.shape, rows, start, classes, z, shares, self.pieces))
+            how = z, shares, self.pieces, self.has_table
+            note("statistics", loop_statistics(self.problem.shape, rows, start, classes, *how))
 
         def values(self, first: int, rows: int) -> None:
             super().values(first, rows)
-            note("values", loop_values(self.problem.shape, rows, self.problem.values))
+            note("values", loop_values(self.problem.shape, rows, self.problem.values, self.has_table))
+
+        def table(self, first: int, rows: int, shares: int, sums: int, bias_sums: int) -> None:
+            super().table(first, rows, shares, sums, bias_sums)
+            note("table", loop_table(self.problem.shape, rows, self.problem.values, bool(bias_sums)))
 
     def weights(device: int, stream: int, problem: Any, *rest: Any) -> None:
         core.cuda_head_weights(device, stream, problem, *rest)

@@ -95,7 +95,7 @@ def test_work_on_the_cpu_does_not_load_it(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_why_no_device_can_be_used(driver: int, said: str, wanted: str, installed: Callable[[str], None]) -> None:
     installed(
-        f"ABI = {extensions.ABI}\nCUDA_FUSED_CLASSES = 32\n"
+        f"ABI = {extensions.ABI}\nCUDA_FUSED_CLASSES = 32\ndef connect(*arguments): ...\n"
         f"def cuda_runtime():\n    return 13000, {driver}, 0, {said!r}\n"
         "def cuda_architectures():\n    return '90-real'\n"
     )

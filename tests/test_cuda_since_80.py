@@ -16,6 +16,10 @@ from torch import Tensor
 
 import flatcore
 from flatcore._check.tolerance import assert_same
+from flatcore._engine import cuda as native_cuda
+from flatcore._engine import paths
+from flatcore._engine.head import Head
+from flatcore.reference import FIELDS
 
 UNIT = 2.0**-24
 HALVES = (torch.bfloat16, torch.float16)
@@ -171,6 +175,65 @@ def test_code_for_seven_five(dtype: torch.dtype, C: int) -> None:
     with capability(80):
         torch.testing.assert_close(flatcore.relative_flatness(x, w, measure="neuronwise", log=True), loss)
         torch.testing.assert_close(margins(x, w), got, rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------------------------- norms that want differences of W's own rows
+@pytest.mark.parametrize("C", (2, 8, 9, 16, 17, 32))
+@pytest.mark.parametrize("given", (False, True))
+@pytest.mark.parametrize("weight_dtype", ("same", "float32"))
+@pytest.mark.parametrize("dtype", HALVES, ids=_name)
+def test_other_norms_beside_16_bit_features(
+    dtype: torch.dtype, weight_dtype: str, given: bool, C: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L1 and L-infinity take W whole, not in pieces: on both sides of 8.0, bit for bit alike, and by float64's reference.
+
+    A logit may be off by what the contract allows, each p by twice that; of a norm at least a quarter of its terms is left.
+    """
+    monkeypatch.setattr(paths, "CUDA_FUSED_ROWS", 0)  # not the kernel of a training step
+    for N, D in ((1, 77), (33, 300), (70, 5)):
+        x, w = (_random(N, D, seed=C) - 0.5).to(dtype), 8 / D**0.5 * (_random(C, D, seed=N) - 0.5)
+        w = w.to(dtype) if weight_dtype == "same" else w
+        z = (10 * _random(N, C, seed=D)).to(dtype) if given else None
+        y = torch.arange(N) % C
+        y[1::7] = -100
+        exact = x.double(), w.double(), None if z is None else z.double()
+        off = 0.0 if given else (2 * math.sqrt(D) + 4) * UNIT * (exact[0].abs() @ exact[1].abs().T).amax(1)
+        for ord in (1, math.inf):
+            got = []
+            for device in (75, 80):
+                with capability(device):
+                    got.append(flatcore.feature_gradient_norms(x, w, y, logits=z, ord=ord, reduction="none", log=True))
+                assert paths.last_path == "fused"
+            with flatcore.backend("reference"):
+                want = flatcore.feature_gradient_norms(
+                    exact[0], exact[1], y, logits=exact[2], ord=ord, reduction="none", log=True
+                )
+            assert_same(f"ord {ord}", *got)
+            kept = y != -100
+            assert want[kept].isfinite().all() and torch.equal(got[1][~kept].double(), want[~kept])
+            room = 4 * (2 * off + (C + 4) * UNIT) + UNIT * want.abs()
+            assert ((got[1].double() - want).abs() <= room)[kept].all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=_name)
+def test_all_fields_at_once_are_those_of_one_at_a_time(dtype: torch.dtype) -> None:
+    """With W whole, or in pieces: both within what the contract allows of each other."""
+    x, w, y = (_random(40, 70) - 0.5).to(dtype), _random(17, 70, seed=1) - 0.5, torch.arange(40) % 17
+    off = (2 * math.sqrt(70) + 4) * UNIT * float((x.double().abs() @ w.double().abs().T).max())
+    names = (
+        "margin",
+        "log_hessian_trace",
+        "log_neuronwise",
+        "log_feature_gradient_norm",
+        "log_feature_gradient_norm_1",
+    )
+    bits = [FIELDS.index(name) for name in names]
+    head = Head(x, w, target=y)
+    with capability(80):
+        together = native_cuda.head_metrics(head, sum(1 << bit for bit in bits), True)[0]
+        for row, bit in enumerate(bits):
+            alone = native_cuda.head_metrics(head, 1 << bit, True)[0][0]
+            assert ((together[row] - alone).abs() <= 16 * off).all(), FIELDS[bit]
 
 
 # ------------------------------------------------------------------------------------------------------- the emulator

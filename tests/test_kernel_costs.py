@@ -28,7 +28,7 @@ from flatcore.reference import FIELDS
 
 pytestmark = pytest.mark.exhaustive
 READ, WRITTEN, ASKED = 0, 1, 2
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 class Watching(counting.Counter):
@@ -91,11 +91,15 @@ def held(call: Callable[[], Any], *given: Tensor, room: float = 0.02, few: int =
     return counter
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=str)
+@pytest.mark.parametrize("fields", ("all", "products"))
+@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=str)
 @pytest.mark.parametrize(("N", "D", "C"), ((64, 256, 10), (96, 512, 32)))
-def test_all_fields_of_a_small_head(N: int, D: int, C: int, dtype: torch.dtype) -> None:
+def test_fields_of_a_small_head(N: int, D: int, C: int, dtype: torch.dtype, fields: str) -> None:
+    """``products``: without the norms that keep W whole beside 16-bit features."""
     x, w, b, y = inputs(N, D, C, dtype)
-    counter = held(lambda: flatcore.head_metrics(x, w, y, linear_bias=b), x, w, b, y)
+    wanted = (1 << len(FIELDS)) - 1 - (kernel_costs.OTHER_NORMS if fields == "products" else 0)
+    head = Head(x, w, linear_bias=b, target=y)
+    counter = held(lambda: native_cuda.head_metrics(head, wanted, False), x, w, b, y)
     assert paths.last_path == "fused"
     passes = -(-C // 10) if dtype != F64 else -(-C // 4)  # blocks of classes; past the first the cache has the rows
     assert x.nbytes <= counter.bytes_of(x, ASKED) <= passes * x.nbytes
@@ -118,6 +122,18 @@ def test_a_large_head(field: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         formula, seen = (sum(row[i] for row in counter.rows) for i in (1, 2))
         assert abs(formula - seen) <= 0.1 * seen
         assert counter.calls["statistics"] == -(-C // width)
+
+
+@pytest.mark.parametrize("include_bias", (False, True))
+@pytest.mark.parametrize("field", ("log_neuronwise", "log_feature_gradient_norm", "both"))
+def test_a_head_by_its_table_of_distances(field: str, include_bias: bool) -> None:
+    x, w, b, y = inputs(40, 64, 48, F32)
+    wanted = sum(1 << bit for bit, name in enumerate(FIELDS) if name == field or (
+        field == "both" and name in ("log_neuronwise", "log_feature_gradient_norm")))  # fmt: skip
+    head = Head(x, w, linear_bias=b, target=y, include_bias=include_bias)
+    with paths.forced("chunked"):
+        counter = held(lambda: native_cuda.head_metrics(head, wanted, False), x, w, b, y, room=0.05)
+    assert counter.calls["table"] == 1
 
 
 @pytest.mark.parametrize("dtype", (F32, torch.float16), ids=str)

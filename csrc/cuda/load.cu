@@ -77,9 +77,12 @@ void every_entry_point(int device) {
       }
       for (int64_t C = 1; C <= kFusedClasses; ++C) {
         auto metrics = call_of<HeadMetrics>(dtype, wide, C);
-        for (const Dtype weight : {dtype, Dtype::kFloat32}) {  // in how many pieces W is taken
-          metrics.weight.dtype = weight;
-          run(&head_metrics, metrics);
+        for (const uint32_t fields : {kTrace, kNorm}) {  // whether W is taken in pieces, and in how many
+          metrics.fields = fields;
+          for (const Dtype weight : {dtype, Dtype::kFloat32}) {
+            metrics.weight.dtype = weight;
+            run(&head_metrics, metrics);
+          }
         }
         metrics.logits.data = &there;
         run(&head_metrics, metrics);

@@ -43,6 +43,9 @@ flatcore_switch:
 )");
 #endif
 
+// There where the kernels are watched (traffic.cpp): the load that a copy is.
+extern "C" __attribute__((weak)) void __tsan_read_range(void*, size_t);
+
 namespace emulator {
 
 dim3 thread_index, block_index, grid_size, block_size;
@@ -302,6 +305,7 @@ void start_copy(void* to, const void* from, int bytes) {
     fault = "a copy is not of up to 16 bytes from and to a 16-byte boundary";
     wait(State::kReady);
   }
+  if (__tsan_read_range != nullptr) __tsan_read_range(const_cast<void*>(from), static_cast<size_t>(bytes));
   std::memset(to, 0xff, 16);
   fibers[static_cast<size_t>(current)]->copies.back().push_back({to, from, static_cast<size_t>(bytes)});
 }
