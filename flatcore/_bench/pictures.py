@@ -109,10 +109,11 @@ def ratios(report: Report) -> Figure | None:
         axes.grid(axis="x", which="major", alpha=0.35)
         axes.set_xlabel("flatcore = 1; right of it is slower than flatcore (10 % - 90 % as bars)")
     low, high = left.get_xlim()
-    if high / low < 30:  # a decade has too few marks
-        ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if low <= t <= high]
-        left.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        left.set_xticks([], minor=True)
+    # as many marks as there is room for
+    marks = (1, 1.5, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5) if high / low < 1e3 else (1,)
+    ticks = [t for power in range(-6, 7) for t in (mark * 10.0**power for mark in marks) if low <= t <= high]
+    left.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    left.set_xticks([], minor=True)
     _legend(figure, panels, 4)
     figure.suptitle(_origin(report), fontsize=9, color="0.3")
     return figure
@@ -185,6 +186,9 @@ def roofline(report: Report) -> Figure | None:
             label = f"this machine: {read:,.0f} GB/s, {fastest[kind]:,.0f} GFLOP/s in {name}"
             roof = [low * read, fastest[kind], fastest[kind]]
             axes.plot([low, fastest[kind] / read, high], roof, color=LIMIT, ls=dashes, lw=1.5, zorder=0, label=label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axes.set_xlim(low, high)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom / 1.5, top * 1.5)
