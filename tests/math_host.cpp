@@ -65,12 +65,12 @@ void map_log1p_float(const double* x, double* scalar, double* vector, int64_t co
         return __builtin_convertvector(log1p_nonnegative_float(__builtin_convertvector(v, FloatVector)), Vector);
       });
 }
-// exp(difference of two floats), and that of the difference times a factor; 0 below `least` (before the factor).
-void exp_differences_float(const float* x, const float* top, double factor, float least, float* plain, float* scaled,
-                           int64_t count) {
+// exp(difference of two floats), and that of the difference over a temperature; 0 for exponents below `least`.
+void exp_differences_float(const float* x, const float* top, double temperature, float least, float* plain,
+                           float* scaled, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     plain[i] = exp_difference_float(x[i], top[i], least);
-    scaled[i] = exp_scaled_difference_float(x[i], top[i], float_factor(factor), least);
+    scaled[i] = exp_difference_float(x[i], top[i], FloatTemperature(temperature, static_cast<double>(least)));
   }
 }
 

@@ -151,8 +151,15 @@ PLANTS = (
     Plant(
         "the difference's rounding dropped in float lanes",
         "csrc/math/exp_log.h",
-        "const V value = exp_with_lost_float(difference, lost);",
-        "const V value = exp_with_lost_float(difference, lost * 0.0F);",
+        "- k * 0x1.7f7d1cp-20F) + lost;",
+        "- k * 0x1.7f7d1cp-20F);",
+        ("tests/test_math.py", "-k", "exp_of_a_difference"),
+    ),
+    Plant(
+        "the same beside a temperature",
+        "csrc/math/exp_log.h",
+        "- k * temperature.low) + lost)",
+        "- k * temperature.low))",
         ("tests/test_math.py", "-k", "exp_of_a_difference"),
     ),
     Plant(

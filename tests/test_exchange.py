@@ -64,7 +64,14 @@ def misaligned(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(capsule).view(x.dtype)
 
 
+def nowhere(x: torch.Tensor) -> torch.Tensor:
+    """Autograd's own zeros, of the right length in memory that is not there."""
+    return torch._efficientzerotensor(x.shape, dtype=x.dtype)
+
+
 NOT_PLAIN = {
+    "zeros without memory": nowhere,
+    "functionalised": torch._to_functional_tensor,
     "a subclass": lambda x: x.as_subclass(Doubled),
     "a lazy negation": torch._neg_view,
     "sparse": lambda x: x.to_sparse(),
@@ -93,6 +100,36 @@ def test_what_is_not_simply_its_memory_is_not_read(kind, name):
         assert direct.plain_head(Head(**given)) == (7, 12, 6, False)
         return
     assert direct.plain_head(Head(**given)) is None
+
+
+@pytest.mark.parametrize("name", ["features", "linear_weight", "logits"])
+def test_numbers_without_memory_are_computed_with(name):
+    """These were an address of 0, read."""
+    given = parts()
+    zeros = {**given, name: torch.zeros_like(given[name])}
+    value = flatcore.hessian_trace(**{**given, name: nowhere(given[name])})
+    assert torch.equal(value, flatcore.hessian_trace(**zeros))
+    functional = flatcore.hessian_trace(**{**given, name: torch._to_functional_tensor(given[name])})
+    assert torch.equal(functional, flatcore.hessian_trace(**given))
+
+
+@pytest.mark.parametrize("classes", [5, 600])
+def test_an_upstream_of_zeros_without_memory(classes):
+    features = parts()["features"].requires_grad_()
+    value = flatcore.hessian_trace(features, torch.eye(classes, 12), reduction="none")
+    assert not torch.autograd.grad(value, features, nowhere(value))[0].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_sees_where_the_number_of_rows_came_from():
+    given = parts()
+    weight, more = given["linear_weight"], torch.cat([given["features"]] * 2)
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return flatcore.hessian_trace(x, weight, reduction="none") + flatcore.head_metrics(x, weight).margin
+
+    traced = torch.jit.trace(rows, (given["features"],), check_trace=False)
+    assert torch.equal(traced(more), rows(more))
 
 
 @pytest.mark.skipif(not HAS_TABLE, reason="this torch has no table of C functions")

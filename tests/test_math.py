@@ -132,7 +132,7 @@ def test_logs_in_float(library):
 def test_exp_of_a_difference_in_float_has_no_rounding_of_the_difference(library, temperature):
     """Pairs of all sizes, most of which no float can hold the difference of."""
     rng = random.Random(5)
-    least = -43.0 * temperature
+    least = -43.0 * temperature  # of a difference
     top = np.float32([rng.choice((-1, 1)) * rng.uniform(0, 60) * temperature for _ in range(3000)])
     x = np.float32([t - rng.choice((1e-3, 1.0, 60.0)) * rng.uniform(0, 1) * temperature for t in top])
     x = np.minimum(x, top)
@@ -140,7 +140,7 @@ def test_exp_of_a_difference_in_float_has_no_rounding_of_the_difference(library,
     pointer = ctypes.POINTER(ctypes.c_float)
     a, b, p, s = (v.ctypes.data_as(pointer) for v in (x, top, plain, scaled))
     library.exp_differences_float(
-        a, b, ctypes.c_double(1 / temperature), ctypes.c_float(least), p, s, ctypes.c_int64(len(x))
+        a, b, ctypes.c_double(temperature), ctypes.c_float(-43.0), p, s, ctypes.c_int64(len(x))
     )
     with mpmath.workdps(60):
         exact = [mpmath.mpf(float(v)) - mpmath.mpf(float(t)) for v, t in zip(x, top, strict=True)]

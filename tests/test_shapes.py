@@ -14,6 +14,9 @@ from torch import Tensor
 
 import flatcore
 from flatcore._engine import chunked_cpu, paths, tiles
+from flatcore._engine.backend import _core
+from flatcore._engine.head import Head
+from flatcore.reference import FIELDS
 
 # some heads here have one class, and are meant to
 pytestmark = pytest.mark.filterwarnings("ignore:.* has one output:UserWarning")
@@ -391,6 +394,31 @@ def test_few_rows_of_a_large_head(kind: str, width: int, rows: int) -> None:
         with flatcore.backend("reference"):
             truth = function(x.double(), w.double(), reduction="none", log=True, **options)
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=4e-5)
+
+
+@pytest.mark.parametrize("scale", (1e-39, 1e-41, 3e38))
+def test_a_float_weight_at_the_ends_of_its_range_beside_float64_features(scale: float) -> None:
+    """The power of two that brings it into range is float64's: no float for denormal rows (NaN once)."""
+    x, z = _randn(5, 32, seed=1).double(), 3 * _randn(5, 600, seed=3).double()
+    w = (_randn(600, 32, seed=2).clamp(-3, 3) / 3 * scale).float()
+    values = []
+    for name in ("native", "reference"):
+        with flatcore.backend(name):
+            values.append(flatcore.relative_flatness(x, w, logits=z, measure="neuronwise", reduction="none", log=True))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", (0, 1, 5, 40))
+def test_every_row_of_a_large_weight_has_its_projection(width: int) -> None:
+    """Of no features too, where the bias alone tells rows apart: what the memory held before decided which were near."""
+    bias = _randn(300, seed=2)
+    head = Head(_randn(2, width), _randn(300, width, seed=1), bias, include_bias=True)
+    problem = _core.HeadProblem.of(head, 1 << FIELDS.index("log_neuronwise"), 1, False, True)
+    workspace, summary, squares = (torch.empty(n, dtype=torch.float64) for n in (600, 3, 300))
+    center, keys = torch.empty(width + 1, dtype=torch.float64), torch.full((301 + width,), math.nan).double()
+    _core.head_summary("", problem, *(x.data_ptr() for x in (workspace, summary, center, squares, keys)))
+    vector = keys[300:]
+    torch.testing.assert_close(keys[:300], head.linear_weight @ vector[:-1] + bias * vector[-1])
 
 
 def test_the_path_of_a_head_is_chosen_from_its_classes_and_fields() -> None:

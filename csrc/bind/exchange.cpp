@@ -62,13 +62,15 @@ py::object ask(PyObject* object, PyObject* method) {
 
 bool is_true(const py::object& value) { return value.ptr() == Py_True; }
 
-// Whether the tensor's storage holds all that its shape says: FSDP frees a storage and keeps its views.
+// Whether the tensor's storage holds all that its shape says: FSDP frees a storage and keeps its views; autograd's
+// zeros and a functionalised tensor have one that is as long as it should be and lies nowhere.
 bool storage_covers(PyObject* tensor, const Dense& view) {
   int64_t last = 0;
   for (int32_t axis = 0; axis < view.ndim; ++axis) {
     if (view.shape[axis] == 0) return true;
     last += (view.shape[axis] - 1) * view.strides[axis];
   }
+  if (view.data == nullptr) return false;
   const py::object storage = ask(tensor, names().storage);
   if (!storage) return false;
   const py::object nbytes = ask(storage.ptr(), names().nbytes), offset = ask(tensor, names().offset);

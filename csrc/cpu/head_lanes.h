@@ -75,8 +75,7 @@ struct Lanes {
   float* bias_distances = nullptr;
   double log_distance = 0.0, log_bias_distance = 0.0;  // of that power
   double inverse_temperature = 1.0, two_log_t = 0.0;
-  math::FloatFactor factor{1.0F, 0.0F};
-  float least = kLeastExponent;  // of a difference of two logits
+  math::FloatTemperature temperature{1.0};
 };
 
 // False where the distances have no range to scale to.
@@ -149,7 +148,7 @@ inline void lane_softmax(const Lanes& lanes, int64_t C, const LaneBuffers& buffe
         if constexpr (unit_temperature) {
           e = math::exp_difference_float(z, rest, kLeastExponent);
         } else {
-          e = math::exp_scaled_difference_float(z, rest, lanes.factor, lanes.least);
+          e = math::exp_difference_float(z, rest, lanes.temperature);
         }
         e = index == static_cast<int32_t>(j) ? FloatV{} : e;
         store_unaligned(buffers.u + j * kTile + v, e);

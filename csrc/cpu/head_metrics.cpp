@@ -257,8 +257,7 @@ Lanes lanes_of(const HeadMetrics& call, const Shared& shared, const Layout& layo
   lanes.given = call.logits.data != nullptr;
   lanes.inverse_temperature = 1.0 / call.temperature;
   lanes.two_log_t = 2.0 * std::log(call.temperature);
-  lanes.factor = math::float_factor(lanes.inverse_temperature);
-  lanes.least = static_cast<float>(kLeastExponent * call.temperature);
+  lanes.temperature = math::FloatTemperature(call.temperature, kLeastExponent);
   if (call.bias != nullptr) {
     if (!lanes.given) lanes.bias = reinterpret_cast<float*>(base);
     lanes.on &= narrow_bias(call.bias, call.C, reinterpret_cast<float*>(base));

@@ -5,7 +5,6 @@
 //
 // Numerics: sums in float64, over values brought into range by a power of two, so that no square over- or underflows.
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/head_metrics.h"
@@ -47,10 +46,11 @@ double projection(uint64_t d) {
 // One sweep over W: the rows' squares and largest entries and, if there is to be a center, their projections and the
 // sums of their differences to the first row. Blocks of rows, whose number comes from C and D, are tasks with sums of
 // their own, so that no bit depends on the number of threads. Squares and projections are sums in float64; the
-// differences' sums, which only say where the center lies, are of 64 in the lanes' type, and of equal rows they are 0.
-template <class T>
+// differences' sums, which only say where the center lies, are of 64 in the lanes' type L, and of equal rows they are
+// 0. L is the compute type, which has the scale: beside float64 features a float32 W may be below float's normal
+// numbers.
+template <class T, class L>
 class Sweep {
-  using L = std::conditional_t<sizeof(T) == 8, double, float>;
   using V = typename VectorOf<L>::Type;
   static constexpr int kLanes = VectorOf<L>::kLanes, kHalves = kLanes / kDoubles;
   static constexpr int64_t kCarried = 64;
@@ -112,7 +112,7 @@ class Sweep {
     const L* base = lanes_.data() + threads_ * D;
     const double* vector = call_.keys + C;
     const L factor = static_cast<L>(scale);
-    const bool keyed = differences != nullptr;
+    const bool keyed = call_.center != nullptr;  // not by `differences`, which of no features lie nowhere
     DoubleV squares[kHalves] = {}, keys[kHalves] = {};
     V tops = {};
     int64_t d = 0;
@@ -159,7 +159,7 @@ class Sweep {
   std::vector<L> lanes_;      // (threads + 1, D): each thread's differences, and the first row
 };
 
-template <class T>
+template <class T, class L>
 void summarise(const HeadSummary& call) {
   const T* w = static_cast<const T*>(call.weight.data);
   const int64_t rows = call.weight.row_stride, step = call.weight.column_stride;
@@ -174,7 +174,7 @@ void summarise(const HeadSummary& call) {
     return total;
   };
 
-  Sweep<T> sweep(call, threads);
+  Sweep<T, L> sweep(call, threads);
   sweep.run(1.0);
   double largest = 0.0;
   for (int64_t j = 0; j < C; ++j) {
@@ -222,7 +222,11 @@ void summarise(const HeadSummary& call) {
 }  // namespace
 
 void head_summary(const HeadSummary& call) {
-  with_element(call.weight.dtype, [&](auto* type) { summarise<ElementOf<decltype(type)>>(call); });
+  with_element(call.weight.dtype, [&](auto* type) {
+    using T = ElementOf<decltype(type)>;
+    if (call.double_compute) return summarise<T, double>(call);
+    if constexpr (sizeof(T) <= sizeof(float)) summarise<T, float>(call);
+  });
 }
 
 }  // namespace flatcore::cpu::FLATCORE_TARGET

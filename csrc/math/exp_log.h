@@ -42,15 +42,10 @@ FLATCORE_INLINE V exp_nonpositive(V x) {
   return x < kExpUnderflow ? V{} : value;
 }
 
-// exp(argument + lost) in float, |lost| at most a rounding of the argument; exp(0) is exactly 1.
+// 2^k exp(r) in float for |r| <= 0.3467; `shifted` has k in its low bits. exp(0) is exactly 1.
 template <class V>
-FLATCORE_INLINE V exp_with_lost_float(V argument, V lost) {
+FLATCORE_INLINE V exp_of_parts_float(V r, V shifted) {
   using Bits = typename Shape<V>::Bits;
-  constexpr float magic = 0x1.8p23F;
-  const V shifted = argument * 0x1.715476p+0F + magic;
-  const V k = shifted - magic;
-  // the high part of ln 2 has 15 bits: its product with |k| < 2^8 is exact
-  const V r = ((argument - k * 0x1.62e4p-1F) - k * 0x1.7f7d1cp-20F) + lost;  // |r| <= 0.3467
   // Taylor to r^7: the first term left out is below 6e-9 of the result, a tenth of a rounding.
   V p = r * (1.0F / 5040.0F) + 1.0F / 720.0F;
   p = p * r + 1.0F / 120.0F;
@@ -63,45 +58,30 @@ FLATCORE_INLINE V exp_with_lost_float(V argument, V lost) {
   return p * bit_cast<V>(exponent);
 }
 
+// What the rounding of difference = x - top took: exact, by Knuth's two-sum, which needs no order of the operands.
+template <class V>
+FLATCORE_INLINE V lost_of_difference(V x, V top, V difference) {
+  const V taken = x - difference;
+  return (x - (difference + taken)) + (taken - top);
+}
+
+constexpr float kFloatMagic = 0x1.8p23F;  // added, it leaves the nearest integer in the low bits
+
 // exp(x - top) for x <= top in float (x = -inf gives 0, NaN gives NaN); exp(0) is exactly 1.
 //
 // The difference of two floats is rounded: by 4e-6 at 87, which would be the result's relative error. What the rounding
-// took (exact, by Knuth's two-sum, which needs no order of the operands) is added after the reduction, so the result is
-// right to 2 units in its last place for every pair. Results of differences below `least`, at the lowest that of the
-// smallest normal float, are returned as 0.
+// took is added after the reduction, so the result is right to 2 units in its last place for every pair. Results of
+// differences below `least`, at the lowest that of the smallest normal float, are returned as 0.
 constexpr float kExpUnderflowFloat = -87.3F;
 template <class V>
 FLATCORE_INLINE V exp_difference_float(V x, V top, float least = kExpUnderflowFloat) {
   const V difference = x - top;
-  const V taken = x - difference;
-  const V lost = (x - (difference + taken)) + (taken - top);
-  const V value = exp_with_lost_float(difference, lost);
-  return difference < least ? V{} : value;
-}
-
-// What float multiplies differences of logits by: 1/T in two parts, the high one of 12 bits.
-struct FloatFactor {
-  float high, low;
-};
-FLATCORE_INLINE FloatFactor float_factor(double factor) {
-  const uint32_t high = bit_cast<uint32_t>(static_cast<float>(factor)) & 0xfffff000U;
-  return {bit_cast<float>(high), static_cast<float>(factor - static_cast<double>(bit_cast<float>(high)))};
-}
-
-// exp((x - top) factor) likewise, for differences of at least `least`, 0 below. The difference's upper 12 bits times
-// the factor's are exact without a fused multiply-add, and what else there is goes after the reduction: 2^-35 of the
-// argument is left out.
-template <class V>
-FLATCORE_INLINE V exp_scaled_difference_float(V x, V top, FloatFactor factor, float least) {
-  using Bits = typename Shape<V>::Bits;
-  const V difference = x - top;
-  const V taken = x - difference;
-  const V lost = (x - (difference + taken)) + (taken - top);
-  const V high = bit_cast<V>(bit_cast<Bits>(difference) & uint32_t{0xfffff000});
-  const V product = high * factor.high;
-  const V rest = ((difference - high) + lost) * factor.high + (difference + lost) * factor.low;
-  const V argument = product + rest;
-  const V value = exp_with_lost_float(argument, rest - (argument - product));
+  const V lost = lost_of_difference(x, top, difference);
+  const V shifted = difference * 0x1.715476p+0F + kFloatMagic;
+  const V k = shifted - kFloatMagic;
+  // the high part of ln 2 has 15 bits: its product with |k| < 2^8 is exact
+  const V r = ((difference - k * 0x1.62e4p-1F) - k * 0x1.7f7d1cp-20F) + lost;  // |r| <= 0.3467
+  const V value = exp_of_parts_float(r, shifted);
   return difference < least ? V{} : value;
 }
 
@@ -112,38 +92,28 @@ struct FloatTemperature {
 
   // T within 2^60 of 1: products with it stay in float's range.
   FLATCORE_METHOD static constexpr bool fits(double t) { return t > 0x1p-60 && t < 0x1p60; }
-  FLATCORE_METHOD explicit FloatTemperature(double t) {
+  // least_exponent: (x - top)/T below it gives 0; if not told, where the result is below 2^-100.
+  FLATCORE_METHOD explicit FloatTemperature(double t, double least_exponent = -100.0 * kLn2) {
     const double step = t * kLn2;
     steps = static_cast<float>(1.0 / step);
     // the high part has 15 bits: its product with |k| < 2^8 is exact
     high = bit_cast<float>(bit_cast<uint32_t>(static_cast<float>(step)) & 0xfffffe00U);
     low = static_cast<float>(step - static_cast<double>(high));
     inverse = static_cast<float>(1.0 / t);
-    least = static_cast<float>(-100.0 * step);
+    least = static_cast<float>(least_exponent * t);
   }
 };
 
-// exp((x - top)/T) for x <= top in float, as above; results below 2^-100 are returned as 0.
+// exp((x - top)/T) for x <= top in float, as above.
 template <class V>
 FLATCORE_INLINE V exp_difference_float(V x, V top, const FloatTemperature& temperature) {
-  using Bits = typename Shape<V>::Bits;
-  constexpr float magic = 0x1.8p23F;
   const V difference = x - top;
-  const V taken = x - difference;
-  const V lost = (x - (difference + taken)) + (taken - top);
-  const V shifted = difference * temperature.steps + magic;
-  const V k = shifted - magic;
+  const V lost = lost_of_difference(x, top, difference);
+  const V shifted = difference * temperature.steps + kFloatMagic;
+  const V k = shifted - kFloatMagic;
   // |r| <= 0.3467
   const V r = (((difference - k * temperature.high) - k * temperature.low) + lost) * temperature.inverse;
-  V p = r * (1.0F / 5040.0F) + 1.0F / 720.0F;
-  p = p * r + 1.0F / 120.0F;
-  p = p * r + 1.0F / 24.0F;
-  p = p * r + 1.0F / 6.0F;
-  p = p * r + 0.5F;
-  p = p * r + 1.0F;
-  p = p * r + 1.0F;
-  const Bits exponent = (bit_cast<Bits>(shifted) + uint32_t{127}) << 23;
-  const V value = p * bit_cast<V>(exponent);
+  const V value = exp_of_parts_float(r, shifted);
   return difference < temperature.least ? V{} : value;
 }
 

@@ -34,9 +34,10 @@ def is_undisturbed() -> bool:
 def plain_head(head: Head) -> tuple[int, int, int, bool] | None:
     """(N, D, C, whether any input is float64) of a head whose tensors are simply their memory and fit.
 
-    Of one device, labels in int64. None: they are not, or it takes the long way to find out: check by name.
+    Of one device, labels in int64. None: they are not, or it takes the long way to find out: check by name. A trace has to
+    see where N came from, or it keeps the number.
     """
-    if is_compiling() or forward_ad._current_level >= 0 or _core is None:
+    if is_compiling() or forward_ad._current_level >= 0 or _tracing_state() is not None or _core is None:
         return None
     return _core.plain_head(head)
 
@@ -63,6 +64,9 @@ def _are_plain(*tensors: Tensor | None, checked: bool) -> bool:
             or x.is_conj()
             or is_wrapped(x)
             or not (checked or storage_covers(x))
+            or (
+                x.data_ptr() == 0 and x.numel() > 0
+            )  # autograd's zeros, a functionalised tensor: numbers without memory
         ):
             return False
     return True
