@@ -33,17 +33,17 @@ PACK = r"LDG\.E\S*128"
 _W4, _W1 = 8_192 * 128_256, 1_000_000 * 512
 _STATISTICS = 4.0  # a lane's row is two packs of four logits, all in its registers
 HOT = (
-    Hot("W1", "head_metrics_float32.cu", "head_rows<float, float, 10>", "FFMA", 1 / 11, "a feature", _W1,
+    Hot("W1", "head_metrics_float32.cu", "head_rows<LaneProducts<float, float, 10, 10>>", "FFMA", 1 / 11, "a feature", _W1,
         (168, 168), 33_792, (3, 3), (26, 28), "11 multiply-adds a feature; the rest loads, addresses, the row's edge"),
-    Hot("W1-bfloat16", "head_metrics_bfloat16.cu", "head_rows<BHalf, float, 10>", "FFMA", 1 / 11, "a feature", _W1,
+    Hot("W1-bfloat16", "head_metrics_bfloat16.cu", "head_rows<TensorProducts<BHalf, 1, 1>>", "HMMA", 4, "a feature", _W1,
         (230, 236), 33_792, (2, 2), (26.5, 28.6), "as float32, and a feature to widen; more than its bytes take"),
-    Hot("W3", "head_metrics_chunk.cu", "loop_statistics<float, double, false, 128>", PACK, _STATISTICS, "a logit",
+    Hot("W3", "head_metrics_chunk.cu", "loop_statistics<float, double, 0, 128>", PACK, _STATISTICS, "a logit",
         8_192 * 1_000, (64, 76), 160, (8, 6), (199, 224), "a float64 exponential, as there is a bias"),
-    Hot("W4-trace", "head_metrics_chunk.cu", "loop_statistics<float, double, false, 256>", PACK, _STATISTICS, "a logit",
+    Hot("W4-trace", "head_metrics_chunk.cu", "loop_statistics<float, double, 0, 256>", PACK, _STATISTICS, "a logit",
         _W4, (76, 80), 320, (3, 3), (211, 237), "the same"),
-    Hot("W4-trace, no bias", "head_metrics_chunk.cu", "loop_statistics<float, float, false, 256>", PACK, _STATISTICS,
+    Hot("W4-trace, no bias", "head_metrics_chunk.cu", "loop_statistics<float, float, 0, 256>", PACK, _STATISTICS,
         "a logit", _W4, (72, 80), 256, (3, 3), (190, 195), "exponentials in float32; merges and sums in float64"),
-    Hot("W4-neuronwise", "head_metrics_chunk.cu", "loop_statistics<float, double, true, 256>", PACK, _STATISTICS,
+    Hot("W4-neuronwise", "head_metrics_chunk.cu", "loop_statistics<float, double, 1, 256>", PACK, _STATISTICS,
         "a logit", _W4, (106, 104), 8_704, (2, 2), (340, 373), "and three pieces of a share; equal rows are merged"),
     Hot("W5", "row_norms.cu", "row_norms_tiles<float, float>", PACK, 4, "an element", 512 * 150_528,
         (64, 64), 192, (4, 4), (10.8, 10.8), "a square, a magnitude and a sum in float64, a comparison"),
