@@ -113,11 +113,12 @@ def disassembler() -> str | None:
 
 
 def demangled(symbols: tuple[str, ...]) -> list[str]:
-    """Names with template arguments, without namespaces, return type and parameters."""
+    """Names with template arguments, enumerators as numbers, without namespaces, return type and parameters."""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     found = []
     for line in done.stdout.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|flatcore::|cuda::", "", line)
+        name = re.sub(r"\(\w+\)(?=\d)", "", name).replace("> >", ">>")  # an enumerator's type
         found.append(name.partition("(")[0].removeprefix("void ").strip())
     return found
 

@@ -377,12 +377,15 @@ Launched run(const HeadLoop& call, const HeadTile& tile) {
     return launch(what, call.stream, grid_for((tile.rows + warps - 1) / warps), kThreads,
                   &loop_statistics<Z, V, weights, kWarp>, call, tile);
   }
-  if constexpr (weights == RowsOfWeight::kTable) return {"too many classes for a table", what};
-  if (tile.classes <= 128 * items) {
-    return launch(what, call.stream, grid_for(tile.rows), 128, &loop_statistics<Z, V, weights, 128>, call, tile);
+  if constexpr (weights == RowsOfWeight::kTable) {
+    return {"too many classes for a table", what};
+  } else {
+    if (tile.classes <= 128 * items) {
+      return launch(what, call.stream, grid_for(tile.rows), 128, &loop_statistics<Z, V, weights, 128>, call, tile);
+    }
+    return launch(what, call.stream, grid_for(tile.rows), kThreads, &loop_statistics<Z, V, weights, kThreads>, call,
+                  tile);
   }
-  return launch(what, call.stream, grid_for(tile.rows), kThreads, &loop_statistics<Z, V, weights, kThreads>, call,
-                tile);
 }
 
 template <RowsOfWeight weights>

@@ -1,14 +1,15 @@
 // head_metrics, small heads (at most 32 classes): every statistic of every row from one fused read of the features.
 //
 // Buffers: as cuda/head_metrics.h says; outputs are overwritten. Does not synchronise.
-// Numerics: products and ||phi||^2 in float32 (float64 if an input is): beside 16-bit features on tensor cores, whose
-// sums are cut off and therefore short (cuda/head_products_tensor.h), else a lane's sums of D/32 terms merged pairwise;
-// everything after them in float64, as on the CPU (csrc/cpu/head_metrics.cpp). Rows whose ||phi||^2 leaves the range
-// are read again, scaled. Rows that need explicit differences between rows of W are marked for head_explicit. A row's
-// value depends on nothing but the row; two runs agree bit for bit. Cost: N*D elements read once from memory; W, packed
-// as the products take it, comes from the first-level cache: once for 32 rows on tensor cores, else once for 4. A warp
-// takes 32 rows, then a lane per row for the softmax and its sums, about 25 C + 2 C^2 operations in float64. Shared
-// memory is 8 bytes for each row and class there may be (of 10, 16 or 32, as C asks), and a ring of 6 KiB a warp.
+// Numerics: products and ||phi||^2 in float32 (float64 if an input is): beside 16-bit features, unless L1 or L-infinity
+// norms are asked for, on tensor cores, whose sums are cut off and therefore short (cuda/head_products_tensor.h), else
+// a lane's sums of D/32 terms merged pairwise; everything after them in float64, as on the CPU
+// (csrc/cpu/head_metrics.cpp). Rows whose ||phi||^2 leaves the range are read again, scaled. Rows that need explicit
+// differences between rows of W are marked for head_explicit. A row's value depends on nothing but the row; two runs
+// agree bit for bit. Cost: N*D elements read once from memory; W, packed as the products take it, comes from the
+// first-level cache: once for 32 rows on tensor cores, else once for 4. A warp takes 32 rows, then a lane per row for
+// the softmax and its sums, about 25 C + 2 C^2 operations in float64. Shared memory is 8 bytes for each row and class
+// there may be (of 2 to 32, as C asks), and a ring of 6 KiB a warp.
 // Never run on a device yet: no figure is known.
 //
 // Included by the files that compile it: one for each dtype of the features, so that they compile at the same time.
