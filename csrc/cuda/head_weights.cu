@@ -189,15 +189,16 @@ __global__ void __launch_bounds__(kThreads) weight_distances(HeadWeights call) {
       }
     }
     sums = Warp::merged(sums, AddSums{});
+    // a lane writes a pair; picked by selects, as an index into registers would be a stack frame
+    double mine = 0.0;
     FLATCORE_UNROLL
-    for (int i = 0; i < side * side; ++i) {
-      const int64_t j = first + i / side, k = second + i % side;
-      if (Warp::lane() != i || k < j || k >= call.C) continue;
-      call.distances[j * call.C + k] = call.distances[k * call.C + j] = sums.at[i];
-      if (call.bias_distances != nullptr) {
-        const double b = (call.bias[j] - call.bias[k]) * scale;
-        call.bias_distances[j * call.C + k] = call.bias_distances[k * call.C + j] = sums.at[i] + b * b;
-      }
+    for (int i = 0; i < side * side; ++i) mine = Warp::lane() == i ? sums.at[i] : mine;
+    const int64_t j = first + Warp::lane() / side, k = second + Warp::lane() % side;
+    if (Warp::lane() >= side * side || k < j || k >= call.C) continue;
+    call.distances[j * call.C + k] = call.distances[k * call.C + j] = mine;
+    if (call.bias_distances != nullptr) {
+      const double b = (call.bias[j] - call.bias[k]) * scale;
+      call.bias_distances[j * call.C + k] = call.bias_distances[k * call.C + j] = mine + b * b;
     }
   }
 }
