@@ -93,7 +93,7 @@ def measured(inputs: Inputs, name: str, like: Any, *, reduction: str, log: bool,
     value = ops.head_measure(head, _FIELD[name], how, inputs.plain and s is None and labelled is None)
     if reduction == "none":
         value = value.reshape(inputs.leading)
-    return value if isinstance(like, Tensor) else returner(like)(value)
+    return returner(like)(value)
 
 
 @on_the_arrays_stream

@@ -112,9 +112,9 @@ def machine_moved(a: dict[str, Any], b: dict[str, Any]) -> float | None:
 def unmatched(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Who is only in the first, and only in the second."""
     before, after = _rows(a), _rows(b)
-    return tuple(
-        [": ".join(key) for key in one if key not in other] for one, other in ((before, after), (after, before))
-    )  # type: ignore[return-value]
+    return [": ".join(key) for key in before if key not in after], [
+        ": ".join(key) for key in after if key not in before
+    ]
 
 
 def tables(a: dict[str, Any], b: dict[str, Any]) -> list[Table]:

@@ -64,9 +64,8 @@ def _are_plain(*tensors: Tensor | None, checked: bool) -> bool:
             or x.is_conj()
             or is_wrapped(x)
             or not (checked or storage_covers(x))
-            or (
-                x.data_ptr() == 0 and x.numel() > 0
-            )  # autograd's zeros, a functionalised tensor: numbers without memory
+            # autograd's zeros, a functionalised tensor: numbers without memory
+            or (x.data_ptr() == 0 and x.numel() > 0)
         ):
             return False
     return True

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import torch  # (before _core: one OpenMP runtime, torch's, serves both)
+import torch  # before _core: one OpenMP runtime, torch's, serves both
 
 try:
     from .. import _core

@@ -47,6 +47,7 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_dtypes_of(head: Head, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of ``Head.inputs`` in their dtypes; one is wanted only of an input that is there."""
+    # a list first: a tuple made from a generator is resized, and the collector counts each as an object that stays
     found = [
         None if x is None or gradient is None else as_dtype(gradient, x.dtype)
         for x, gradient in zip(head.inputs, gradients, strict=True)
